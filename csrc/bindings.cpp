@@ -1,0 +1,61 @@
+// The extension module genopt_ext._C: one register function per subsystem. Its Python side is declared
+// in genopt_ext/_C.pyi. The only file that knows pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/stream.h"
+#include "torch_plan.h"
+
+namespace py = pybind11;
+
+namespace genopt {
+namespace {
+
+// Throws pybind11's form of a Python error that torch_plan.h found.
+py::object step(TorchPlan& plan, const py::object& param_groups, const py::object& state,
+                const std::vector<int64_t>& fresh, const std::vector<int64_t>& skipped) {
+  std::optional<Refusal> refusal;
+  try {
+    refusal = plan.step(param_groups.ptr(), state.ptr(), fresh, skipped);
+  } catch (const PythonError&) {
+    throw py::error_already_set();
+  }
+  if (!refusal) return py::none();
+  return py::make_tuple(refusal->rows, refusal->groups, refusal->overlaps);
+}
+
+void register_plan(py::module_& m) {
+  py::class_<TorchPlan>(m, "Plan")
+      .def(py::init<const std::string&>(), py::arg("rule"))
+      .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("fresh"), py::arg("skipped"));
+  m.def("rules", [] {
+    py::dict rules;
+    for (const RuleInfo& info : rule_infos()) {
+      py::list options;
+      for (const OptionName& option : info.options) options.append(py::make_tuple(option.key, option.item));
+      rules[info.name] = py::make_tuple(info.has_step, info.states, options);
+    }
+    return rules;
+  });
+}
+
+void register_cpu(py::module_& m) {
+  m.def("cpu_capability", &cpu::capability);
+  m.def("cpu_capabilities", &cpu::capabilities);
+  m.def(
+      "stream",
+      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads) {
+        py::gil_scoped_release release;
+        cpu::stream(arrays, bytes, threads);
+      },
+      py::arg("arrays"), py::arg("bytes"), py::arg("threads"));
+}
+
+}  // namespace
+}  // namespace genopt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The native kernels of genopt_ext.";
+  genopt::register_plan(m);
+  genopt::register_cpu(m);
+}

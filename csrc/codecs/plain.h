@@ -1,0 +1,103 @@
+// How a value is stored as a plain number: fp32, fp64, bf16, fp16. decode gives the value in the
+// compute type T (float or double); encode rounds to nearest even, as torch does.
+// Integer arithmetic without branches, so that loops over these vectorize on any machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../rules/math.h"
+
+namespace genopt {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+GENOPT_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+GENOPT_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class Number, DType kType>
+struct Native {
+  using Stored = Number;
+  static constexpr DType kDType = kType;
+  template <class T>
+  static GENOPT_INLINE T decode(Stored x) {
+    return static_cast<T>(x);
+  }
+  template <class T>
+  static GENOPT_INLINE Stored encode(T x) {
+    return static_cast<Stored>(x);
+  }
+};
+
+using Float32 = Native<float, DType::kFloat32>;
+using Float64 = Native<double, DType::kFloat64>;
+
+struct BFloat16 {
+  using Stored = uint16_t;
+  static constexpr DType kDType = DType::kBFloat16;
+  template <class T>
+  static GENOPT_INLINE T decode(Stored x) {
+    return static_cast<T>(float_of(static_cast<uint32_t>(x) << 16));
+  }
+  template <class T>
+  static GENOPT_INLINE Stored encode(T x) {
+    const float f = static_cast<float>(x);
+    const uint32_t bits = bits_of(f);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<Stored>(f == f ? rounded : 0x7fc0);
+  }
+};
+
+struct Float16 {
+  using Stored = uint16_t;
+  static constexpr DType kDType = DType::kFloat16;
+  template <class T>
+  static GENOPT_INLINE T decode(Stored x) {
+    const uint32_t magnitude = x & 0x7fff, sign = static_cast<uint32_t>(x & 0x8000) << 16;
+    const uint32_t rebias = magnitude < 0x7c00 ? (127u - 15u) << 23 : (255u - 31u) << 23;
+    const uint32_t normal = (magnitude << 13) + rebias;
+    const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    return static_cast<T>(float_of(sign | (magnitude < 0x400 ? subnormal : normal)));
+  }
+  template <class T>
+  static GENOPT_INLINE Stored encode(T x) {
+    const uint32_t bits = bits_of(static_cast<float>(x));
+    const uint32_t magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    // 0.5 has its last place where the smallest fp16 subnormal stands: adding it rounds there.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uint32_t beyond = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint32_t in_range = magnitude < (113u << 23) ? subnormal : normal;
+    return static_cast<Stored>(sign | (magnitude >= 0x477ff000 ? beyond : in_range));
+  }
+};
+
+constexpr int size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
+// Calls visit(codec) with the codec of a dtype.
+template <class Visit>
+GENOPT_INLINE auto with_codec(DType type, Visit&& visit) {
+  switch (type) {
+    case DType::kFloat64:
+      return visit(Float64{});
+    case DType::kBFloat16:
+      return visit(BFloat16{});
+    case DType::kFloat16:
+      return visit(Float16{});
+    default:
+      return visit(Float32{});
+  }
+}
+
+}  // namespace genopt

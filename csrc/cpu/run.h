@@ -1,0 +1,24 @@
+// The CPU backend: chooses the instruction set at run time and spreads the tiles of a plan over threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace genopt::cpu {
+
+// The instruction set in use: "default", "avx2" or "avx512", as torch names them. The best that this
+// processor has, or the one that GENOPT_CPU_CAPABILITY names; throws std::runtime_error where that
+// variable names none, or one that this processor lacks.
+const std::string& capability();
+
+// Those that this build and this processor both have, best first.
+std::vector<std::string> capabilities();
+
+const KernelTable& kernel_table();
+
+// Runs a prepared plan on up to `threads` threads. Results do not depend on their number.
+void run(const Plan& plan, int threads);
+
+}  // namespace genopt::cpu

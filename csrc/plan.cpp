@@ -1,0 +1,131 @@
+// The plan's arithmetic: rules as data, merged layouts, tile numbers and per-step scalars. See plan.h.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+
+namespace genopt {
+namespace {
+
+template <class Rule>
+typename Rule::Options options_of(const Options& values) {
+  static_assert(sizeof(typename Rule::Options) == std::size(Rule::kOptions) * sizeof(double));
+  static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates);
+  typename Rule::Options options;
+  std::memcpy(&options, values.data(), sizeof options);
+  return options;
+}
+
+template <class Rule, class T>
+void construct(const Options& values, double t, bool fresh, void* storage) {
+  using Update = typename Rule::template Update<T>;
+  static_assert(sizeof(Update) <= sizeof(Prepared::update) && alignof(Update) <= 16);
+  new (storage) Update(options_of<Rule>(values), t, fresh);
+}
+
+template <class Rule>
+RuleInfo describe(int index) {
+  return {Rule::kName,
+          index,
+          Rule::kHasStep,
+          {std::begin(Rule::kStates), std::end(Rule::kStates)},
+          {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
+          [](const Options& values) { return Rule::used_states(options_of<Rule>(values)); },
+          [](const Options& values, double t, bool fresh, bool in_double, void* storage) {
+            (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, fresh, storage);
+          }};
+}
+
+
+// Adds in the counter's own precision, as torch does.
+double advance_step(const Row& row) {
+  if (row.step_dtype == DType::kFloat64) return *static_cast<double*>(row.step) += 1.0;
+  return *static_cast<float*>(row.step) += 1.0f;
+}
+
+}  // namespace
+
+const std::vector<RuleInfo>& rule_infos() {
+  static const std::vector<RuleInfo> infos = [] {
+    std::vector<RuleInfo> list;
+    for_each_rule([&]<class Rule, int kIndex>() { list.push_back(describe<Rule>(kIndex)); });
+    return list;
+  }();
+  return infos;
+}
+
+const RuleInfo& rule_info(const std::string& name) {
+  for (const RuleInfo& info : rule_infos())
+    if (name == info.name) return info;
+  throw std::invalid_argument("genopt_ext has no rule named '" + name + "'");
+}
+
+Layout make_layout(const std::vector<int64_t>& sizes, const std::array<const int64_t*, kOperands>& strides) {
+  // The parameter's memory order: largest stride first, dimensions of size 1 left out.
+  std::vector<int> order;
+  for (int d = 0; d < static_cast<int>(sizes.size()); ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return strides[kParam][a] > strides[kParam][b]; });
+
+  Layout layout;
+  for (const int d : order) {
+    bool merge = !layout.sizes.empty();
+    for (int k = 0; k < kOperands; ++k)
+      merge = merge && (!strides[k] || layout.strides[k].back() == strides[k][d] * sizes[d]);
+    if (merge) {
+      layout.sizes.back() *= sizes[d];
+    } else {
+      layout.sizes.push_back(sizes[d]);
+    }
+    for (int k = 0; k < kOperands; ++k) {
+      if (!strides[k]) continue;
+      if (merge) {
+        layout.strides[k].back() = strides[k][d];
+      } else {
+        layout.strides[k].push_back(strides[k][d]);
+      }
+    }
+  }
+  // An operand that lies dense in this order needs no strides.
+  for (auto& operand : layout.strides) {
+    int64_t expected = 1;
+    bool dense = true;
+    for (size_t d = operand.size(); d-- > 0; expected *= layout.sizes[d]) dense = dense && operand[d] == expected;
+    if (dense) operand.clear();
+  }
+  return layout;
+}
+
+void Plan::prepare(const KernelTable& kernels) {
+  prepared_.clear();
+  total_tiles_ = 0;
+  // Rows mostly share their group's step count: the last one made for a group, a compute type and
+  // freshness is tried first.
+  struct Last {
+    double t = -1;
+    int prepared = 0;
+  };
+  std::vector<Last> last(groups.size() * 4);
+  for (Row& row : rows) {
+    row.first_tile = total_tiles_;
+    if (!row.active) continue;
+    const double t = row.step ? advance_step(row) : 0;
+    const bool in_double = row.dtype[kParam] == DType::kFloat64;
+    Last& memo = last[row.group * 4 + in_double * 2 + row.fresh];
+    if (memo.t != t) {
+      const Options& options = groups[row.group];
+      Prepared& made = prepared_.emplace_back();
+      made.kernel = kernels[rule.index][rule.used_states(options)][in_double];
+      rule.make_update(options, t, row.fresh, in_double, made.update);
+      memo = {t, static_cast<int>(prepared_.size()) - 1};
+    }
+    row.prepared = memo.prepared;
+    total_tiles_ += row.tiles();
+  }
+}
+
+}  // namespace genopt

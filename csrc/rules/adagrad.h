@@ -1,0 +1,52 @@
+// Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011). With s the sum of g^2:
+//
+//   g <- g + w p
+//   s <- s + g^2
+//   p <- p - lr / (1 + (t - 1) lr_decay)  g / (sqrt(s) + eps)
+#pragma once
+
+#include "math.h"
+
+namespace genopt {
+
+struct Adagrad {
+  static constexpr const char* kName = "adagrad";
+  static constexpr bool kHasStep = true;
+  static constexpr const char* kStates[] = {"sum"};
+  static constexpr unsigned kSum = 0b1;
+  using Masks = StateMasks<kSum>;
+
+  static constexpr OptionName kOptions[] = {{"lr"}, {"lr_decay"}, {"eps"}, {"weight_decay"}, {"maximize"}};
+  struct Options {
+    double lr, lr_decay, eps, weight_decay, maximize;
+  };
+
+  static unsigned used_states(const Options&) {
+    return kSum;
+  }
+
+  template <class T>
+  struct Update {
+    double rate;
+    T eps, l2;
+    bool maximize;
+
+    Update(const Options& o, double t, bool /*fresh*/) {
+      rate = o.lr / (1.0 + (t - 1.0) * o.lr_decay);
+      eps = static_cast<T>(o.eps);
+      l2 = static_cast<T>(o.weight_decay);
+      maximize = o.maximize != 0;
+    }
+
+    template <unsigned kUsed>
+    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
+      T& s = state[0];
+      if (maximize) g = -g;
+      if (l2 != T(0)) g = g + l2 * p;
+      s = s + g * g;
+      p = descend(p, rate, g / (square_root(s) + eps));
+    }
+  };
+};
+
+}  // namespace genopt

@@ -1,0 +1,65 @@
+// Adam (Kingma and Ba, arXiv 1412.6980), AdamW (Loshchilov and Hutter, arXiv 1711.05101) and AMSGrad
+// (Reddi et al., 2018). With p parameter, g gradient, m and v the averages of g and g^2, w weight decay:
+//
+//   g <- g + w p                               Adam only
+//   m <- lerp(m, g, 1 - beta1)
+//   v <- lerp(v, g^2, 1 - beta2)               then with amsgrad: v' = max(v', v)
+//   p <- p - (lr w p  +  a m / (sqrt(v) + e))  the decay term in AdamW only
+//
+// where a = lr sqrt(1 - beta2^t) / (1 - beta1^t) and e = eps sqrt(1 - beta2^t) fold both bias
+// corrections. Decay and update leave p in one subtraction: p is rounded once a step.
+#pragma once
+
+#include "math.h"
+
+namespace genopt {
+
+struct Adam {
+  static constexpr const char* kName = "adam";
+  static constexpr bool kHasStep = true;
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr unsigned kMoments = 0b011, kWithMaximum = 0b111;
+  using Masks = StateMasks<kMoments, kWithMaximum>;
+
+  static constexpr OptionName kOptions[] = {{"lr"},      {"betas", 0}, {"betas", 1}, {"eps"}, {"weight_decay"},
+                                            {"amsgrad"}, {"maximize"}, {"decoupled_weight_decay"}};
+  struct Options {
+    double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
+  };
+
+  static unsigned used_states(const Options& o) {
+    return o.amsgrad != 0 ? kWithMaximum : kMoments;
+  }
+
+  template <class T>
+  struct Update {
+    T m_weight, v_weight, rate, eps, l2, decay;
+    bool maximize;
+
+    Update(const Options& o, double t, bool /*fresh*/) {
+      const double correction = std::sqrt(1.0 - power(o.beta2, t));
+      m_weight = static_cast<T>(1.0 - o.beta1);
+      v_weight = static_cast<T>(1.0 - o.beta2);
+      rate = static_cast<T>(o.lr * correction / (1.0 - power(o.beta1, t)));
+      eps = static_cast<T>(o.eps * correction);
+      l2 = static_cast<T>(o.decoupled_weight_decay != 0 ? 0.0 : o.weight_decay);
+      decay = static_cast<T>(o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0.0);
+      maximize = o.maximize != 0;
+    }
+
+    template <unsigned kUsed>
+    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
+      auto& [m, v, v_max] = state;
+      if (maximize) g = -g;
+      if (l2 != T(0)) g = g + l2 * p;
+      m = lerp(m, g, m_weight);
+      v = lerp_square(v, g, v_weight);
+      if constexpr (kUsed == kWithMaximum) v_max = maximum(v_max, v);
+      T u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
+      if (decay != T(0)) u = decay * p + u;
+      p = p - u;
+    }
+  };
+};
+
+}  // namespace genopt

@@ -1,0 +1,28 @@
+// The list of rules. A new optimizer adds its header and its name here.
+#pragma once
+
+#include <tuple>
+
+#include "adagrad.h"
+#include "adam.h"
+#include "rmsprop.h"
+#include "sgd.h"
+
+namespace genopt {
+
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad>;
+
+constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
+constexpr int kMaxStates = 3;
+constexpr int kMaxOptions = 8;
+
+// Calls visit.template operator()<Rule, index>() for every rule.
+template <class Visit, int kIndex = 0>
+void for_each_rule(Visit&& visit) {
+  if constexpr (kIndex < kRules) {
+    visit.template operator()<std::tuple_element_t<kIndex, Rules>, kIndex>();
+    for_each_rule<Visit, kIndex + 1>(std::forward<Visit>(visit));
+  }
+}
+
+}  // namespace genopt

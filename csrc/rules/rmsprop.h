@@ -1,0 +1,67 @@
+// RMSprop (Tieleman and Hinton, lecture 6.5, 2012), centered (Graves, arXiv 1308.0850) and with momentum.
+// With s the average of g^2, c the average of g, b the momentum buffer:
+//
+//   g <- g + w p
+//   s <- lerp(s, g^2, 1 - alpha)
+//   c <- lerp(c, g, 1 - alpha)                 centered only; then s - c^2 stands for s below
+//   b <- momentum b + g / (sqrt(s) + eps)      without momentum: b = g / (sqrt(s) + eps)
+//   p <- p - lr b
+//
+// s - c^2 is known only to one rounding of s: it is kept at or above that, so that a constant gradient
+// does not end in the square root of a negative number.
+#pragma once
+
+#include "math.h"
+
+namespace genopt {
+
+struct RMSprop {
+  static constexpr const char* kName = "rmsprop";
+  static constexpr bool kHasStep = true;
+  static constexpr const char* kStates[] = {"square_avg", "momentum_buffer", "grad_avg"};
+  static constexpr unsigned kSquare = 0b001, kMomentum = 0b010, kCentered = 0b100;
+  using Masks = StateMasks<kSquare, kSquare | kMomentum, kSquare | kCentered, kSquare | kMomentum | kCentered>;
+
+  static constexpr OptionName kOptions[] = {{"lr"},       {"alpha"},    {"eps"},     {"weight_decay"},
+                                            {"momentum"}, {"centered"}, {"maximize"}};
+  struct Options {
+    double lr, alpha, eps, weight_decay, momentum, centered, maximize;
+  };
+
+  static unsigned used_states(const Options& o) {
+    return kSquare | (o.momentum > 0 ? kMomentum : 0) | (o.centered != 0 ? kCentered : 0);
+  }
+
+  template <class T>
+  struct Update {
+    T rate, weight, eps, l2, momentum;
+    bool maximize;
+
+    Update(const Options& o, double /*t*/, bool /*fresh*/) {
+      rate = static_cast<T>(o.lr);
+      weight = static_cast<T>(1.0 - o.alpha);
+      eps = static_cast<T>(o.eps);
+      l2 = static_cast<T>(o.weight_decay);
+      momentum = static_cast<T>(o.momentum);
+      maximize = o.maximize != 0;
+    }
+
+    template <unsigned kUsed>
+    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
+      auto& [s, b, c] = state;
+      if (maximize) g = -g;
+      if (l2 != T(0)) g = g + l2 * p;
+      s = lerp_square(s, g, weight);
+      T variance = s;
+      if constexpr ((kUsed & kCentered) != 0) {
+        c = lerp(c, g, weight);
+        variance = maximum(s - c * c, std::numeric_limits<T>::epsilon() * s);
+      }
+      T u = g / (square_root(variance) + eps);
+      if constexpr ((kUsed & kMomentum) != 0) u = b = momentum * b + u;
+      p = p - rate * u;
+    }
+  };
+};
+
+}  // namespace genopt

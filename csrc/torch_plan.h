@@ -1,0 +1,389 @@
+// The plan's torch side: at every step it reads an optimizer's Python objects afresh (param_groups,
+// state, gradients) into plan rows. No pointer is kept from one step to the next, so nothing can be
+// stale; what is kept only says where to look first and whether memory has moved.
+//
+// A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device,
+// a tensor subclass, ...) is "odd": the step then changes nothing and names the odd rows.
+// Python (optim/optimizer.py) makes the state, raises the error or lets the reference serve the row.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <optional>
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "cpu/run.h"
+#include "overlap.h"
+#include "plan.h"
+
+namespace genopt {
+
+// A Python call failed; the interpreter holds the error.
+struct PythonError {};
+
+// Why a step was not taken. Rows are numbered across all groups.
+struct Refusal {
+  std::vector<int64_t> rows;
+  std::vector<int64_t> groups;  // with an option that is no finite number
+  std::vector<std::pair<int64_t, int64_t>> overlaps;
+};
+
+inline std::optional<DType> plain_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+    case at::kComplexDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Whether memory alone tells the tensor's values: a strided CPU tensor, neither lazily conjugated or
+// negated, nor of a subclass or transform with a dispatch of its own.
+inline bool is_plain(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet kOthers(
+      {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
+       c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
+  const c10::DispatchKeySet keys = t.key_set();
+  return keys.has(c10::DispatchKey::CPU) && !keys.has_any(kOthers) && plain_dtype(t.scalar_type()).has_value();
+}
+
+class TorchPlan {
+ public:
+  explicit TorchPlan(const std::string& rule) : plan_(rule_info(rule)) {
+    for (const OptionName& option : plan_.rule.options) option_keys_.push_back(PyUnicode_InternFromString(option.key));
+    for (const char* name : plan_.rule.states) state_keys_.push_back(PyUnicode_InternFromString(name));
+  }
+
+  // Takes one step, or changes nothing and says why. `fresh` rows have states made for this step;
+  // `skipped` rows are served elsewhere. Called with the GIL; a Python error is thrown as such.
+  std::optional<Refusal> step(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& fresh,
+                              const std::vector<int64_t>& skipped) {
+    if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    Refusal refusal;
+    read_groups(param_groups, refusal);
+    find_states(state);
+    layouts_.clear();
+    std::vector<bool> skip(params_.size());
+    for (const int64_t row : skipped) skip.at(row) = true;
+    bool moved = recheck_overlaps_;
+    int64_t elements = 0;
+    for (size_t r = 0; r < params_.size(); ++r) {
+      Row& row = plan_.rows[r];
+      row.active = row.fresh = false;
+      if (skip[r]) continue;
+      if (!read_row(r, state)) {
+        refusal.rows.push_back(static_cast<int64_t>(r));
+      } else if (row.active) {
+        const uint64_t place = fingerprint(row);
+        moved |= place != places_[r];
+        places_[r] = place;
+        elements += row.numel;
+      }
+    }
+    if (moved) check_overlaps(refusal);
+    if (!refusal.rows.empty() || !refusal.groups.empty() || !refusal.overlaps.empty()) return refusal;
+    for (const int64_t row : fresh) plan_.rows.at(row).fresh = true;
+
+    plan_.prepare(cpu::kernel_table());
+    run(elements);
+    return std::nullopt;
+  }
+
+ private:
+  static constexpr int kStepHandle = kOperands;
+
+  // The tensors of one row, borrowed for one step.
+  using Handles = std::array<const at::Tensor*, kOperands + 1>;
+
+  void read_groups(PyObject* param_groups, Refusal& refusal) {
+    params_.clear();
+    const Py_ssize_t count = PyList_Size(param_groups);
+    if (count < 0) throw PythonError();
+    plan_.groups.assign(count, Options{});
+    masks_.assign(count, 0);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* group = PyList_GET_ITEM(param_groups, i);
+      static PyObject* const params_key = PyUnicode_InternFromString("params");
+      PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
+      if (!params || !PyList_Check(params)) throw std::invalid_argument("a param group has no list of 'params'");
+      if (!read_options(group, plan_.groups[i])) refusal.groups.push_back(i);
+      masks_[i] = plan_.rule.used_states(plan_.groups[i]);
+      const size_t first = params_.size(), last = first + PyList_GET_SIZE(params);
+      params_.resize(last);
+      if (plan_.rows.size() < last) plan_.rows.resize(last);
+      for (size_t r = first; r < last; ++r) {
+        params_[r] = PyList_GET_ITEM(params, r - first);
+        plan_.rows[r].group = static_cast<int>(i);
+      }
+    }
+    plan_.rows.resize(params_.size());
+    handles_.resize(params_.size());
+    places_.resize(params_.size());
+  }
+
+  bool read_options(PyObject* group, Options& options) const {
+    for (size_t i = 0; i < option_keys_.size(); ++i) {
+      PyObject* value = PyDict_GetItemWithError(group, option_keys_[i]);
+      const int item = plan_.rule.options[i].item;
+      if (value && item >= 0) value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
+                                      : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
+                                                                                             : nullptr;
+      if (!value || PyUnicode_Check(value)) return false;
+      if (PyFloat_CheckExact(value)) {
+        options[i] = PyFloat_AS_DOUBLE(value);
+      } else if (THPVariable_Check(value)) {
+        const at::Tensor& tensor = THPVariable_Unpack(value);
+        if (tensor.numel() != 1 || tensor.is_complex()) return false;
+        options[i] = tensor.item().toDouble();
+      } else {
+        options[i] = PyFloat_AsDouble(value);
+        if (PyErr_Occurred()) {
+          PyErr_Clear();
+          return false;
+        }
+      }
+      if (!std::isfinite(options[i])) return false;
+    }
+    return true;
+  }
+
+  // Finds each parameter's state dict. Hashing a tensor calls Python, so the order in which `state`
+  // held its keys last time is tried first: reading it through costs nanoseconds a tensor.
+  void find_states(PyObject* state) {
+    if (!PyDict_Check(state)) throw std::invalid_argument("an optimizer's state must be a dict");
+    if (static_cast<size_t>(PyDict_Size(state)) == order_.size() && match_states(state)) return;
+    std::unordered_map<PyObject*, int64_t> row_of;
+    for (size_t r = 0; r < params_.size(); ++r) row_of.emplace(params_[r], static_cast<int64_t>(r));
+    order_.clear();
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
+      const auto found = row_of.find(key);
+      order_.push_back(found == row_of.end() ? -1 : found->second);
+    }
+    match_states(state);
+  }
+
+  bool match_states(PyObject* state) {
+    states_.assign(params_.size(), nullptr);
+    PyObject *key, *value;
+    size_t i = 0;
+    for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value); ++i) {
+      const int64_t row = order_[i];
+      if (row < 0) continue;
+      if (row >= static_cast<int64_t>(params_.size()) || params_[row] != key) return false;
+      states_[row] = value;
+    }
+    return true;
+  }
+
+  static bool is_key(PyObject* key, PyObject* wanted) {
+    return key == wanted || (PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0);
+  }
+
+  // False: odd. A row without gradient is fine, and inactive.
+  bool read_row(size_t r, PyObject* state) {
+    if (!THPVariable_Check(params_[r])) return false;
+    const at::Tensor& param = THPVariable_Unpack(params_[r]);
+    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    if (!grad.defined()) return true;
+    if (!is_plain(param) || !is_plain(grad) || param.is_inference() || grad.scalar_type() != param.scalar_type() ||
+        grad.sizes() != param.sizes())
+      return false;
+
+    Handles& handles = handles_[r];
+    handles.fill(nullptr);
+    handles[kParam] = &param;
+    handles[kGrad] = &grad;
+    if (!read_state(r, state, handles)) return false;
+
+    Row& row = plan_.rows[r];
+    row.active = true;
+    row.numel = param.numel() * (param.is_complex() ? 2 : 1);
+    row.layout = nullptr;
+    bool contiguous = true, same_strides = param.is_non_overlapping_and_dense();
+    for (int k = 0; k < kOperands; ++k) {
+      if (!handles[k]) {
+        row.data[k] = nullptr;
+        continue;
+      }
+      const at::Tensor& t = *handles[k];
+      contiguous = contiguous && t.is_contiguous();
+      same_strides = same_strides && t.strides() == param.strides();
+      row.dtype[k] = *plain_dtype(t.scalar_type());
+      row.data[k] = k == kGrad ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
+    }
+    if (!contiguous && !same_strides) row.layout = &layouts_.emplace_back(layout_of(handles));
+    return true;
+  }
+
+  bool read_state(size_t r, PyObject* state, Handles& handles) {
+    const unsigned used = masks_[plan_.rows[r].group];
+    const bool has_step = plan_.rule.has_step;
+    Row& row = plan_.rows[r];
+    row.step = nullptr;
+    if (!used && !has_step) return true;
+    PyObject* entries = states_[r];
+    if (!entries) {
+      entries = PyDict_GetItemWithError(state, params_[r]);
+      if (!entries && PyErr_Occurred()) throw PythonError();
+      order_.clear();  // learn the order anew at the next step
+    }
+    if (!entries || !PyDict_Check(entries)) return false;
+
+    static PyObject* const step_key = PyUnicode_InternFromString("step");
+    const at::Tensor& param = *handles[kParam];
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);) {
+      int operand = -1;
+      if (has_step && is_key(key, step_key)) operand = kStepHandle;
+      for (size_t k = 0; operand < 0 && k < state_keys_.size(); ++k)
+        if ((used >> k & 1) && is_key(key, state_keys_[k])) operand = kState + static_cast<int>(k);
+      if (operand < 0) continue;
+      if (!THPVariable_Check(value)) return false;
+      const at::Tensor& t = THPVariable_Unpack(value);
+      if (!is_plain(t) || t.is_inference()) return false;
+      if (operand == kStepHandle) {
+        if (t.numel() != 1 || (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble)) return false;
+        row.step = t.mutable_data_ptr();
+        row.step_dtype = *plain_dtype(t.scalar_type());
+      } else if (t.sizes() != param.sizes() || t.is_complex() != param.is_complex()) {
+        return false;
+      }
+      handles[operand] = &t;
+    }
+    for (size_t k = 0; k < state_keys_.size(); ++k)
+      if ((used >> k & 1) && !handles[kState + k]) return false;
+    return !has_step || row.step;
+  }
+
+  // A complex tensor is a real one with a last dimension of 2.
+  static std::vector<int64_t> real_view(at::IntArrayRef dims, bool complex, int64_t factor, int64_t last) {
+    std::vector<int64_t> result(dims.begin(), dims.end());
+    if (!complex) return result;
+    for (int64_t& each : result) each *= factor;
+    result.push_back(last);
+    return result;
+  }
+
+  static Layout layout_of(const Handles& handles) {
+    const bool complex = handles[kParam]->is_complex();
+    std::array<std::vector<int64_t>, kOperands> strides;
+    std::array<const int64_t*, kOperands> pointers{};
+    for (int k = 0; k < kOperands; ++k) {
+      if (!handles[k]) continue;
+      strides[k] = real_view(handles[k]->strides(), complex, 2, 1);
+      pointers[k] = strides[k].data();
+    }
+    return make_layout(real_view(handles[kParam]->sizes(), complex, 1, 2), pointers);
+  }
+
+  // Where a row writes, as one number: when it changes, overlaps are looked for again.
+  uint64_t fingerprint(const Row& row) const {
+    uint64_t hash = 0x9e3779b97f4a7c15u;
+    const auto mix = [&hash](uint64_t value) { hash = (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29); };
+    for (int k = 0; k < kOperands; ++k)
+      if (k != kGrad) mix(reinterpret_cast<uintptr_t>(row.data[k]));
+    mix(reinterpret_cast<uintptr_t>(row.step));
+    mix(row.numel);
+    if (row.layout) {
+      for (const int64_t size : row.layout->sizes) mix(size);
+      for (const auto& operand : row.layout->strides)
+        for (const int64_t stride : operand) mix(stride);
+    }
+    return hash;
+  }
+
+  // Looks at what all rows write, with or without a gradient now, so that it need not be done again
+  // when a gradient comes. A pair of which one has none does no harm yet: it is looked at every time.
+  void check_overlaps(Refusal& refusal) {
+    std::vector<Region> regions;
+    const auto add = [&](const at::Tensor& t, size_t r) {
+      if (!is_plain(t)) return;
+      Region& region = regions.emplace_back(
+          Region{static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)});
+      if (t.is_non_overlapping_and_dense()) return;
+      region.sizes = t.sizes().vec();
+      region.strides = t.strides().vec();
+    };
+    for (size_t r = 0; r < params_.size(); ++r) {
+      if (!THPVariable_Check(params_[r])) continue;
+      add(THPVariable_Unpack(params_[r]), r);
+      PyObject *entries = states_[r], *key, *value;
+      if (!entries || !PyDict_Check(entries)) continue;
+      for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);)
+        if (THPVariable_Check(value)) add(THPVariable_Unpack(value), r);
+    }
+    recheck_overlaps_ = false;
+    for (const auto& [a, b] : find_overlaps(std::move(regions))) {
+      if (plan_.rows[a].active && plan_.rows[b].active) refusal.overlaps.emplace_back(a, b);
+      recheck_overlaps_ = true;
+    }
+  }
+
+  void run(int64_t elements) {
+    const int threads = at::get_num_threads();
+    // A long run lets other Python threads work, and so holds what they could take away.
+    constexpr int64_t kLong = 1 << 20;
+    if (elements < kLong) {
+      cpu::run(plan_, threads);
+      bump_versions();
+      return;
+    }
+    std::vector<at::Tensor> held;
+    for (size_t r = 0; r < params_.size(); ++r)
+      if (plan_.rows[r].active)
+        for (const at::Tensor* t : handles_[r])
+          if (t) held.push_back(*t);
+    for (size_t r = 0, i = 0; r < params_.size(); ++r)
+      if (plan_.rows[r].active)
+        for (const at::Tensor*& t : handles_[r])
+          if (t) t = &held[i++];
+    busy_ = true;
+    Py_BEGIN_ALLOW_THREADS;
+    cpu::run(plan_, threads);
+    Py_END_ALLOW_THREADS;
+    busy_ = false;
+    bump_versions();
+  }
+
+  // Autograd then knows that these changed; torch's own fused kernels leave this out.
+  void bump_versions() const {
+    for (size_t r = 0; r < params_.size(); ++r) {
+      if (!plan_.rows[r].active) continue;
+      for (int k = 0; k <= kStepHandle; ++k)
+        if (k != kGrad && handles_[r][k]) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
+    }
+  }
+
+  Plan plan_;
+  bool busy_ = false;
+  bool recheck_overlaps_ = false;
+  std::vector<PyObject*> option_keys_, state_keys_;  // interned, never freed
+  std::vector<int64_t> order_;                       // the row of each key of `state`, in its order; -1: of none
+
+  // Per row, filled at every step.
+  std::vector<PyObject*> params_, states_;
+  std::vector<Handles> handles_;
+  std::deque<Layout> layouts_;
+  std::vector<unsigned> masks_;  // per group: the states in use
+
+  std::vector<uint64_t> places_;  // fingerprints of the last overlap check
+};
+
+}  // namespace genopt

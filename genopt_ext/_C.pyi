@@ -1,0 +1,19 @@
+"""The native kernels of genopt_ext: csrc/bindings.cpp."""
+
+from collections.abc import Sequence
+from typing import Any
+
+class Plan:
+    def __init__(self, rule: str) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        fresh: Sequence[int],
+        skipped: Sequence[int],
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]] | None: ...
+
+def rules() -> dict[str, tuple[bool, list[str], list[tuple[str, int]]]]: ...
+def cpu_capability() -> str: ...
+def cpu_capabilities() -> list[str]: ...
+def stream(arrays: Sequence[tuple[int, bool]], bytes: int, threads: int) -> None: ...

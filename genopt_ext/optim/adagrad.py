@@ -1,0 +1,95 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Range
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    """Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011), as :class:`torch.optim.Adagrad`.
+
+    Args:
+        params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
+            complex, of any shape and strides.
+        lr: learning rate, a number or a 1-element tensor, read at every step.
+        lr_decay: step ``t`` uses ``lr / (1 + (t - 1) * lr_decay)``.
+        weight_decay: L2 penalty.
+        initial_accumulator_value: where the sum of squares starts.
+        eps: added to the denominator.
+        foreach, fused: accepted: every step is fused and covers all tensors at once.
+        maximize: ascend instead of descending.
+        differentiable: refused; use :class:`torch.optim.Adagrad`.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+
+    State per parameter, under torch's names and made by the constructor: ``step`` (0-dim float32) and
+    ``sum``, in the parameter's shape and dtype.
+
+    Raises:
+        TypeError: an argument or a parameter of the wrong type.
+        ValueError: an argument out of its range.
+    """
+
+    rule = "adagrad"
+    sparse_class = "torch.optim.Adagrad"
+    ranges = {
+        "lr": Range("learning rate"),
+        "lr_decay": Range("lr_decay value"),
+        "weight_decay": Range("weight_decay value"),
+        "initial_accumulator_value": Range("initial_accumulator_value value"),
+        "eps": Range("epsilon value"),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._begin(
+            backend,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            differentiable=differentiable,
+        )
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    @classmethod
+    def state_names(cls, group: dict[str, Any]) -> list[str]:
+        return ["sum"]
+
+    @classmethod
+    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
+        return {name: group[name] for name in ("lr", "lr_decay", "eps", "weight_decay", "maximize")}
+
+    def _initial_value(self, param: Tensor, name: str) -> complex:
+        value = self.defaults["initial_accumulator_value"]
+        return complex(value, value) if param.is_complex() else value

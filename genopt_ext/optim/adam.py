@@ -1,0 +1,130 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Range
+
+
+class Adam(FusedOptimizer, torch.optim.Adam):
+    """Adam (Kingma and Ba, `arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`_), as :class:`torch.optim.Adam`.
+
+    Args:
+        params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
+            complex, of any shape and strides.
+        lr: learning rate, a number or a 1-element tensor, read at every step.
+        betas: decay rates of the averages of the gradient and of its square, both in [0, 1).
+        eps: added to the denominator.
+        weight_decay: L2 penalty (in :class:`AdamW`: decoupled decay, times ``lr``).
+        amsgrad: divide by the largest average so far.
+        maximize: ascend instead of descending.
+        decoupled_weight_decay: decay as :class:`AdamW` does.
+        foreach, fused: accepted: every step is fused and covers all tensors at once.
+        capturable: refused on CPU, where there are no graphs to capture.
+        differentiable: refused; use :class:`torch.optim.Adam`.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+
+    State per parameter, under torch's names: ``step`` (0-dim float32), ``exp_avg``, ``exp_avg_sq`` and,
+    with ``amsgrad``, ``max_exp_avg_sq``, in the parameter's shape and dtype.
+
+    Raises:
+        TypeError: an argument or a parameter of the wrong type.
+        ValueError: an argument out of its range.
+    """
+
+    rule = "adam"
+    sparse_class = "torch.optim.SparseAdam"
+    ranges = {
+        "lr": Range("learning rate"),
+        "betas": Range("beta parameter at index {}", below=1.0, items=2),
+        "eps": Range("epsilon value"),
+        "weight_decay": Range("weight_decay value"),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        self._begin(backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+
+    @classmethod
+    def state_names(cls, group: dict[str, Any]) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
+
+    @classmethod
+    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
+        names = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+        beta1, beta2 = group["betas"]
+        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, `arXiv 1711.05101 <https://arxiv.org/abs/1711.05101>`_), as
+    :class:`torch.optim.AdamW`: :class:`Adam` with decoupled weight decay, 0.01 by default.
+
+    Decay and update leave the parameter in one subtraction, which rounds it once a step.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._begin(backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable)
+        # Past Adam.__init__ to torch.optim.AdamW's, which sets decoupled_weight_decay.
+        super(Adam, self).__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )

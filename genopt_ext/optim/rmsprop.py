@@ -1,0 +1,98 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Range
+
+
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
+    """RMSprop (Tieleman and Hinton, 2012), centered (Graves, `arXiv 1308.0850
+    <https://arxiv.org/abs/1308.0850>`_) and with momentum, as :class:`torch.optim.RMSprop`.
+
+    Args:
+        params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
+            complex, of any shape and strides.
+        lr: learning rate, a number or a 1-element tensor, read at every step.
+        alpha: decay rate of the average of squared gradients.
+        eps: added to the denominator.
+        weight_decay: L2 penalty.
+        momentum: decay rate of a momentum buffer; 0 keeps no buffer.
+        centered: divide by the gradient's standard deviation instead of its root mean square. The
+            variance is kept at or above one rounding of the mean square, where torch may give NaN.
+        capturable: refused on CPU, where there are no graphs to capture.
+        foreach: accepted: every step covers all tensors at once.
+        maximize: ascend instead of descending.
+        differentiable: refused; use :class:`torch.optim.RMSprop`.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+
+    State per parameter, under torch's names: ``step`` (0-dim float32), ``square_avg`` and, as options
+    ask, ``momentum_buffer`` and ``grad_avg``, in the parameter's shape and dtype.
+
+    Raises:
+        TypeError: an argument or a parameter of the wrong type.
+        ValueError: an argument out of its range.
+    """
+
+    rule = "rmsprop"
+    ranges = {
+        "lr": Range("learning rate"),
+        "alpha": Range("alpha value"),
+        "eps": Range("epsilon value"),
+        "weight_decay": Range("weight_decay value"),
+        "momentum": Range("momentum value"),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        self._begin(
+            backend,
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            differentiable=differentiable,
+        )
+        super().__init__(
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable=capturable,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
+
+    @classmethod
+    def state_names(cls, group: dict[str, Any]) -> list[str]:
+        momentum = ["momentum_buffer"] if group["momentum"] > 0 else []
+        return ["square_avg", *momentum] + (["grad_avg"] if group["centered"] else [])
+
+    @classmethod
+    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
+        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+        return {name: group[name] for name in names}

@@ -1,0 +1,90 @@
+"""SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import FusedOptimizer, Range
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    """Stochastic gradient descent with momentum (Sutskever et al., 2013), as :class:`torch.optim.SGD`.
+
+    Args:
+        params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
+            complex, of any shape and strides.
+        lr: learning rate, a number or a 1-element tensor, read at every step.
+        momentum: decay rate of the momentum buffer; 0 keeps no buffer.
+        dampening: the gradient enters the buffer times ``1 - dampening``, except at the first step.
+        weight_decay: L2 penalty.
+        nesterov: look ahead along the buffer; needs momentum and no dampening.
+        maximize: ascend instead of descending.
+        foreach, fused: accepted: every step is fused and covers all tensors at once.
+        differentiable: refused; use :class:`torch.optim.SGD`.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+
+    State per parameter, under torch's name: ``momentum_buffer``, in the parameter's shape and dtype.
+
+    Raises:
+        TypeError: an argument or a parameter of the wrong type.
+        ValueError: an argument out of its range.
+    """
+
+    rule = "sgd"
+    has_step = False
+    sparse_class = "torch.optim.SGD"
+    ranges = {
+        "lr": Range("learning rate"),
+        "momentum": Range("momentum value"),
+        "dampening": Range("dampening value", at_least=None),
+        "weight_decay": Range("weight_decay value"),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._begin(
+            backend,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            differentiable=differentiable,
+        )
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    @classmethod
+    def state_names(cls, group: dict[str, Any]) -> list[str]:
+        return ["momentum_buffer"] if group["momentum"] != 0 else []
+
+    @classmethod
+    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return {name: group[name] for name in names}
