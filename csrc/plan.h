@@ -59,7 +59,7 @@ using KernelTable = std::array<std::array<std::array<TileKernel, 2>, 1 << kMaxSt
 // What rows of the same group, step count and compute type share.
 struct Prepared {
   TileKernel kernel;
-  alignas(16) unsigned char update[64];
+  alignas(16) unsigned char update[96];
 };
 
 // A rule as data: what Python and the plan need to know of it.

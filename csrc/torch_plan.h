@@ -84,6 +84,7 @@ class TorchPlan {
     bool moved = recheck_overlaps_;
     int64_t elements = 0;
     for (size_t r = 0; r < params_.size(); ++r) {
+      prefetch(r + kAhead);
       Row& row = plan_.rows[r];
       row.active = row.fresh = false;
       if (skip[r]) continue;
@@ -111,6 +112,43 @@ class TorchPlan {
   // The tensors of one row, borrowed for one step.
   using Handles = std::array<const at::Tensor*, kOperands + 1>;
 
+  // A row's objects lie scattered in memory: reading them waits for the cache unless they are asked for
+  // ahead. Where they were at the last step is only a hint, never followed.
+  struct Hint {
+    const void* object;
+    const void* impl;
+    const void* storage;
+    const void* version;
+  };
+  static constexpr size_t kAhead = 8;
+
+  static Hint hint_of(const at::Tensor& t, const void* object) {
+    const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+    // VariableVersion is one pointer to a counter.
+    const void* version = *reinterpret_cast<void* const*>(&impl->version_counter());
+    return {object, impl, impl->unsafe_storage().unsafeGetStorageImpl(), version};
+  }
+
+  static void fetch(const void* address, int bytes) {
+    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte);
+  }
+
+  void prefetch(size_t r) const {
+    if (r >= params_.size()) return;
+    fetch(states_[r], 64);
+    for (const Hint& hint : hints_[r]) {
+      if (!hint.impl) continue;
+      fetch(hint.object, 64);
+      fetch(hint.impl, sizeof(c10::TensorImpl));
+      fetch(hint.storage, 128);
+      fetch(hint.version, 16);
+    }
+    // The gradient is another one at every step; the parameter that holds it was asked for a while ago.
+    if (r < kAhead / 2 || !THPVariable_CheckExact(params_[r - kAhead / 2])) return;
+    const at::Tensor& grad = THPVariable_Unpack(params_[r - kAhead / 2]).unsafeGetTensorImpl()->grad();
+    if (grad.defined()) fetch(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  }
+
   void read_groups(PyObject* param_groups, Refusal& refusal) {
     params_.clear();
     const Py_ssize_t count = PyList_Size(param_groups);
@@ -135,6 +173,7 @@ class TorchPlan {
     plan_.rows.resize(params_.size());
     handles_.resize(params_.size());
     places_.resize(params_.size());
+    hints_.resize(params_.size());
   }
 
   bool read_options(PyObject* group, Options& options) const {
@@ -192,8 +231,15 @@ class TorchPlan {
     return true;
   }
 
-  static bool is_key(PyObject* key, PyObject* wanted) {
-    return key == wanted || (PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0);
+  // The operand that a state dict holds under `key`; -1: none. Keys are mostly the interned ones.
+  int operand_of(PyObject* key) const {
+    for (const bool by_value : {false, true})
+      for (size_t k = 0; k <= state_keys_.size(); ++k) {
+        PyObject* const wanted = k == state_keys_.size() ? step_key_ : state_keys_[k];
+        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0 : key == wanted)
+          return k == state_keys_.size() ? kStepHandle : kState + static_cast<int>(k);
+      }
+    return -1;
   }
 
   // False: odd. A row without gradient is fine, and inactive.
@@ -228,6 +274,8 @@ class TorchPlan {
       row.dtype[k] = *plain_dtype(t.scalar_type());
       row.data[k] = k == kGrad ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
     }
+    for (int k = 0; k <= kStepHandle; ++k)
+      hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], k == kParam ? params_[r] : nullptr) : Hint{};
     if (!contiguous && !same_strides) row.layout = &layouts_.emplace_back(layout_of(handles));
     return true;
   }
@@ -246,15 +294,11 @@ class TorchPlan {
     }
     if (!entries || !PyDict_Check(entries)) return false;
 
-    static PyObject* const step_key = PyUnicode_InternFromString("step");
     const at::Tensor& param = *handles[kParam];
     PyObject *key, *value;
     for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);) {
-      int operand = -1;
-      if (has_step && is_key(key, step_key)) operand = kStepHandle;
-      for (size_t k = 0; operand < 0 && k < state_keys_.size(); ++k)
-        if ((used >> k & 1) && is_key(key, state_keys_[k])) operand = kState + static_cast<int>(k);
-      if (operand < 0) continue;
+      const int operand = operand_of(key);
+      if (operand < 0 || (operand == kStepHandle ? !has_step : !(used >> (operand - kState) & 1))) continue;
       if (!THPVariable_Check(value)) return false;
       const at::Tensor& t = THPVariable_Unpack(value);
       if (!is_plain(t) || t.is_inference()) return false;
@@ -338,9 +382,10 @@ class TorchPlan {
 
   void run(int64_t elements) {
     const int threads = at::get_num_threads();
-    // A long run lets other Python threads work, and so holds what they could take away.
-    constexpr int64_t kLong = 1 << 20;
-    if (elements < kLong) {
+    // A long run lets other Python threads work, and so holds what they could take away: worth it where
+    // rows are large, as holding one costs about as much as stepping a thousand elements.
+    constexpr int64_t kLong = 1 << 20, kLongRow = 1 << 14;
+    if (elements < kLong || elements < kLongRow * static_cast<int64_t>(params_.size())) {
       cpu::run(plan_, threads);
       bump_versions();
       return;
@@ -365,6 +410,11 @@ class TorchPlan {
   // Autograd then knows that these changed; torch's own fused kernels leave this out.
   void bump_versions() const {
     for (size_t r = 0; r < params_.size(); ++r) {
+      if (r + kAhead < params_.size())
+        for (const Hint& hint : hints_[r + kAhead]) {
+          __builtin_prefetch(hint.impl);
+          __builtin_prefetch(hint.version, 1);
+        }
       if (!plan_.rows[r].active) continue;
       for (int k = 0; k <= kStepHandle; ++k)
         if (k != kGrad && handles_[r][k]) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
@@ -374,7 +424,8 @@ class TorchPlan {
   Plan plan_;
   bool busy_ = false;
   bool recheck_overlaps_ = false;
-  std::vector<PyObject*> option_keys_, state_keys_;  // interned, never freed
+  PyObject* const step_key_ = PyUnicode_InternFromString("step");  // as all keys: interned, never freed
+  std::vector<PyObject*> option_keys_, state_keys_;
   std::vector<int64_t> order_;                       // the row of each key of `state`, in its order; -1: of none
 
   // Per row, filled at every step.
@@ -383,6 +434,7 @@ class TorchPlan {
   std::deque<Layout> layouts_;
   std::vector<unsigned> masks_;  // per group: the states in use
 
+  std::vector<std::array<Hint, kOperands + 1>> hints_;
   std::vector<uint64_t> places_;  // fingerprints of the last overlap check
 };
 

@@ -33,7 +33,7 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp(max=torch.finfo(x.dtype).max)
 
 
-def _lerp_square(average: Tensor, g: Tensor, weight: float) -> Tensor:
+def _average_square(average: Tensor, g: Tensor, weight: float) -> Tensor:
     return _lerp(_finite(average), _finite(g * g), weight)
 
 
@@ -82,7 +82,7 @@ def adam(
     if l2 != 0:
         g = g + p * l2
     m = state["exp_avg"] = _lerp(state["exp_avg"], g, _rounded(1.0 - beta1, p))
-    v = state["exp_avg_sq"] = _lerp_square(state["exp_avg_sq"], g, _rounded(1.0 - beta2, p))
+    v = state["exp_avg_sq"] = _average_square(state["exp_avg_sq"], g, _rounded(1.0 - beta2, p))
     if amsgrad:
         v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
     u = m * rate / (_sqrt(v) + _rounded(eps * correction, p))
@@ -139,7 +139,7 @@ def rmsprop(
         g = -g
     if l2 != 0:
         g = g + p * l2
-    s = variance = state["square_avg"] = _lerp_square(state["square_avg"], g, weight)
+    s = variance = state["square_avg"] = _average_square(state["square_avg"], g, weight)
     if centered:
         c = state["grad_avg"] = _lerp(state["grad_avg"], g, weight)
         variance = torch.maximum(s - c * c, s * torch.finfo(s.dtype).eps)

@@ -64,6 +64,18 @@ const Capability& chosen() {
 // Below this much work for a thread, waking it costs more than it brings.
 constexpr int64_t kTilesPerThread = 128;
 
+// Asks for the first lines of a row a few rows on: a walk over many small tensors would else wait for each.
+void prefetch_ahead(const Plan& plan, int64_t r) {
+  constexpr int64_t kRowsAhead = 3, kBytes = 512;
+  if (r + kRowsAhead >= static_cast<int64_t>(plan.rows.size())) return;
+  const Row& row = plan.rows[r + kRowsAhead];
+  for (int k = 0; k < kOperands; ++k) {
+    const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
+    for (int64_t byte = 0; row.data[k] && byte < bytes; byte += 64)
+      __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte, k != kGrad);
+  }
+}
+
 // Runs tiles [begin, end) of the whole plan.
 void run_range(const Plan& plan, int64_t begin, int64_t end) {
   const auto& rows = plan.rows;
@@ -74,6 +86,7 @@ void run_range(const Plan& plan, int64_t begin, int64_t end) {
   for (; begin < end; ++row) {
     const int64_t last = std::min(end, row->first_tile + row->tiles());
     if (begin >= last) continue;
+    prefetch_ahead(plan, row - rows.begin());
     const Prepared& prepared = plan.prepared()[row->prepared];
     prepared.kernel(prepared.update, *row, begin - row->first_tile, last - row->first_tile);
     begin = last;

@@ -51,53 +51,74 @@ GENOPT_INLINE void poke(char* address, typename Codec::Stored value) {
   std::memcpy(address, &value, sizeof value);
 }
 
-// One operand of one tile: loaded on construction, stored back by store().
+// The loops stand in functions of their own, not inlined: the compiler then vectorizes each of them.
+
+template <class Codec, class T>
+__attribute__((noinline)) void decode(const char* from, int count, T* to) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) to[i] = Codec::template decode<T>(peek<Codec>(from + i * sizeof(typename Codec::Stored)));
+}
+
+template <class Codec, class T>
+__attribute__((noinline)) void encode(const T* from, int count, char* to) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) poke<Codec>(to + i * sizeof(typename Codec::Stored), Codec::encode(from[i]));
+}
+
+template <class T, unsigned kUsed, class Update>
+__attribute__((noinline)) void apply(const Update& shared, T* p, const T* g, T* s0, T* s1, T* s2, int vectors) {
+  constexpr bool kHas0 = (kUsed & 1) != 0, kHas1 = (kUsed & 2) != 0, kHas2 = (kUsed & 4) != 0;
+  const Update update = shared;  // a copy, which no store below can change
+#pragma GCC ivdep
+  for (int i = 0; i < vectors * kLanes; ++i) {
+    T param = p[i], x0 = kHas0 ? s0[i] : T(0), x1 = kHas1 ? s1[i] : T(0), x2 = kHas2 ? s2[i] : T(0);
+    update.template apply<kUsed>(param, g[i], x0, x1, x2);
+    p[i] = param;
+    if constexpr (kHas0) s0[i] = x0;
+    if constexpr (kHas1) s1[i] = x1;
+    if constexpr (kHas2) s2[i] = x2;
+  }
+}
+
+// One operand of one tile, in values of the compute type: in place where it is stored so, else in a buffer.
 template <class T>
 class TileOperand {
  public:
-  GENOPT_INLINE void load(const Row& row, int operand, int64_t start, int count, int padded) {
+  T* load(const Row& row, int operand, int64_t start, int count, int padded) {
     dtype_ = row.dtype[operand];
     count_ = count;
     strides_ = row.layout && !row.layout->strides[operand].empty() ? &row.layout->strides[operand] : nullptr;
     base_ = static_cast<char*>(row.data[operand]);
+    in_place_ = false;
     if (strides_) {
       locate(row.layout->sizes, *strides_, start, count, offsets_);
+      with_codec(dtype_, [this](auto codec) {
+        using Codec = decltype(codec);
+        for (int i = 0; i < count_; ++i)
+          buffer_[i] = Codec::template decode<T>(peek<Codec>(base_ + offsets_[i] * sizeof(typename Codec::Stored)));
+      });
     } else {
       base_ += start * size_of(dtype_);
-      const bool aligned = reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
-      if (dtype_ == kComputeDType<T> && count == padded && aligned) {
-        values = reinterpret_cast<T*>(base_);  // in place: no copy, nothing to store
-        return;
-      }
+      in_place_ = dtype_ == kComputeDType<T> && count == padded && reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
+      if (in_place_) return reinterpret_cast<T*>(base_);
+      with_codec(dtype_, [this](auto codec) { decode<decltype(codec)>(base_, count_, buffer_); });
     }
-    values = buffer_;
-    with_codec(dtype_, [&](auto codec) {
-      using Codec = decltype(codec);
-      constexpr int kSize = sizeof(typename Codec::Stored);
-      if (strides_) {
-        for (int i = 0; i < count; ++i)
-          buffer_[i] = Codec::template decode<T>(peek<Codec>(base_ + offsets_[i] * kSize));
-      } else {
-        for (int i = 0; i < count; ++i) buffer_[i] = Codec::template decode<T>(peek<Codec>(base_ + i * kSize));
-      }
-    });
-    for (int i = count; i < padded; ++i) buffer_[i] = T(0);
+    std::fill(buffer_ + count, buffer_ + padded, T(0));
+    return buffer_;
   }
 
-  GENOPT_INLINE void store() {
-    if (values != buffer_) return;
-    with_codec(dtype_, [&](auto codec) {
+  void store() {
+    if (in_place_) return;
+    if (!strides_) {
+      with_codec(dtype_, [this](auto codec) { encode<decltype(codec)>(buffer_, count_, base_); });
+      return;
+    }
+    with_codec(dtype_, [this](auto codec) {
       using Codec = decltype(codec);
-      constexpr int kSize = sizeof(typename Codec::Stored);
-      if (strides_) {
-        for (int i = 0; i < count_; ++i) poke<Codec>(base_ + offsets_[i] * kSize, Codec::encode(buffer_[i]));
-      } else {
-        for (int i = 0; i < count_; ++i) poke<Codec>(base_ + i * kSize, Codec::encode(buffer_[i]));
-      }
+      for (int i = 0; i < count_; ++i)
+        poke<Codec>(base_ + offsets_[i] * sizeof(typename Codec::Stored), Codec::encode(buffer_[i]));
     });
   }
-
-  T* values;
 
  private:
   alignas(64) T buffer_[kTile];
@@ -106,45 +127,36 @@ class TileOperand {
   const std::vector<int64_t>* strides_;
   DType dtype_;
   int count_;
+  bool in_place_;
 };
 
-template <class T, unsigned kUsed, class Update>
-GENOPT_INLINE void apply(const Update& update, T* p, const T* g, T* const (&states)[kMaxStates], int count) {
-  T *const s0 = states[0], *const s1 = states[1], *const s2 = states[2];
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) {
-    T param = p[i], state[kMaxStates] = {};
-    if constexpr ((kUsed & 1) != 0) state[0] = s0[i];
-    if constexpr ((kUsed & 2) != 0) state[1] = s1[i];
-    if constexpr ((kUsed & 4) != 0) state[2] = s2[i];
-    update.template apply<kUsed>(param, g[i], state);
-    p[i] = param;
-    if constexpr ((kUsed & 1) != 0) s0[i] = state[0];
-    if constexpr ((kUsed & 2) != 0) s1[i] = state[1];
-    if constexpr ((kUsed & 4) != 0) s2[i] = state[2];
-  }
+// Asks for an operand's memory from element `start` on. Loading, computing and storing a tile take turns;
+// with the next tile under way the memory is not idle while the rule computes.
+inline void prefetch(const Row& row, int operand, int64_t start, int count) {
+  if (!row.data[operand] || (row.layout && !row.layout->strides[operand].empty())) return;
+  const int size = size_of(row.dtype[operand]);
+  const char* const from = static_cast<const char*>(row.data[operand]) + start * size;
+  for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
 }
 
 template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
-  const auto update = *static_cast<const typename Rule::template Update<T>*>(storage);
-  TileOperand<T> p, g, state[kMaxStates];
+  const auto& update = *static_cast<const typename Rule::template Update<T>*>(storage);
+  TileOperand<T> operands[kOperands];
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t start = tile * kTile;
     const int count = static_cast<int>(std::min<int64_t>(kTile, row.numel - start));
-    const int padded = (count + kLanes - 1) & ~(kLanes - 1);
-    T* states[kMaxStates] = {};
-    p.load(row, kParam, start, count, padded);
-    g.load(row, kGrad, start, count, padded);
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (!(kUsed >> k & 1)) continue;
-      state[k].load(row, kState + k, start, count, padded);
-      states[k] = state[k].values;
-    }
-    apply<T, kUsed>(update, p.values, g.values, states, padded);
-    p.store();
-    for (int k = 0; k < kMaxStates; ++k)
-      if (kUsed >> k & 1) state[k].store();
+    const int vectors = (count + kLanes - 1) / kLanes;
+    T* values[kOperands] = {};
+    if (tile + 1 < end)
+      for (int k = 0; k < kOperands; ++k) prefetch(row, k, start + kTile, kTile);
+    for (int k = 0; k < kOperands; ++k)
+      if (k < kState || (kUsed >> (k - kState) & 1))
+        values[k] = operands[k].load(row, k, start, count, vectors * kLanes);
+    apply<T, kUsed>(update, values[kParam], values[kGrad], values[kState], values[kState + 1], values[kState + 2],
+                    vectors);
+    for (int k = 0; k < kOperands; ++k)
+      if (k != kGrad && values[k]) operands[k].store();
   }
 }
 

@@ -28,21 +28,19 @@ struct Adagrad {
   template <class T>
   struct Update {
     double rate;
-    T eps, l2;
-    bool maximize;
+    T eps, sign, l2;
 
     Update(const Options& o, double t, bool /*fresh*/) {
       rate = o.lr / (1.0 + (t - 1.0) * o.lr_decay);
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);
-      maximize = o.maximize != 0;
+      sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
     template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
-      T& s = state[0];
-      if (maximize) g = -g;
-      if (l2 != T(0)) g = g + l2 * p;
+    GENOPT_INLINE void apply(T& p, T g, T& s, T&, T&) const {
+      g = sign * g;
+      g = l2 != T(0) ? g + l2 * p : g;
       s = s + g * g;
       p = descend(p, rate, g / (square_root(s) + eps));
     }

@@ -33,30 +33,29 @@ struct Adam {
 
   template <class T>
   struct Update {
-    T m_weight, v_weight, rate, eps, l2, decay;
-    bool maximize;
+    Lerp<T> m_lerp, v_lerp;
+    T rate, eps, sign, l2, decay;
 
     Update(const Options& o, double t, bool /*fresh*/) {
       const double correction = std::sqrt(1.0 - power(o.beta2, t));
-      m_weight = static_cast<T>(1.0 - o.beta1);
-      v_weight = static_cast<T>(1.0 - o.beta2);
+      m_lerp = Lerp<T>(1.0 - o.beta1);
+      v_lerp = Lerp<T>(1.0 - o.beta2);
       rate = static_cast<T>(o.lr * correction / (1.0 - power(o.beta1, t)));
       eps = static_cast<T>(o.eps * correction);
       l2 = static_cast<T>(o.decoupled_weight_decay != 0 ? 0.0 : o.weight_decay);
       decay = static_cast<T>(o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0.0);
-      maximize = o.maximize != 0;
+      sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
     template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
-      auto& [m, v, v_max] = state;
-      if (maximize) g = -g;
-      if (l2 != T(0)) g = g + l2 * p;
-      m = lerp(m, g, m_weight);
-      v = lerp_square(v, g, v_weight);
+    GENOPT_INLINE void apply(T& p, T g, T& m, T& v, T& v_max) const {
+      g = sign * g;
+      g = l2 != T(0) ? g + l2 * p : g;
+      m = m_lerp(m, g);
+      v = average_square(v, g, v_lerp);
       if constexpr (kUsed == kWithMaximum) v_max = maximum(v_max, v);
       T u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
-      if (decay != T(0)) u = decay * p + u;
+      u = decay != T(0) ? decay * p + u : u;
       p = p - u;
     }
   };

@@ -21,10 +21,18 @@ namespace genopt {
 // More accurate than beta * start + (1 - beta) * end: its fixed point does not move with the rounding
 // of beta, and it rounds once at the size of the result.
 template <class T>
-GENOPT_INLINE T lerp(T start, T end, T weight) {
-  const T difference = end - start;
-  return weight < T(0.5) ? start + weight * difference : end - (T(1) - weight) * difference;
-}
+struct Lerp {
+  T coefficient, from_end;  // a flag as a number: compilers vectorize a choice by it, and not by a bool
+
+  Lerp() = default;
+  explicit Lerp(double weight) : coefficient(static_cast<T>(weight)), from_end(coefficient < T(0.5) ? T(0) : T(1)) {
+    coefficient = coefficient - from_end;
+  }
+
+  GENOPT_INLINE T operator()(T start, T end) const {
+    return (from_end != T(0) ? end : start) + coefficient * (end - start);
+  }
+};
 
 // Infinity becomes the largest finite number; NaN stays NaN.
 template <class T>
@@ -35,14 +43,15 @@ GENOPT_INLINE T finite(T x) {
 // The running average of squares. A gradient whose square overflows counts as the largest finite one:
 // the average stays finite and recovers, where infinity would freeze the parameter for good.
 template <class T>
-GENOPT_INLINE T lerp_square(T average, T g, T weight) {
-  return lerp(finite(average), finite(g * g), weight);
+GENOPT_INLINE T average_square(T average, T g, const Lerp<T>& lerp) {
+  return lerp(finite(average), finite(g * g));
 }
 
 // The larger one; NaN in either argument gives NaN (a plain maximum may lose it).
 template <class T>
 GENOPT_INLINE T maximum(T a, T b) {
-  return a > b || a != a ? a : b;
+  const T larger = a > b ? a : b;
+  return a != a ? a : larger;
 }
 
 GENOPT_INLINE float square_root(float x) {

@@ -34,27 +34,26 @@ struct RMSprop {
 
   template <class T>
   struct Update {
-    T rate, weight, eps, l2, momentum;
-    bool maximize;
+    Lerp<T> lerp;
+    T rate, eps, sign, l2, momentum;
 
     Update(const Options& o, double /*t*/, bool /*fresh*/) {
       rate = static_cast<T>(o.lr);
-      weight = static_cast<T>(1.0 - o.alpha);
+      lerp = Lerp<T>(1.0 - o.alpha);
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);
       momentum = static_cast<T>(o.momentum);
-      maximize = o.maximize != 0;
+      sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
     template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
-      auto& [s, b, c] = state;
-      if (maximize) g = -g;
-      if (l2 != T(0)) g = g + l2 * p;
-      s = lerp_square(s, g, weight);
+    GENOPT_INLINE void apply(T& p, T g, T& s, T& b, T& c) const {
+      g = sign * g;
+      g = l2 != T(0) ? g + l2 * p : g;
+      s = average_square(s, g, lerp);
       T variance = s;
       if constexpr ((kUsed & kCentered) != 0) {
-        c = lerp(c, g, weight);
+        c = lerp(c, g);
         variance = maximum(s - c * c, std::numeric_limits<T>::epsilon() * s);
       }
       T u = g / (square_root(variance) + eps);

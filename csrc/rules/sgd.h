@@ -30,26 +30,25 @@ struct Sgd {
   template <class T>
   struct Update {
     double rate;
-    T momentum, g_weight, l2;
-    bool nesterov, maximize, fresh;
+    T momentum, g_weight, sign, l2, nesterov, fresh;  // the last two: 0 or 1, see Lerp
 
-    Update(const Options& o, double /*t*/, bool fresh) : fresh(fresh) {
+    Update(const Options& o, double /*t*/, bool is_fresh) {
       rate = o.lr;
       momentum = static_cast<T>(o.momentum);
       g_weight = static_cast<T>(1.0 - o.dampening);
       l2 = static_cast<T>(o.weight_decay);
-      nesterov = o.nesterov != 0;
-      maximize = o.maximize != 0;
+      nesterov = o.nesterov != 0 ? T(1) : T(0);
+      fresh = is_fresh ? T(1) : T(0);
+      sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
     template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T (&state)[3]) const {
-      T& b = state[0];
-      if (maximize) g = -g;
-      if (l2 != T(0)) g = g + l2 * p;
+    GENOPT_INLINE void apply(T& p, T g, T& b, T&, T&) const {
+      g = sign * g;
+      g = l2 != T(0) ? g + l2 * p : g;
       if constexpr (kUsed == kWithMomentum) {
-        b = fresh ? g : momentum * b + g_weight * g;
-        g = nesterov ? g + momentum * b : b;
+        b = fresh != T(0) ? g : momentum * b + g_weight * g;
+        g = nesterov != T(0) ? g + momentum * b : b;
       }
       p = descend(p, rate, g);
     }
