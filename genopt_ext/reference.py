@@ -106,15 +106,15 @@ def sgd(
     maximize: bool,
 ) -> Tensor:
     """SGD with momentum, dampening and Nesterov momentum: ``csrc/rules/sgd.h``."""
-    l2, mu = _rounded(weight_decay, p), _rounded(momentum, p)
+    g = g.double()
     if maximize:
         g = -g
-    if l2 != 0:
-        g = g + p * l2
+    if weight_decay != 0:
+        g = g + p.double() * weight_decay
     if momentum != 0:
-        b = g if fresh else state["momentum_buffer"] * mu + g * _rounded(1.0 - dampening, p)
-        state["momentum_buffer"] = b
-        g = g + b * mu if nesterov else b
+        b = g if fresh else state["momentum_buffer"].double() * momentum + g * (1.0 - dampening)
+        state["momentum_buffer"] = b.to(p.dtype)
+        g = g + b * momentum if nesterov else b
     return _descend(p, lr, g)
 
 
@@ -146,7 +146,7 @@ def rmsprop(
     u = g / (_sqrt(variance) + _rounded(eps, p))
     if momentum > 0:
         u = state["momentum_buffer"] = state["momentum_buffer"] * _rounded(momentum, p) + u
-    return p - u * _rounded(lr, p)
+    return _descend(p, lr, u)
 
 
 def adagrad(

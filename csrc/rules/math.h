@@ -61,10 +61,10 @@ GENOPT_INLINE double square_root(double x) {
   return sqrt(x);
 }
 
-// p - rate * u, rounded once: the product of two floats is exact in double.
+// p - rate * u through double, so that p is rounded once, and the rate not at all.
 template <class T>
-GENOPT_INLINE T descend(T p, double rate, T u) {
-  return static_cast<T>(static_cast<double>(p) - rate * static_cast<double>(u));
+GENOPT_INLINE T descend(T p, double rate, double u) {
+  return static_cast<T>(static_cast<double>(p) - rate * u);
 }
 
 // base^n by repeated squaring: unlike pow, the same bits in every maths library.

@@ -34,11 +34,12 @@ struct RMSprop {
 
   template <class T>
   struct Update {
+    double rate;
     Lerp<T> lerp;
-    T rate, eps, sign, l2, momentum;
+    T eps, sign, l2, momentum;
 
     Update(const Options& o, double /*t*/, bool /*fresh*/) {
-      rate = static_cast<T>(o.lr);
+      rate = o.lr;
       lerp = Lerp<T>(1.0 - o.alpha);
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);
@@ -58,7 +59,7 @@ struct RMSprop {
       }
       T u = g / (square_root(variance) + eps);
       if constexpr ((kUsed & kMomentum) != 0) u = b = momentum * b + u;
-      p = p - rate * u;
+      p = descend(p, rate, u);
     }
   };
 };

@@ -27,28 +27,30 @@ struct Sgd {
     return o.momentum != 0 ? kWithMomentum : kPlain;
   }
 
+  // In double throughout, so that p and b are rounded once each: with momentum 0.9, rounding the 0.9
+  // alone would cost more accuracy than all else together.
   template <class T>
   struct Update {
-    double rate;
-    T momentum, g_weight, sign, l2, nesterov, fresh;  // the last two: 0 or 1, see Lerp
+    double rate, momentum, g_weight, sign, l2, nesterov, fresh;  // the last two: 0 or 1, see Lerp
 
     Update(const Options& o, double /*t*/, bool is_fresh) {
       rate = o.lr;
-      momentum = static_cast<T>(o.momentum);
-      g_weight = static_cast<T>(1.0 - o.dampening);
-      l2 = static_cast<T>(o.weight_decay);
-      nesterov = o.nesterov != 0 ? T(1) : T(0);
-      fresh = is_fresh ? T(1) : T(0);
-      sign = o.maximize != 0 ? T(-1) : T(1);
+      momentum = o.momentum;
+      g_weight = 1.0 - o.dampening;
+      sign = o.maximize != 0 ? -1.0 : 1.0;
+      l2 = o.weight_decay;
+      nesterov = o.nesterov != 0 ? 1.0 : 0.0;
+      fresh = is_fresh ? 1.0 : 0.0;
     }
 
     template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T& b, T&, T&) const {
-      g = sign * g;
-      g = l2 != T(0) ? g + l2 * p : g;
+    GENOPT_INLINE void apply(T& p, T grad, T& buffer, T&, T&) const {
+      double g = sign * static_cast<double>(grad);
+      g = l2 != 0.0 ? g + l2 * static_cast<double>(p) : g;
       if constexpr (kUsed == kWithMomentum) {
-        b = fresh != T(0) ? g : momentum * b + g_weight * g;
-        g = nesterov != T(0) ? g + momentum * b : b;
+        const double b = fresh != 0.0 ? g : momentum * static_cast<double>(buffer) + g_weight * g;
+        buffer = static_cast<T>(b);
+        g = nesterov != 0.0 ? g + momentum * b : b;
       }
       p = descend(p, rate, g);
     }

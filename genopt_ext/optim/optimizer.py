@@ -241,7 +241,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             i, _, p = places[r]
             group = self.param_groups[i]
             options = {name: float(value) for name, value in self.rule_options(group).items()}
-            reference.step(self.rule, p, p.grad, self.state[p], self.state_names(group), r in fresh, **options)
+            reference.step(self.rule, p, p.grad, self.state.get(p, {}), self.state_names(group), r in fresh, **options)
 
     def _make_state(self, places: list[Place]) -> list[dict[str, Tensor]]:
         # The step counters are views of one buffer: they stay together in memory.

@@ -1,0 +1,99 @@
+"""The table that tests iterate over: every optimizer with every option that changes its arithmetic.
+
+A new optimizer adds its entries here; test_api.py checks that none is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genopt_ext import optim
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.kwargs.items())])
+
+    def ours(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        return getattr(optim, self.name)(params, **self.kwargs, **more)
+
+    def torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        """torch's for-loop."""
+        return getattr(torch.optim, self.name)(params, **self.kwargs, foreach=False, **more)
+
+
+CASES = [
+    Case("Adam"),
+    Case("Adam", dict(lr=0.01, weight_decay=0.1, maximize=True)),
+    Case("Adam", dict(amsgrad=True, weight_decay=0.1, betas=(0.8, 0.95))),
+    Case("Adam", dict(betas=(0.0, 0.3), eps=1e-3)),
+    Case("Adam", dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case("AdamW"),
+    Case("AdamW", dict(lr=0.01, weight_decay=0.1, amsgrad=True, maximize=True)),
+    Case("SGD", dict(lr=0.1)),
+    Case("SGD", dict(lr=0.1, momentum=0.9)),
+    Case("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)),
+    Case("SGD", dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True)),
+    Case("RMSprop"),
+    Case("RMSprop", dict(weight_decay=0.1, momentum=0.9)),
+    Case("RMSprop", dict(centered=True, alpha=0.9)),
+    Case("RMSprop", dict(centered=True, momentum=0.5, weight_decay=0.1, maximize=True)),
+    Case("Adagrad"),
+    Case("Adagrad", dict(lr=0.1, lr_decay=0.5, weight_decay=0.1, initial_accumulator_value=0.1, maximize=True)),
+]
+FIRST = {case.name: case for case in CASES}
+# One case per class and set of states, for tests about state rather than arithmetic.
+STATEFUL = [CASES[i] for i in (0, 2, 6, 9, 14, 16)]
+
+
+def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    # bf16 and fp16 numbers are drawn in fp32: torch draws others for them.
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=wide).to(dtype)
+
+
+def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(randn(shape, seed + i, dtype)) for i, shape in enumerate(shapes)]
+
+
+def set_grads(params: list[Any], step: int, skip: Callable[[int], bool] = lambda i: False) -> None:
+    """The same gradients for the same step and shapes; None where ``skip`` says so."""
+    for i, p in enumerate(params):
+        p.grad = None if skip(i) else randn(p.shape, 1000 * (step + 1) + i, p.dtype)
+
+
+def train(opt: torch.optim.Optimizer, params: list[Any], steps: int = 3, first: int = 0) -> list[Any]:
+    for step in range(first, first + steps):
+        set_grads(params, step)
+        opt.step()
+    return params
+
+
+def assert_same_bits(a: Any, b: Any, what: object = "") -> None:
+    """Equal values, NaN at the same places; the case is in the message."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+
+
+def assert_same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer, what: object = "") -> None:
+    """The two optimizers' parameters and states agree bit for bit."""
+    sa, sb = a.state_dict()["state"], b.state_dict()["state"]
+    assert sa.keys() == sb.keys(), what
+    for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
+        for p, q in zip(group_a["params"], group_b["params"], strict=True):
+            assert_same_bits(p.detach(), q.detach(), what)
+    for key in sa:
+        assert sa[key].keys() == sb[key].keys(), what
+        for name in sa[key]:
+            assert_same_bits(sa[key][name], sb[key][name], f"{what} state {key} {name}")

@@ -1,0 +1,290 @@
+"""The same bits from kernels and reference: dtypes, sizes, threads, instruction sets, layouts, non-finite values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cases import CASES, DTYPES, SIZES, Case, assert_same_bits, assert_same_state, parameters, randn, set_grads, train
+from hypothesis import given, settings
+
+from genopt_ext import _backend
+
+pytestmark = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
+
+
+def run_both(case: Case, make_params, steps: int = 3, skip=lambda step, i: False, same=assert_same_state):
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        params = make_params()
+        before = [p.detach().clone() for p in params]
+        opt = case.ours(params, backend=backend)
+        for step in range(steps):
+            set_grads(params, step, lambda i, step=step: skip(step, i))
+            opt.step()
+        optimizers.append(opt)
+    same(*optimizers, case)
+    return optimizers[0], params, before
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64] + [torch.complex64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_equal_reference(case, dtype):
+    shapes = [(n,) for n in SIZES] + [(), (3, 5, 7), (1, 64)]
+    _, params, before = run_both(case, lambda: parameters(shapes, dtype), steps=4)
+    for p, old in zip(params, before, strict=True):
+        # lr * update may be below one rounding of a 16-bit parameter; elsewhere every element moves.
+        if dtype in (torch.float32, torch.complex64):
+            assert (p.detach() != old).all(), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_agrees_with_reference(case, dtype):
+    """Not bit for bit: torch's float64 square root is not always exactly rounded."""
+
+    def close(a, b, what):
+        for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13, msg=lambda text: f"{what}: {text}")
+
+    run_both(case, lambda: parameters([(n,) for n in SIZES], dtype), same=close)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_elements_do_not_depend_on_where_they_stand(case):
+    """Equal elements stay equal in every lane, tile and tail."""
+    p = torch.nn.Parameter(torch.full((1031,), 0.5))
+    opt = case.ours([p])
+    for value in (0.3, -0.7, 0.1):
+        p.grad = torch.full_like(p, value)
+        opt.step()
+    assert (p == p[0]).all(), case
+
+
+DIGEST = """
+import sys, torch
+sys.path[:0] = {path!r}
+torch.set_num_threads({threads})
+from cases import CASES, parameters, train
+from genopt_ext import _C
+bits = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for case in CASES:
+        params = parameters([(70_001,), (300, 7), (64,), ()], dtype)
+        train(case.ours(params, backend="cpu"), params)
+        bits += [p.detach().contiguous().view(torch.uint8) for p in params if p.dim()]
+print(_C.cpu_capability(), torch.hash_tensor(torch.cat([b.flatten() for b in bits])).item())
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch, "hash_tensor"), reason="torch has no hash_tensor")
+def test_same_bits_on_every_instruction_set_and_thread_count():
+    path = [os.path.dirname(__file__), *filter(None, sys.path)]
+    digests = {}
+    capabilities = _backend.native.cpu_capabilities()
+    for capability, threads in [(c, 2) for c in capabilities] + [(capabilities[0], 1), (capabilities[0], 3)]:
+        env = {**os.environ, "GENOPT_CPU_CAPABILITY": capability}
+        code = DIGEST.format(path=path, threads=threads)
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        used, digests[capability, threads] = out.stdout.split()
+        assert used == capability
+    assert len(set(digests.values())) == 1, digests
+
+
+def layouts(dtype=torch.float32):
+    """Parameters in every kind of layout, each of at least two tiles where it can be."""
+    base = randn((40, 30, 20), 1, dtype)
+    return {
+        "transposed": base.clone().transpose(0, 2),
+        "channels_last": randn((4, 6, 5, 7), 2, dtype).to(memory_format=torch.channels_last),
+        "every other": base.clone()[:, ::2, 1:],
+        "rows": base.clone()[3:30],
+        "odd offset": randn((1030,), 3, dtype)[1:],
+        "one column": base.clone()[:, 5, 7],
+        "flipped sizes": base.clone().permute(2, 0, 1)[1:],
+        "size one": randn((1, 300, 1), 4, dtype).transpose(0, 1),
+        "scalar of a view": base.clone()[1, 2, 3],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("case", [CASES[2], CASES[10], CASES[14], CASES[16]], ids=str)
+def test_layouts(case, layout, dtype):
+    results = []
+    for backend in ("cpu", "reference"):
+        t = layouts(dtype)[layout]
+        storage = t._base.clone() if t._base is not None else None
+        p = torch.nn.Parameter(t)
+        opt = case.ours([p], backend=backend)
+        for step in range(3):
+            grad = randn(p.shape, step, dtype)
+            p.grad = grad if step else torch.empty_strided(p.shape, p.stride(), dtype=dtype).copy_(grad)
+            opt.step()
+        assert p.stride() == layouts(dtype)[layout].stride()
+        results.append((opt, t, storage))
+    assert_same_state(results[0][0], results[1][0], (case, layout))
+    contiguous = torch.nn.Parameter(layouts(dtype)[layout].contiguous())
+    opt = case.ours([contiguous], backend="cpu")
+    for step in range(3):
+        contiguous.grad = randn(contiguous.shape, step, dtype)
+        opt.step()
+    assert_same_bits(results[0][1].detach(), contiguous.detach(), (case, layout))
+    # Nothing beside the view was written.
+    _, ours, before = results[0]
+    if before is not None:
+        ours.zero_()
+        before.as_strided(ours.shape, ours.stride(), ours.storage_offset()).zero_()
+        assert_same_bits(ours._base, before, (case, layout))
+
+
+def test_misaligned_memory():
+    """A tensor whose memory does not even start at a multiple of its element size."""
+    raw = bytearray(4 * 1000 + 1)
+    results = []
+    for backend in ("cpu", "reference"):
+        p = torch.frombuffer(bytearray(raw), dtype=torch.float32, offset=1, count=1000)
+        p.copy_(randn((1000,), 0))
+        opt = CASES[0].ours([p], backend=backend)
+        train(opt, [p])
+        results.append(p)
+    assert_same_bits(*results)
+
+
+NON_FINITE = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e20, 1e-40, -1e-45, 0.0, -0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_non_finite_and_denormal_values(case, dtype):
+    values = torch.tensor(NON_FINITE)
+    results = []
+    for backend in ("cpu", "reference"):
+        p = torch.nn.Parameter(values.repeat(40).to(dtype))
+        opt = case.ours([p], backend=backend)
+        for step in range(3):
+            p.grad = values.repeat_interleave(40).roll(step).to(dtype)
+            opt.step()
+        results.append(opt)
+    assert_same_state(*results, case)
+
+
+def test_huge_gradient_does_not_freeze_a_parameter():
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = CASES[0].ours([p])
+    p.grad = torch.full((3,), 1e20)  # its square overflows
+    opt.step()
+    assert torch.isfinite(opt.state[p]["exp_avg_sq"]).all() and torch.isfinite(p).all()
+
+
+def test_centered_rmsprop_of_a_constant_gradient_is_finite():
+    p = torch.nn.Parameter(torch.zeros(1000))
+    opt = Case("RMSprop", dict(centered=True, alpha=0.5)).ours([p])
+    grad = randn((1000,), 0)
+    for _ in range(200):
+        p.grad = grad
+        opt.step()
+    assert torch.isfinite(p).all()
+
+
+def test_denormals_do_not_depend_on_the_thread():
+    """The caller's flush-to-zero mode holds on every thread."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can not flush denormals")
+    try:
+        p = torch.nn.Parameter(torch.zeros(1 << 18))
+        opt = Case("SGD", dict(lr=1.0)).ours([p])
+        p.grad = torch.full_like(p, 1e-40)
+        opt.step()
+        assert (p.detach().view(torch.int32) == p.detach().view(torch.int32)[0]).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@st.composite
+def fuzzed(draw):
+    case = draw(st.sampled_from(CASES))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    tensors = []
+    for _ in range(draw(st.integers(1, 4))):
+        shape = draw(st.lists(st.integers(0, 9), max_size=4))
+        pads = [draw(st.integers(0, 2)) for _ in shape]
+        steps = [draw(st.integers(1, 3)) for _ in shape]
+        order = draw(st.permutations(range(len(shape))))
+        grad_order = draw(st.permutations(range(len(shape))))
+        tensors.append((tuple(shape), tuple(pads), tuple(steps), tuple(order), tuple(grad_order)))
+    nones = draw(st.lists(st.booleans(), min_size=12, max_size=12))
+    return case, dtype, tensors, nones
+
+
+def strided(values, pads, steps, order):
+    """``values`` in memory with gaps, in dimension order ``order``."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    sizes = [values.shape[d] * steps[d] + pads[d] for d in order]
+    room = torch.full(sizes, 7.0, dtype=values.dtype)
+    view = room[tuple(slice(pads[d], pads[d] + values.shape[d] * steps[d], steps[d]) for d in order)]
+    return view.permute(inverse).copy_(values) if order else values.clone()
+
+
+@settings(max_examples=60, deadline=None)
+@given(fuzzed())
+def test_fuzz(drawn):
+    case, dtype, tensors, nones = drawn
+    results = []
+    for backend in ("cpu", "reference"):
+        params = [
+            torch.nn.Parameter(strided(randn(shape, i, dtype), pads, steps, order))
+            for i, (shape, pads, steps, order, _) in enumerate(tensors)
+        ]
+        opt = case.ours(params, backend=backend)
+        for step in range(3):
+            for i, (p, (_, pads, steps, _, order)) in enumerate(zip(params, tensors, strict=True)):
+                grad = randn(p.shape, 100 * step + i, dtype)
+                p.grad = None if nones[3 * i + step] else strided(grad, pads, steps, order)
+            opt.step()
+        results.append(opt)
+    assert_same_state(*results, drawn)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_less_accurate_than_torch(case):
+    """Root mean square error against torch in float64 over 150 steps, for large, small and zero parameters."""
+    if case.name == "RMSprop" and case.kwargs.get("centered"):
+        steps = 20  # the variance of few gradients is near zero for some elements, where errors have no bound
+    else:
+        steps = 150
+    for scale in (1.0, 0.01, 0.0):
+        start = randn((20_000,), 0) * scale
+        errors = []
+        runs = [torch.nn.Parameter(start.to(d).clone()) for d in (torch.float64, torch.float32, torch.float32)]
+        opts = [case.torch([runs[0]]), case.torch([runs[1]]), case.ours([runs[2]])]
+        for step in range(steps):
+            grad = randn(start.shape, step + 1)
+            for p, opt in zip(runs, opts, strict=True):
+                p.grad = grad.to(p.dtype)
+                opt.step()
+        truth = runs[0].detach()
+        errors = [(p.detach().double() - truth).square().mean().sqrt().item() for p in runs[1:]]
+        # Where both round alike the two errors are samples of one distribution: 1 % covers the sampling.
+        assert errors[1] <= errors[0] * 1.01, (case, scale, errors)
+
+
+def test_many_groups_and_sizes_share_tiles():
+    """Rows of all sizes, groups with their own options, gradients that come and go."""
+    sizes = [(1 + 37 * i % 700,) for i in range(60)]
+    results = []
+    for backend in ("cpu", "reference"):
+        params = parameters(sizes)
+        groups = [dict(params=params[a:b], lr=0.001 * (a + 1)) for a, b in pairwise([0, 1, 10, 11, 40, 60])]
+        opt = CASES[6].ours(groups, backend=backend)
+        for step in range(5):
+            set_grads(params, step, lambda i, step=step: (i + step) % 3 == 0)
+            opt.step()
+        results.append(opt)
+    assert_same_state(*results)
