@@ -10,9 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-SOURCES = [
-    line for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and not line.startswith("#")
-]
+SOURCES = [line for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and not line.startswith("#")]
 # One rounding an operation, on every machine: see "Numbers" in csrc/README.md.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
@@ -34,7 +32,9 @@ def build_command() -> type[build_ext]:
         import torch
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
-        message = f"genopt_ext: building needs torch ({error}); install torch, then `pip install --no-build-isolation .`"
+        message = (
+            f"genopt_ext: building needs torch ({error}); install torch, then `pip install --no-build-isolation .`"
+        )
 
         class TorchMissing(build_ext):
             def run(self) -> None:

@@ -87,6 +87,7 @@ class TorchPlan {
       prefetch(r + kAhead);
       Row& row = plan_.rows[r];
       row.active = row.fresh = false;
+      has_grad_[r] = 0;
       if (skip[r]) continue;
       if (!read_row(r, state)) {
         refusal.rows.push_back(static_cast<int64_t>(r));
@@ -97,7 +98,8 @@ class TorchPlan {
         elements += row.numel;
       }
     }
-    if (moved) check_overlaps(refusal);
+    // With odd rows too: their state must not be made for a step that will be refused.
+    if (moved || !refusal.rows.empty()) check_overlaps(refusal);
     if (!refusal.rows.empty() || !refusal.groups.empty() || !refusal.overlaps.empty()) return refusal;
     for (const int64_t row : fresh) plan_.rows.at(row).fresh = true;
 
@@ -174,6 +176,7 @@ class TorchPlan {
     handles_.resize(params_.size());
     places_.resize(params_.size());
     hints_.resize(params_.size());
+    has_grad_.resize(params_.size());
   }
 
   bool read_options(PyObject* group, Options& options) const {
@@ -248,6 +251,7 @@ class TorchPlan {
     const at::Tensor& param = THPVariable_Unpack(params_[r]);
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return true;
+    has_grad_[r] = 1;
     if (!is_plain(param) || !is_plain(grad) || param.is_inference() || grad.scalar_type() != param.scalar_type() ||
         grad.sizes() != param.sizes())
       return false;
@@ -375,7 +379,7 @@ class TorchPlan {
     }
     recheck_overlaps_ = false;
     for (const auto& [a, b] : find_overlaps(std::move(regions))) {
-      if (plan_.rows[a].active && plan_.rows[b].active) refusal.overlaps.emplace_back(a, b);
+      if (has_grad_[a] && has_grad_[b]) refusal.overlaps.emplace_back(a, b);
       recheck_overlaps_ = true;
     }
   }
@@ -431,6 +435,7 @@ class TorchPlan {
   // Per row, filled at every step.
   std::vector<PyObject*> params_, states_;
   std::vector<Handles> handles_;
+  std::vector<char> has_grad_;
   std::deque<Layout> layouts_;
   std::vector<unsigned> masks_;  // per group: the states in use
 

@@ -26,7 +26,9 @@ def _load() -> tuple[ModuleType | None, ModuleType | None, str]:
         return None, None, f"the native extension is not built; {mend}"
     # Checked before the extension is loaded: with another torch it might crash instead of failing.
     if _minor(info.TORCH) != _minor(torch.__version__):
-        reason = f"the native extension was built with torch {info.TORCH} and runs with torch {torch.__version__}; {mend}"
+        reason = (
+            f"the native extension was built with torch {info.TORCH} and runs with torch {torch.__version__}; {mend}"
+        )
         return None, info, reason
     try:
         return importlib.import_module("genopt_ext._C"), info, ""

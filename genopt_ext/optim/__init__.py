@@ -6,10 +6,11 @@ from typing import Any
 import torch.optim as _torch_optim
 from torch.optim import *  # noqa: F403
 
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .rmsprop import RMSprop
-from .sgd import SGD
+from .adagrad import Adagrad as Adagrad
+from .adam import Adam as Adam
+from .adam import AdamW as AdamW
+from .rmsprop import RMSprop as RMSprop
+from .sgd import SGD as SGD
 
 OURS = ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD")
 __all__ = sorted({*getattr(_torch_optim, "__all__", ()), *OURS})  # noqa: PLE0605

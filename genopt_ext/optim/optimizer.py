@@ -83,6 +83,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _initial_value(self, param: Tensor, name: str) -> complex:
         return 0.0
 
+    # GradScaler must unscale and skip by itself, also with fused=True, for which torch's constructors
+    # announce a step that does both.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, announced: bool) -> None:
+        pass
+
     # Options
 
     def _begin(self, backend: str, **options: Any) -> None:
@@ -120,8 +130,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for k, p in enumerate(self.param_groups[i]["params"]):
                 if not (p.is_floating_point() or p.is_complex()):
                     raise TypeError(
-                        f"{type(self).__name__}: {self._name((i, k, p))}: parameters must be floating-point or complex, "
-                        f"got {p.dtype}; leave it out, as in [p for p in model.parameters() if p.requires_grad]"
+                        f"{type(self).__name__}: {self._name((i, k, p))}: parameters must be floating-point "
+                        f"or complex, got {p.dtype}; leave it out, as in [p for p in model.parameters() if p.requires_grad]"
                     )
         except (TypeError, ValueError):
             del self.param_groups[i]
@@ -191,8 +201,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # As the kernels serve GradScaler's ordinary path only, it must not leave unscaling to them.
-        self._step_supports_amp_scaling = False
         if self._resolved == "reference":
             rows = [r for r, (_, _, p) in enumerate(self._places()) if p.grad is not None]
             self._settle(rows, range(len(self.param_groups)), ())
@@ -240,6 +248,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for r in by_reference:
             i, _, p = places[r]
             group = self.param_groups[i]
+            assert p.grad is not None
             options = {name: float(value) for name, value in self.rule_options(group).items()}
             reference.step(self.rule, p, p.grad, self.state.get(p, {}), self.state_names(group), r in fresh, **options)
 
@@ -334,5 +343,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 refuse(f"state '{name}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
         step = state.get("step")
         if self.has_step and not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
-            refuse(f"state 'step' is {step!r}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))")
+            refuse(
+                f"state 'step' is {step!r}, expected a 0-dim float32 tensor",
+                "replace it with torch.tensor(float(step))",
+            )
         return False

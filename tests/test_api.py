@@ -1,0 +1,346 @@
+"""What a script that used torch.optim expects: signatures, names, hooks, closures, schedulers, AMP, torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from cases import CASES, STATEFUL, assert_same_bits, parameters, randn, set_grads, train
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.testing._internal.common_optimizers import optim_db
+
+from genopt_ext import _backend, optim, reference
+
+OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.OURS}
+
+
+@pytest.mark.parametrize("name", optim.OURS)
+def test_signatures_are_torchs(name):
+    ours = inspect.signature(getattr(optim, name)).parameters
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values() if p.name in theirs] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+    assert all(p.kind == p.KEYWORD_ONLY for p in ours.values() if p.name not in theirs)
+
+
+def test_every_other_name_is_torchs():
+    for name in dir(torch.optim):
+        if not name.startswith("__"):
+            own = name in optim.OURS or name in ("adam", "sgd", "rmsprop", "adagrad", "optimizer")
+            assert own or getattr(optim, name) is getattr(torch.optim, name), name
+    assert set(torch.optim.__all__) <= set(optim.__all__)
+    from genopt_ext.optim.lr_scheduler import StepLR
+
+    from genopt_ext.optim import lr_scheduler, swa_utils
+
+    assert lr_scheduler is torch.optim.lr_scheduler and swa_utils is torch.optim.swa_utils
+    assert StepLR is torch.optim.lr_scheduler.StepLR
+    with pytest.raises(AttributeError):
+        _ = optim.no_such_name
+
+
+def test_classes_are_torchs_subclasses():
+    for name in optim.OURS:
+        assert issubclass(getattr(optim, name), getattr(torch.optim, name))
+    assert issubclass(optim.AdamW, optim.Adam)
+
+
+def test_every_rule_has_its_parts():
+    """A rule has a reference, a class and entries in the table; Python and C++ agree on states and options."""
+    classes = {getattr(optim, name) for name in optim.OURS}
+    assert {c.rule for c in classes} == set(reference.RULES)
+    assert {case.name for case in CASES} == set(optim.OURS)
+    if _backend.native is None:
+        return
+    rules = _backend.native.rules()
+    assert set(rules) == set(reference.RULES)
+    for cls in classes:
+        has_step, states, options = rules[cls.rule]
+        assert has_step == cls.has_step
+        group = cls(parameters([(1,)])).param_groups[0]
+        everything = {**group, "amsgrad": True, "centered": True, "momentum": 0.9}
+        assert set(cls.state_names(everything)) == set(states)
+        assert {key for key, _ in options} <= set(group)
+        given = set(inspect.signature(reference.RULES[cls.rule]).parameters) - {"p", "g", "state", "t", "fresh"}
+        assert set(cls.rule_options(group)) == given and len(given) == len(options)
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_parity_with_torch_on_its_own_inputs(name, dtype):
+    """optim_db's inputs, with the class swapped, over several steps and shapes."""
+    for given in OURS[name].optim_inputs_func(device="cpu"):
+        runs = []
+        for module, more in ((optim, {}), (torch.optim, {"foreach": False})):
+            params = parameters([(10, 10), (7,), (), (300,), (0,)], dtype)
+            opt = getattr(module, name)(params, **given.kwargs, **more)
+            runs.append(train(opt, params, 6))
+        for p, q in zip(*runs, strict=True):
+            torch.testing.assert_close(p, q, msg=lambda text, given=given: f"{given}: {text}")
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_tensor_options(name):
+    """1-element tensors stand for numbers, read at every step."""
+    as_tensors = {"lr": torch.tensor([0.5], dtype=torch.float64)}
+    as_numbers = {"lr": 0.5}
+    if "Adam" in name:
+        as_tensors["betas"] = (torch.tensor([[0.75]]), torch.tensor(0.5))
+        as_numbers["betas"] = (0.75, 0.5)
+    runs = []
+    for options in (as_tensors, as_numbers):
+        params = parameters([(40,)])
+        opt = getattr(optim, name)(params, **options)
+        train(opt, params, 2)
+        opt.param_groups[0]["lr"] *= 0.5
+        runs.append(train(opt, params, 2, first=2))
+    assert_same_bits(runs[0][0].detach(), runs[1][0].detach())
+
+
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}], ids=str)
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_torchs_flags_change_no_numbers(name, flags):
+    if "fused" in flags and name == "RMSprop":
+        pytest.skip("torch's RMSprop has no fused")
+    runs = []
+    for options in (flags, {}):
+        params = parameters([(40,)])
+        runs.append(train(getattr(optim, name)(params, **options), params))
+    assert_same_bits(runs[0][0].detach(), runs[1][0].detach())
+
+
+def test_closure_and_hooks():
+    p = parameters([(4,)])[0]
+    opt = optim.AdamW([p])
+    calls = []
+    opt.register_step_pre_hook(lambda o, args, kwargs: calls.append("pre"))
+    opt.register_step_post_hook(lambda o, args, kwargs: calls.append("post"))
+    opt.register_state_dict_post_hook(lambda o, d: calls.append("state_dict"))
+    opt.register_load_state_dict_pre_hook(lambda o, d: calls.append("before load"))
+    opt.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+    both = register_optimizer_step_post_hook(lambda o, args, kwargs: calls.append("global"))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        opt.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = opt.step(closure)
+    both.remove()
+    assert loss.item() == pytest.approx(loss.item()) and calls == ["pre", "post", "global"]
+    opt.load_state_dict(opt.state_dict())
+    assert calls[3:] == ["state_dict", "before load", "loaded"]
+
+
+def test_zero_grad_and_frozen_parameters():
+    params = parameters([(4,), (5,)])
+    opt = optim.SGD(params, lr=0.1)
+    set_grads(params, 0)
+    opt.zero_grad(set_to_none=False)
+    assert all((p.grad == 0).all() for p in params)
+    opt.zero_grad()
+    assert all(p.grad is None for p in params)
+    opt.step()
+    params[0].requires_grad_(False)
+    before = params[0].detach().clone()
+    (params[1] * params[0].sum()).sum().backward()
+    opt.step()
+    assert_same_bits(params[0].detach(), before)
+    params[0].requires_grad_(True)
+    (params[1].detach() * params[0].sum()).sum().backward()
+    opt.step()
+    assert (params[0] != before).all()
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_schedulers_and_averages(case):
+    runs = []
+    for make in (case.ours, case.torch):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(20, 3)
+        opt = make(model.parameters())
+        schedulers = [
+            optim.lr_scheduler.OneCycleLR(opt, 0.01, total_steps=10, cycle_momentum=False),
+            optim.lr_scheduler.ExponentialLR(opt, 0.9),
+        ]
+        average = optim.swa_utils.AveragedModel(model)
+        for step in range(5):
+            opt.zero_grad()
+            model(randn((8, 20), step)).square().mean().backward()
+            opt.step()
+            average.update_parameters(model)
+            for scheduler in schedulers:
+                scheduler.step()
+        runs.append([*model.parameters(), *average.module.parameters(), torch.tensor(opt.param_groups[0]["lr"])])
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_unscales_and_skips(fused):
+    runs = []
+    for module in (optim, torch.optim):
+        params = parameters([(30,)])
+        opt = module.AdamW(params, lr=0.1, **({"fused": fused} if module is optim else {"foreach": False}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            opt.zero_grad()
+            loss = (params[0] * randn((30,), step)).sum() * (float("inf") if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+        assert opt.state[params[0]]["step"].item() == 3
+        runs.append(params)
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+
+
+def test_inside_torch_compile():
+    p = parameters([(30,)])[0]
+    q = torch.nn.Parameter(p.detach().clone())
+    compiled, eager = optim.AdamW([p]), optim.AdamW([q])
+
+    @torch.compile(backend="eager")
+    def step():
+        compiled.zero_grad()
+        (p * p).sum().backward()
+        compiled.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            step()
+    for _ in range(3):
+        eager.zero_grad()
+        (q * q).sum().backward()
+        eager.step()
+    torch.testing.assert_close(p, q)
+    assert compiled.state[p]["step"].item() == 3
+
+
+def test_lazily_conjugated_gradients():
+    runs = []
+    for grad in (randn((9,), 1, torch.complex64).conj(), randn((9,), 1, torch.complex64).conj().resolve_conj()):
+        p = parameters([(9,)], torch.complex64)[0]
+        p.grad = grad
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optim.AdamW([p]).step()
+        runs.append(p.detach())
+    assert_same_bits(*runs)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass with a dispatch of its own, such as DTensor has."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=False)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrap(x):
+            return x.inner if isinstance(x, Wrapped) else x
+
+        out = func(*torch.utils._pytree.tree_map(unwrap, args), **torch.utils._pytree.tree_map(unwrap, kwargs or {}))
+        in_place = func._schema.name.endswith("_")
+        return args[0] if in_place else torch.utils._pytree.tree_map_only(torch.Tensor, cls, out)
+
+
+@pytest.mark.skipif(_backend.native is None, reason="all is served by the reference then")
+def test_subclasses_are_served_by_the_reference_with_one_warning():
+    p, q = Wrapped(torch.ones(5)), torch.ones(5)
+    plain = torch.nn.Parameter(torch.ones(3))
+    p.grad, q.grad, plain.grad = Wrapped(torch.full((5,), 0.5)), torch.full((5,), 0.5), torch.ones(3)
+    opt = optim.AdamW([p, plain])
+    _backend._told.clear()
+    with pytest.warns(UserWarning, match="no kernels for Wrapped parameters.*reference"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+    other = optim.AdamW([q])
+    for _ in range(2):
+        other.step()
+    assert_same_bits(p.inner, q)
+    assert opt.state[plain]["step"].item() == 2
+
+
+def run(code, **env):
+    environ = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))}
+    return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+
+
+STEP = """
+import torch, warnings
+from genopt_ext import optim
+p = torch.nn.Parameter(torch.ones(5)); p.grad = torch.ones(5)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        optim.AdamW([p]).step()
+print(len(told), *(w.message for w in told))
+"""
+
+
+def test_without_the_extension_the_reference_serves_with_one_warning():
+    block = "import sys; sys.modules['genopt_ext._C'] = None; sys.modules['genopt_ext._build_info'] = None\n"
+    out = run(block + STEP)
+    assert out.returncode == 0, out.stderr
+    assert re.match(
+        r"1 genopt_ext: the native extension is not built; run `pip install .*reference is used", out.stdout
+    )
+    out = run(block + STEP.replace("AdamW([p])", "AdamW([p], backend='cpu')"))
+    assert "RuntimeError: backend is 'cpu', but the native extension is not built; run `pip install" in out.stderr
+
+
+@pytest.mark.skipif(_backend.native is None, reason="needs the extension")
+def test_another_torch_is_told_in_one_sentence():
+    other = "import sys, types; sys.modules['genopt_ext._build_info'] = types.SimpleNamespace(TORCH='2.2.0')\n"
+    out = run(other + STEP)
+    assert out.returncode == 0, out.stderr
+    sentence = "the native extension was built with torch 2.2.0 and runs with torch"
+    assert sentence in out.stderr and "pip install" in out.stderr
+
+
+@pytest.mark.skipif(_backend.native is None, reason="needs the extension")
+def test_environment_variables():
+    assert "GENOPT_BACKEND must be one of" in run(STEP, GENOPT_BACKEND="gpu").stderr
+    assert "GENOPT_CPU_CAPABILITY is 'avx1024', but this processor" in run(STEP, GENOPT_CPU_CAPABILITY="avx1024").stderr
+    code = STEP + "import genopt_ext._backend as b; print(b.resolve('auto'), b.resolve('cpu'))"
+    assert run(code, GENOPT_BACKEND="reference").stdout.split()[-2:] == ["reference", "cpu"]
+    code = STEP + "from genopt_ext import _C; print(_C.cpu_capability())"
+    assert run(code, GENOPT_CPU_CAPABILITY="default").stdout.split()[-1] == "default"
+
+
+def test_env_report():
+    out = subprocess.run([sys.executable, "-m", "genopt_ext.env"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    for line in ("genopt_ext", "torch", "built with", "cpu", "cuda"):
+        assert re.search(rf"^{line}\b.*: \S", out.stdout, re.MULTILINE), out.stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "genopt_ext.env"],
+        env={**os.environ, "GENOPT_CPU_CAPABILITY": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0 and "GENOPT_CPU_CAPABILITY is 'none'" in out.stdout, out
+
+
+def test_importing_costs_no_compiler_stack():
+    out = run("import sys, genopt_ext; print('torch._dynamo' in sys.modules)")
+    assert out.stdout.strip() == "False", out
+    assert importlib.util.find_spec("genopt_ext.optim") is not None

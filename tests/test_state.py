@@ -1,0 +1,354 @@
+"""State: what may change between two steps is honoured at the next one, and checkpoints interchange with torch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from cases import CASES, STATEFUL, Case, assert_same_bits, assert_same_state, parameters, randn, set_grads, train
+
+from genopt_ext import optim
+
+SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
+
+
+def replace_state(opt, params):
+    for state in opt.state.values():
+        for name, t in state.items():
+            state[name] = t.clone() * 0.5 if name != "step" else torch.tensor(7.0)
+
+
+def rename_key(opt, params):
+    # The same key, as another string object.
+    for p in params:
+        if p in opt.state:
+            opt.state[p] = {("_" + name)[1:]: t.clone() for name, t in reversed(list(opt.state[p].items()))}
+
+
+def swap_data(opt, params):
+    for p in params:
+        p.data = p.data.clone() * 2
+
+
+def resize_data(opt, params):
+    """A parameter of another shape, with its state."""
+    params[0].data = randn((411,), 5)
+    for name in opt.state.get(params[0], {}):
+        if name != "step":
+            opt.state[params[0]][name] = torch.zeros(411)
+
+
+def other_strides(opt, params):
+    params[4].data = params[4].data.transpose(0, 2).contiguous().transpose(0, 2)
+
+
+def to_double(opt, params):
+    for p in params:
+        p.grad = None
+        p.data = p.data.double()
+
+
+def swap_tensors(opt, params):
+    if not opt.state.get(params[1]):
+        return
+    other = torch.nn.Parameter(params[1].detach().clone() * 3)
+    params[1].grad = None
+    torch.utils.swap_tensors(params[1], other)
+
+
+def add_group(opt, params):
+    extra = parameters([(33,)], seed=9)
+    opt.add_param_group({"params": extra, "lr": 0.5})
+    params += extra
+
+
+def drop_state(opt, params):
+    opt.state.clear()
+    if isinstance(opt, torch.optim.Adagrad):
+        for p in params:
+            opt.state[p] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(p)}
+
+
+def change_options(opt, params):
+    for group in opt.param_groups:
+        group["lr"] *= 0.1
+        group["weight_decay"] = 0.3
+
+
+def load_own(opt, params):
+    opt.load_state_dict(opt.state_dict())
+
+
+def resize_storage(opt, params):
+    for state in opt.state.values():
+        for name, t in state.items():
+            if name != "step":
+                t.data = t.data.clone()
+
+
+CHANGES = [
+    replace_state,
+    rename_key,
+    swap_data,
+    resize_data,
+    other_strides,
+    to_double,
+    swap_tensors,
+    add_group,
+    drop_state,
+    change_options,
+    load_own,
+    resize_storage,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_changes_between_steps(case, change):
+    results = []
+    for backend in ("auto", "reference"):
+        params = parameters(SHAPES)
+        opt = case.ours(params, backend=backend)
+        train(opt, params, 2)
+        change(opt, params)
+        train(opt, params, 2, first=2)
+        results.append(opt)
+    if change is to_double:
+        for p, q in zip(*(o.param_groups[0]["params"] for o in results), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    else:
+        assert_same_state(*results, (case, change))
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_gradients_that_come_and_go(case):
+    results = []
+    for make in (case.ours, case.torch):
+        params = parameters(SHAPES)
+        opt = make(params)
+        for step in range(6):
+            set_grads(params, step, lambda i, step=step: (i + step) % 2 == 0)
+            opt.step()
+        results.append(opt)
+    for p, q in zip(*(o.param_groups[0]["params"] for o in results), strict=True):
+        torch.testing.assert_close(p, q)
+    steps = [[s["step"].item() for s in o.state_dict()["state"].values() if "step" in s] for o in results]
+    assert steps[0] == steps[1]
+
+
+def test_version_counters_are_bumped():
+    p = torch.nn.Parameter(randn((5,), 0))
+    opt = optim.AdamW([p])
+    train(opt, [p], 1)
+    written = [p, *opt.state[p].values()]
+    before = [t._version for t in written]
+    train(opt, [p], 1)
+    assert all(t._version > old for t, old in zip(written, before, strict=True))
+    loss = (p * p).sum()
+    train(opt, [p], 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_freed_gradient_or_parameter_is_not_kept_alive():
+    import weakref
+
+    p = torch.nn.Parameter(randn((5,), 0))
+    opt = optim.AdamW([p])
+    train(opt, [p], 1)
+    grad = weakref.ref(p.grad)
+    p.grad = None
+    assert grad() is None
+    alive = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_checkpoints_interchange_with_torch(case, dtype):
+    """Train 3 steps with one, save, load into the other, train on: as if nothing had happened."""
+    for first, second in ((case.torch, case.ours), (case.ours, case.torch)):
+        params = parameters(SHAPES, dtype)
+        opt = train_and_return(first(params), params)
+        file = io.BytesIO()
+        torch.save({"params": [p.detach() for p in params], "opt": opt.state_dict()}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        resumed = [torch.nn.Parameter(p) for p in loaded["params"]]
+        other = second(resumed)
+        other.load_state_dict(loaded["opt"])
+        assert other.state_dict().keys() == opt.state_dict().keys()
+        assert_same_state(opt, other, case)
+        train(opt, params, 2, first=3)
+        train(other, resumed, 2, first=3)
+        tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)
+        for p, q in zip(params, resumed, strict=True):
+            torch.testing.assert_close(p, q, **tolerance)
+
+
+def train_and_return(opt, params):
+    train(opt, params, 3)
+    return opt
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_state_dict_is_torchs_key_for_key(case):
+    dicts = []
+    for make in (case.ours, case.torch):
+        params = parameters(SHAPES)
+        dicts.append(train_and_return(make(params), params).state_dict())
+    ours, theirs = dicts
+    assert [set(g) for g in ours["param_groups"]] == [set(g) for g in theirs["param_groups"]]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for key, state in theirs["state"].items():
+        assert list(ours["state"][key]) == list(state)
+        for name, t in state.items():
+            mine = ours["state"][key][name]
+            assert (mine.shape, mine.dtype, mine.stride()) == (t.shape, t.dtype, t.stride())
+
+
+def test_loading_keeps_the_dtype_that_was_saved():
+    saved = parameters([(300,)])
+    opt = train_and_return(optim.AdamW(saved), saved)
+    low = parameters([(300,)], torch.bfloat16)
+    other = optim.AdamW(low)
+    other.load_state_dict(opt.state_dict())
+    assert other.state[low[0]]["exp_avg"].dtype == torch.float32
+    reference = parameters([(300,)], torch.bfloat16)
+    third = optim.AdamW(reference, backend="reference")
+    third.load_state_dict(opt.state_dict())
+    train(other, low, 2, first=3)
+    train(third, reference, 2, first=3)
+    assert_same_state(other, third)
+
+
+def test_two_optimizers_loaded_from_one_state_dict_share_nothing():
+    params = parameters(SHAPES)
+    opt = train_and_return(optim.AdamW(params), params)
+    twin_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twin = optim.AdamW(twin_params)
+    twin.load_state_dict(opt.state_dict())
+    before = copy.deepcopy(twin.state_dict())
+    train(opt, params, 1, first=3)
+    for key, state in before["state"].items():
+        for name, t in state.items():
+            assert_same_bits(twin.state_dict()["state"][key][name], t)
+
+
+def test_old_torch_checkpoints_with_python_steps_load():
+    params = parameters(SHAPES)
+    opt = train_and_return(torch.optim.Adam(params), params)
+    old = copy.deepcopy(opt.state_dict())
+    for state in old["state"].values():
+        state["step"] = 3
+    for group in old["param_groups"]:
+        for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
+            del group[name]
+        del group["decoupled_weight_decay"]
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = optim.Adam(resumed)
+    ours.load_state_dict(old)
+    train(opt, params, 1, first=3)
+    train(ours, resumed, 1, first=3)
+    for p, q in zip(params, resumed, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_checkpoint_with_a_broken_option_changes_nothing():
+    params = parameters(SHAPES)
+    opt = train_and_return(optim.AdamW(params), params)
+    bad = copy.deepcopy(opt.state_dict())
+    bad["param_groups"][0]["lr"] = float("nan")
+    bad["state"][0]["exp_avg"] += 1
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="Invalid learning rate: nan"):
+        opt.load_state_dict(bad)
+    assert opt.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
+    assert_same_bits(opt.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_copies_train_on_alone(case, how):
+    params = parameters(SHAPES)
+    opt = train_and_return(case.ours(params, backend="auto"), params)
+    twin = how(opt)
+    twin_params = twin.param_groups[0]["params"]
+    before = [p.detach().clone() for p in twin_params]
+    train(opt, params, 2, first=3)
+    for p, old in zip(twin_params, before, strict=True):
+        assert_same_bits(p.detach(), old)
+    train(twin, twin_params, 2, first=3)
+    assert_same_state(opt, twin, case)
+
+
+def test_two_optimizers_in_two_threads():
+    """Each gives what it gives alone; one optimizer stepped by two threads is refused or serial, never torn."""
+    cases = [CASES[0], CASES[14]]
+    alone = []
+    for case in cases:
+        params = parameters([(1 << 20,), (1000,)])
+        alone.append(train_and_return(case.ours(params), params))
+    together = [parameters([(1 << 20,), (1000,)]) for _ in cases]
+    opts = [case.ours(params) for case, params in zip(cases, together, strict=True)]
+    threads = [threading.Thread(target=train, args=(o, p, 3)) for o, p in zip(opts, together, strict=True)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for a, b in zip(alone, opts, strict=True):
+        assert_same_state(a, b)
+
+
+def test_one_optimizer_in_two_threads_counts_every_step_that_was_taken():
+    params = parameters([(1 << 21,)])
+    set_grads(params, 0)
+    opt = Case("Adam").ours(params)
+    opt.step()
+    taken = []
+
+    def work():
+        for _ in range(10):
+            try:
+                opt.step()
+                taken.append(1)
+            except RuntimeError as error:
+                assert "already running in another thread" in str(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert opt.state[params[0]]["step"].item() == 1 + len(taken)
+
+
+def test_many_parameters():
+    """21,000 parameters (TransformerEngine#3418), some without gradient."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(21_000)]
+    for p in params[::2]:
+        p.grad = torch.ones(3)
+    optim.SGD(params, lr=0.5).step()
+    assert all((p == (1.0 if i % 2 else 0.5)).all() for i, p in enumerate(params))
+
+
+def test_more_than_2_to_the_31_elements():
+    """64-bit offsets: a view with gaps, so that few pages are touched."""
+    n = 2**31 + 1000
+    try:
+        storage = torch.empty(n, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("no memory for 4 GB")
+    # Two rows, more than 2^31 elements apart.
+    p = storage.as_strided((2, 300), (n - 300, 1))
+    p.copy_(torch.ones(2, 300))
+    p.grad = torch.ones(2, 300, dtype=torch.bfloat16)
+    optim.SGD([p], lr=0.5).step()
+    assert (p == 0.5).all()
