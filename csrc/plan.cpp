@@ -39,7 +39,6 @@ RuleInfo describe(int index) {
           }};
 }
 
-
 // Adds in the counter's own precision, as torch does.
 double advance_step(const Row& row) {
   if (row.step_dtype == DType::kFloat64) return *static_cast<double*>(row.step) += 1.0;
@@ -68,8 +67,7 @@ Layout make_layout(const std::vector<int64_t>& sizes, const std::array<const int
   std::vector<int> order;
   for (int d = 0; d < static_cast<int>(sizes.size()); ++d)
     if (sizes[d] != 1) order.push_back(d);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return strides[kParam][a] > strides[kParam][b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return strides[kParam][a] > strides[kParam][b]; });
 
   Layout layout;
   for (const int d : order) {

@@ -80,7 +80,8 @@ const std::vector<RuleInfo>& rule_infos();
 
 class Plan {
  public:
-  explicit Plan(const RuleInfo& rule) : rule(rule) {}
+  explicit Plan(const RuleInfo& rule) : rule(rule) {
+  }
 
   const RuleInfo& rule;
   std::vector<Options> groups;

@@ -183,9 +183,10 @@ class TorchPlan {
     for (size_t i = 0; i < option_keys_.size(); ++i) {
       PyObject* value = PyDict_GetItemWithError(group, option_keys_[i]);
       const int item = plan_.rule.options[i].item;
-      if (value && item >= 0) value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
-                                      : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
-                                                                                             : nullptr;
+      if (value && item >= 0)
+        value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
+                : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
+                                                                       : nullptr;
       if (!value || PyUnicode_Check(value)) return false;
       if (PyFloat_CheckExact(value)) {
         options[i] = PyFloat_AS_DOUBLE(value);
@@ -363,8 +364,8 @@ class TorchPlan {
     std::vector<Region> regions;
     const auto add = [&](const at::Tensor& t, size_t r) {
       if (!is_plain(t)) return;
-      Region& region = regions.emplace_back(
-          Region{static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)});
+      Region& region = regions.emplace_back(Region{
+          static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)});
       if (t.is_non_overlapping_and_dense()) return;
       region.sizes = t.sizes().vec();
       region.strides = t.strides().vec();
@@ -430,7 +431,7 @@ class TorchPlan {
   bool recheck_overlaps_ = false;
   PyObject* const step_key_ = PyUnicode_InternFromString("step");  // as all keys: interned, never freed
   std::vector<PyObject*> option_keys_, state_keys_;
-  std::vector<int64_t> order_;                       // the row of each key of `state`, in its order; -1: of none
+  std::vector<int64_t> order_;  // the row of each key of `state`, in its order; -1: of none
 
   // Per row, filled at every step.
   std::vector<PyObject*> params_, states_;

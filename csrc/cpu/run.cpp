@@ -52,8 +52,8 @@ Capability choose() {
     if (each.name == wanted) return each;
     names += (names.empty() ? "" : ", ") + each.name;
   }
-  throw std::runtime_error("GENOPT_CPU_CAPABILITY is '" + std::string(wanted) + "', but this processor and build have " +
-                           names + "; set it to one of these, or unset it");
+  throw std::runtime_error("GENOPT_CPU_CAPABILITY is '" + std::string(wanted) +
+                           "', but this processor and build have " + names + "; set it to one of these, or unset it");
 }
 
 const Capability& chosen() {
@@ -98,7 +98,8 @@ void run_range(const Plan& plan, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
 class FloatMode {
  public:
-  FloatMode() : mode_(_mm_getcsr()) {}
+  FloatMode() : mode_(_mm_getcsr()) {
+  }
   void adopt() const {
     _mm_setcsr(mode_);
   }
@@ -109,7 +110,8 @@ class FloatMode {
 #else
 class FloatMode {
  public:
-  void adopt() const {}
+  void adopt() const {
+  }
 };
 #endif
 

@@ -56,7 +56,8 @@ GENOPT_INLINE void poke(char* address, typename Codec::Stored value) {
 template <class Codec, class T>
 __attribute__((noinline)) void decode(const char* from, int count, T* to) {
 #pragma GCC ivdep
-  for (int i = 0; i < count; ++i) to[i] = Codec::template decode<T>(peek<Codec>(from + i * sizeof(typename Codec::Stored)));
+  for (int i = 0; i < count; ++i)
+    to[i] = Codec::template decode<T>(peek<Codec>(from + i * sizeof(typename Codec::Stored)));
 }
 
 template <class Codec, class T>

@@ -21,8 +21,8 @@ struct Adam {
   static constexpr unsigned kMoments = 0b011, kWithMaximum = 0b111;
   using Masks = StateMasks<kMoments, kWithMaximum>;
 
-  static constexpr OptionName kOptions[] = {{"lr"},      {"betas", 0}, {"betas", 1}, {"eps"}, {"weight_decay"},
-                                            {"amsgrad"}, {"maximize"}, {"decoupled_weight_decay"}};
+  static constexpr OptionName kOptions[] = {{"lr"},           {"betas", 0}, {"betas", 1}, {"eps"},
+                                            {"weight_decay"}, {"amsgrad"},  {"maximize"}, {"decoupled_weight_decay"}};
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };

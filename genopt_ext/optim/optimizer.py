@@ -131,7 +131,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not (p.is_floating_point() or p.is_complex()):
                     raise TypeError(
                         f"{type(self).__name__}: {self._name((i, k, p))}: parameters must be floating-point "
-                        f"or complex, got {p.dtype}; leave it out, as in [p for p in model.parameters() if p.requires_grad]"
+                        f"or complex, got {p.dtype}; leave it out: [p for p in params if p.is_floating_point()]"
                     )
         except (TypeError, ValueError):
             del self.param_groups[i]
