@@ -1,0 +1,35 @@
+// find_overlaps: exactly the regions that share a byte.
+#include "check.h"
+#include "overlap.h"
+
+using namespace genopt;
+
+static char memory[4096];
+
+static Region dense(int64_t first, int64_t numel, int64_t owner) {
+  return {memory + 4 * first, 4, numel, {}, {}, owner};
+}
+static Region view(int64_t first, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t owner) {
+  int64_t numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  return {memory + 4 * first, 4, numel, std::move(sizes), std::move(strides), owner};
+}
+static bool overlap(std::vector<Region> regions) {
+  return !find_overlaps(std::move(regions)).empty();
+}
+
+int main() {
+  CHECK(!overlap({}), "nothing");
+  CHECK(!overlap({dense(0, 10, 0), dense(10, 5, 1), dense(15, 0, 2), dense(12, 0, 3)}), "touching and empty");
+  CHECK(overlap({dense(0, 11, 0), dense(10, 5, 1)}), "one element");
+  CHECK(overlap({dense(0, 100, 0), dense(20, 5, 1), dense(200, 5, 2)}), "one inside the other");
+  CHECK(!overlap({view(0, {50}, {2}, 0), view(1, {50}, {2}, 1)}), "even and odd");
+  CHECK(overlap({view(0, {50}, {2}, 0), view(1, {10}, {3}, 1)}), "strides that meet");
+  CHECK(!overlap({view(0, {10, 4}, {8, 1}, 0), view(4, {10, 4}, {8, 1}, 1)}), "columns");
+  CHECK(overlap({view(0, {10, 5}, {8, 1}, 0), view(4, {10, 4}, {8, 1}, 1)}), "columns that meet");
+  CHECK(overlap({view(0, {5}, {0}, 0)}), "expanded");
+  CHECK(overlap({view(0, {4, 4}, {1, 1}, 0)}), "sliding window");
+  CHECK(!overlap({view(0, {3, 2}, {2, 3}, 0)}), "strides that interlock without meeting");
+  const auto pairs = find_overlaps({dense(0, 9, 7), dense(3, 2, 8), dense(50, 2, 9)});
+  CHECK(pairs.size() == 1 && pairs[0] == std::make_pair(int64_t{7}, int64_t{8}), "owners");
+}
