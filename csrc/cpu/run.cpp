@@ -72,7 +72,7 @@ void prefetch_ahead(const Plan& plan, int64_t r) {
   for (int k = 0; k < kOperands; ++k) {
     const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
     for (int64_t byte = 0; row.data[k] && byte < bytes; byte += 64)
-      __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte, k != kGrad);
+      __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
   }
 }
 
