@@ -84,7 +84,7 @@ class TorchPlan {
     bool moved = recheck_overlaps_;
     int64_t elements = 0;
     for (size_t r = 0; r < params_.size(); ++r) {
-      prefetch(r + kAhead);
+      prefetch(r);
       Row& row = plan_.rows[r];
       row.active = row.fresh = false;
       has_grad_[r] = 0;
@@ -122,7 +122,7 @@ class TorchPlan {
     const void* storage;
     const void* version;
   };
-  static constexpr size_t kAhead = 8;
+  static constexpr size_t kAhead = 12, kNear = 6, kNext = 3;  // rows
 
   static Hint hint_of(const at::Tensor& t, const void* object) {
     const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
@@ -135,20 +135,33 @@ class TorchPlan {
     for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte);
   }
 
+  // Asks for what row `r` will read, in the order in which one thing leads to the next.
   void prefetch(size_t r) const {
-    if (r >= params_.size()) return;
-    fetch(states_[r], 64);
-    for (const Hint& hint : hints_[r]) {
-      if (!hint.impl) continue;
-      fetch(hint.object, 64);
-      fetch(hint.impl, sizeof(c10::TensorImpl));
-      fetch(hint.storage, 128);
-      fetch(hint.version, 16);
+    const size_t rows = params_.size();
+    if (r + kAhead < rows) {
+      fetch(states_[r + kAhead], 64);
+      for (const Hint& hint : hints_[r + kAhead]) {
+        if (!hint.impl) continue;
+        fetch(hint.object, 64);
+        fetch(hint.impl, sizeof(c10::TensorImpl));
+        fetch(hint.storage, 128);
+        fetch(hint.version, 16);
+      }
     }
-    // The gradient is another one at every step; the parameter that holds it was asked for a while ago.
-    if (r < kAhead / 2 || !THPVariable_CheckExact(params_[r - kAhead / 2])) return;
-    const at::Tensor& grad = THPVariable_Unpack(params_[r - kAhead / 2]).unsafeGetTensorImpl()->grad();
-    if (grad.defined()) fetch(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+    // The gradient is another tensor at every step: only the parameter leads to it.
+    if (r + kNear < rows) {
+      if (states_[r + kNear] && PyDict_Check(states_[r + kNear]))
+        fetch(reinterpret_cast<PyDictObject*>(states_[r + kNear])->ma_keys, 192);
+      if (const c10::TensorImpl* grad = grad_of(r + kNear)) fetch(grad, sizeof(c10::TensorImpl));
+    }
+    if (r + kNext < rows)
+      if (const c10::TensorImpl* grad = grad_of(r + kNext)) fetch(grad->unsafe_storage().unsafeGetStorageImpl(), 128);
+  }
+
+  const c10::TensorImpl* grad_of(size_t r) const {
+    if (!THPVariable_CheckExact(params_[r])) return nullptr;
+    const at::Tensor& grad = THPVariable_Unpack(params_[r]).unsafeGetTensorImpl()->grad();
+    return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
   }
 
   void read_groups(PyObject* param_groups, Refusal& refusal) {
@@ -259,6 +272,8 @@ class TorchPlan {
 
     Handles& handles = handles_[r];
     handles.fill(nullptr);
+    objects_.fill(nullptr);
+    objects_[kParam] = params_[r];
     handles[kParam] = &param;
     handles[kGrad] = &grad;
     if (!read_state(r, state, handles)) return false;
@@ -280,7 +295,7 @@ class TorchPlan {
       row.data[k] = k == kGrad ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
     }
     for (int k = 0; k <= kStepHandle; ++k)
-      hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], k == kParam ? params_[r] : nullptr) : Hint{};
+      hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], objects_[k]) : Hint{};
     if (!contiguous && !same_strides) row.layout = &layouts_.emplace_back(layout_of(handles));
     return true;
   }
@@ -315,6 +330,7 @@ class TorchPlan {
         return false;
       }
       handles[operand] = &t;
+      objects_[operand] = value;
     }
     for (size_t k = 0; k < state_keys_.size(); ++k)
       if ((used >> k & 1) && !handles[kState + k]) return false;
@@ -417,7 +433,7 @@ class TorchPlan {
     for (size_t r = 0; r < params_.size(); ++r) {
       if (r + kAhead < params_.size())
         for (const Hint& hint : hints_[r + kAhead]) {
-          __builtin_prefetch(hint.impl);
+          __builtin_prefetch(static_cast<const char*>(hint.impl) + 40);  // where it points to its version
           __builtin_prefetch(hint.version, 1);
         }
       if (!plan_.rows[r].active) continue;
@@ -437,6 +453,7 @@ class TorchPlan {
   std::vector<PyObject*> params_, states_;
   std::vector<Handles> handles_;
   std::vector<char> has_grad_;
+  std::array<PyObject*, kOperands + 1> objects_{};  // of the row that is read now
   std::deque<Layout> layouts_;
   std::vector<unsigned> masks_;  // per group: the states in use
 

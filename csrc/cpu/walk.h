@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../plan.h"
 
@@ -66,22 +67,27 @@ __attribute__((noinline)) void encode(const T* from, int count, char* to) {
   for (int i = 0; i < count; ++i) poke<Codec>(to + i * sizeof(typename Codec::Stored), Codec::encode(from[i]));
 }
 
-template <class T, unsigned kUsed, class Update>
-__attribute__((noinline)) void apply(const Update& shared, T* p, const T* g, T* s0, T* s1, T* s2, int vectors) {
+// Load, rule, store over `count` elements, a multiple of kLanes, that all operands store with one codec.
+template <class T, class Codec, unsigned kUsed, class Update, class Stored = typename Codec::Stored>
+__attribute__((noinline)) void apply(const Update& shared, Stored* p, const Stored* g, Stored* s0, Stored* s1,
+                                     Stored* s2, int64_t count) {
   constexpr bool kHas0 = (kUsed & 1) != 0, kHas1 = (kUsed & 2) != 0, kHas2 = (kUsed & 4) != 0;
+  const auto load = [](Stored x) { return Codec::template decode<T>(x); };
   const Update update = shared;  // a copy, which no store below can change
+  count &= -kLanes;              // tells the compiler that there is no tail
 #pragma GCC ivdep
-  for (int i = 0; i < vectors * kLanes; ++i) {
-    T param = p[i], x0 = kHas0 ? s0[i] : T(0), x1 = kHas1 ? s1[i] : T(0), x2 = kHas2 ? s2[i] : T(0);
-    update.template apply<kUsed>(param, g[i], x0, x1, x2);
-    p[i] = param;
-    if constexpr (kHas0) s0[i] = x0;
-    if constexpr (kHas1) s1[i] = x1;
-    if constexpr (kHas2) s2[i] = x2;
+  for (int64_t i = 0; i < count; ++i) {
+    T param = load(p[i]), x0 = kHas0 ? load(s0[i]) : T(0), x1 = kHas1 ? load(s1[i]) : T(0),
+      x2 = kHas2 ? load(s2[i]) : T(0);
+    update.template apply<kUsed>(param, load(g[i]), x0, x1, x2);
+    p[i] = Codec::encode(param);
+    if constexpr (kHas0) s0[i] = Codec::encode(x0);
+    if constexpr (kHas1) s1[i] = Codec::encode(x1);
+    if constexpr (kHas2) s2[i] = Codec::encode(x2);
   }
 }
 
-// One operand of one tile, in values of the compute type: in place where it is stored so, else in a buffer.
+// One operand of one tile, as values of the compute type: in place where it is stored so, else in a buffer.
 template <class T>
 class TileOperand {
  public:
@@ -140,22 +146,55 @@ inline void prefetch(const Row& row, int operand, int64_t start, int count) {
   for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
 }
 
+template <class Codec>
+typename Codec::Stored* element(const Row& row, int operand, int64_t i) {
+  return row.data[operand] ? static_cast<typename Codec::Stored*>(row.data[operand]) + i : nullptr;
+}
+
+// Whether all operands in use lie dense and aligned, stored with one codec.
+template <class Codec, unsigned kUsed>
+bool is_direct(const Row& row) {
+  if (row.layout) return false;
+  bool direct = true;
+  for (int k = 0; k < kOperands; ++k)
+    if (k < kState || (kUsed >> (k - kState) & 1))
+      direct = direct && row.dtype[k] == Codec::kDType &&
+               reinterpret_cast<uintptr_t>(row.data[k]) % sizeof(typename Codec::Stored) == 0;
+  return direct;
+}
+
+// Runs whole vectors from element `start` on in memory, without buffers, and returns where it ended.
+template <class Codec, class T, unsigned kUsed, class Update>
+int64_t run_direct(const Update& update, const Row& row, int64_t start, int64_t stop) {
+  if (!is_direct<Codec, kUsed>(row)) return start;
+  const int64_t count = (stop - start) & -int64_t{kLanes};
+  apply<T, Codec, kUsed>(update, element<Codec>(row, kParam, start), element<Codec>(row, kGrad, start),
+                         element<Codec>(row, kState, start), element<Codec>(row, kState + 1, start),
+                         element<Codec>(row, kState + 2, start), count);
+  return start + count;
+}
+
 template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
+  using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
   const auto& update = *static_cast<const typename Rule::template Update<T>*>(storage);
+  const int64_t stop = std::min(end * kTile, row.numel);
+  // The usual cases first: all in the compute type, or all bf16.
+  int64_t start = run_direct<Values, T, kUsed>(update, row, begin * kTile, stop);
+  if constexpr (sizeof(T) == 4) start = run_direct<BFloat16, T, kUsed>(update, row, start, stop);
+  if (start == stop) return;
+
   TileOperand<T> operands[kOperands];
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t start = tile * kTile;
-    const int count = static_cast<int>(std::min<int64_t>(kTile, row.numel - start));
-    const int vectors = (count + kLanes - 1) / kLanes;
+  for (; start < stop; start += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
+    const int padded = (count + kLanes - 1) & -kLanes;
     T* values[kOperands] = {};
-    if (tile + 1 < end)
-      for (int k = 0; k < kOperands; ++k) prefetch(row, k, start + kTile, kTile);
-    for (int k = 0; k < kOperands; ++k)
-      if (k < kState || (kUsed >> (k - kState) & 1))
-        values[k] = operands[k].load(row, k, start, count, vectors * kLanes);
-    apply<T, kUsed>(update, values[kParam], values[kGrad], values[kState], values[kState + 1], values[kState + 2],
-                    vectors);
+    for (int k = 0; k < kOperands; ++k) {
+      if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
+      if (k < kState || (kUsed >> (k - kState) & 1)) values[k] = operands[k].load(row, k, start, count, padded);
+    }
+    apply<T, Values, kUsed>(update, values[kParam], values[kGrad], values[kState], values[kState + 1],
+                            values[kState + 2], padded);
     for (int k = 0; k < kOperands; ++k)
       if (k != kGrad && values[k]) operands[k].store();
   }

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../plan.h"
 
