@@ -145,8 +145,9 @@ def rmsprop(
         variance = torch.maximum(s - c * c, s * torch.finfo(s.dtype).eps)
     u = g / (_sqrt(variance) + _rounded(eps, p))
     if momentum > 0:
-        u = state["momentum_buffer"] = state["momentum_buffer"] * _rounded(momentum, p) + u
-    return _descend(p, lr, u)
+        b = state["momentum_buffer"] = state["momentum_buffer"] * _rounded(momentum, p) + u
+        return _descend(p, lr, b)
+    return p - u * _rounded(lr, p)
 
 
 def adagrad(
@@ -169,7 +170,7 @@ def adagrad(
     if l2 != 0:
         g = g + p * l2
     s = state["sum"] = state["sum"] + g * g
-    return _descend(p, lr / (1.0 + (t - 1.0) * lr_decay), g / (_sqrt(s) + _rounded(eps, p)))
+    return p - g / (_sqrt(s) + _rounded(eps, p)) * _rounded(lr / (1.0 + (t - 1.0) * lr_decay), p)
 
 
 RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "adagrad": adagrad}

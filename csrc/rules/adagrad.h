@@ -27,11 +27,10 @@ struct Adagrad {
 
   template <class T>
   struct Update {
-    double rate;
-    T eps, sign, l2;
+    T rate, eps, sign, l2;
 
     Update(const Options& o, double t, bool /*fresh*/) {
-      rate = o.lr / (1.0 + (t - 1.0) * o.lr_decay);
+      rate = static_cast<T>(o.lr / (1.0 + (t - 1.0) * o.lr_decay));
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);
       sign = o.maximize != 0 ? T(-1) : T(1);
@@ -42,7 +41,7 @@ struct Adagrad {
       g = sign * g;
       g = l2 != T(0) ? g + l2 * p : g;
       s = s + g * g;
-      p = descend(p, rate, g / (square_root(s) + eps));
+      p = p - rate * (g / (square_root(s) + eps));
     }
   };
 };

@@ -57,9 +57,13 @@ struct RMSprop {
         c = lerp(c, g);
         variance = maximum(s - c * c, std::numeric_limits<T>::epsilon() * s);
       }
-      T u = g / (square_root(variance) + eps);
-      if constexpr ((kUsed & kMomentum) != 0) u = b = momentum * b + u;
-      p = descend(p, rate, u);
+      const T u = g / (square_root(variance) + eps);
+      if constexpr ((kUsed & kMomentum) != 0) {
+        b = momentum * b + u;
+        p = descend(p, rate, b);
+      } else {
+        p = p - static_cast<T>(rate) * u;
+      }
     }
   };
 };
