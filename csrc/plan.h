@@ -1,5 +1,5 @@
 // The step plan: what one step of one optimizer does to the tensors of one device, free of torch.
-// A caller (refresh.h) fills `rows` afresh at every step; prepare() turns hyperparameters and step
+// A caller (torch_plan.h) fills `rows` afresh at every step; prepare() turns hyperparameters and step
 // counts into scalars; a backend (cpu/run.h) then walks the tiles of all rows together.
 #pragma once
 

@@ -21,7 +21,12 @@ static bool overlap(std::vector<Region> regions) {
 int main() {
   CHECK(!overlap({}), "nothing");
   CHECK(!overlap({dense(0, 10, 0), dense(10, 5, 1), dense(15, 0, 2), dense(12, 0, 3)}), "touching and empty");
+  CHECK(!overlap({dense(32, 32, 0), dense(0, 32, 1), dense(96, 32, 2), dense(64, 32, 3)}), "slices of one buffer");
+  CHECK(!overlap({dense(5, 0, 0), dense(0, 10, 1), view(5, {0, 3}, {3, 1}, 2)}), "empty ones inside another");
   CHECK(overlap({dense(0, 11, 0), dense(10, 5, 1)}), "one element");
+  CHECK(overlap({dense(0, 10, 0), {memory + 39, 1, 1, {}, {}, 1}}), "one byte, another element size");
+  CHECK(!overlap({dense(0, 10, 0), {memory + 40, 1, 1, {}, {}, 1}}), "the next byte");
+  CHECK(overlap({dense(8, 16, 0), dense(8, 16, 1)}), "the same twice");
   CHECK(overlap({dense(0, 100, 0), dense(20, 5, 1), dense(200, 5, 2)}), "one inside the other");
   CHECK(!overlap({view(0, {50}, {2}, 0), view(1, {50}, {2}, 1)}), "even and odd");
   CHECK(overlap({view(0, {50}, {2}, 0), view(1, {10}, {3}, 1)}), "strides that meet");
@@ -29,7 +34,11 @@ int main() {
   CHECK(overlap({view(0, {10, 5}, {8, 1}, 0), view(4, {10, 4}, {8, 1}, 1)}), "columns that meet");
   CHECK(overlap({view(0, {5}, {0}, 0)}), "expanded");
   CHECK(overlap({view(0, {4, 4}, {1, 1}, 0)}), "sliding window");
+  CHECK(!overlap({view(9, {5}, {-2}, 0), view(8, {5}, {-2}, 1)}), "backwards, even and odd");
+  CHECK(overlap({view(9, {5}, {-2}, 0), view(1, {1}, {1}, 1)}), "the far end of one that runs backwards");
   CHECK(!overlap({view(0, {3, 2}, {2, 3}, 0)}), "strides that interlock without meeting");
   const auto pairs = find_overlaps({dense(0, 9, 7), dense(3, 2, 8), dense(50, 2, 9)});
   CHECK(pairs.size() == 1 && pairs[0] == std::make_pair(int64_t{7}, int64_t{8}), "owners");
+  const auto self = find_overlaps({view(0, {3, 4}, {0, 1}, 5), dense(100, 4, 6)});
+  CHECK(self.size() == 1 && self[0] == std::make_pair(int64_t{5}, int64_t{5}), "a pair with itself");
 }
