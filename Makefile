@@ -19,7 +19,7 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)/mypy
 	$(BIN)/stubtest genopt_ext._C --allowlist tests/stubtest_allowlist.txt
 
@@ -27,7 +27,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 # The tools, torch and the extension; again when a source or a pin changes.
-$(STAMP): $(VENV)/bin/pip requirements-dev.txt setup.py pyproject.toml $(shell find csrc genopt_ext -name '*.h' -o -name '*.cpp' -o -name '*.txt' -o -name '*.py' | grep -v _build_info)
+$(STAMP): $(VENV)/bin/pip requirements-dev.txt setup.py pyproject.toml $(shell find csrc genopt_ext -name '*.h' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.txt' -o -name '*.py' | grep -v _build_info)
 	$(BIN)/pip install --quiet "$(TORCH)" -r requirements-dev.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -13,18 +13,40 @@ ROOT = Path(__file__).parent
 SOURCES = [line for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and not line.startswith("#")]
 # One rounding an operation, on every machine: see "Numbers" in csrc/README.md.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
+# Registers that spill to memory are an error too.
+NVCC_STRICT = ["-Werror=all-warnings", "-Xptxas=-Werror,--warn-on-spills,--warn-on-local-memory-usage"]
+ARCHITECTURES = "8.0;9.0+PTX"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 
 
 def cuda_decision() -> tuple[bool, str]:
     """Whether to build CUDA kernels, and why."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
     wanted = os.environ.get("FORCE_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"genopt_ext: FORCE_CUDA must be 0 or 1, got {wanted!r}")
-    reason = "this version has no CUDA kernels"
-    if wanted == "1":
-        raise SystemExit(f"genopt_ext: CUDA was asked for (FORCE_CUDA=1), but {reason}; unset FORCE_CUDA")
-    return False, reason
+    if wanted == "0":
+        return False, "left out by FORCE_CUDA=0"
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    built = False
+    if not torch.version.cuda:
+        reason = f"torch {torch.__version__} has no CUDA; install a build of torch that has"
+    elif not CUDA_HOME or not nvcc.exists():
+        reason = "there is no CUDA toolkit; install one, or set CUDA_HOME to where it is"
+    else:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        version = text.split("release ")[1].split(",")[0]
+        ours, theirs = (tuple(map(int, v.split("."))) for v in (version, torch.version.cuda))
+        built = ours[0] == theirs[0] and ours >= (12, 1)
+        reason = f"nvcc {version}, and torch was built with CUDA {torch.version.cuda}"
+        if not built:
+            reason += "; the first numbers have to be the same, and nvcc 12.1 or newer: install such a toolkit"
+    if wanted == "1" and not built:
+        raise SystemExit(f"genopt_ext: CUDA was asked for (FORCE_CUDA=1), but {reason}, or unset FORCE_CUDA")
+    return built, reason
 
 
 def build_command() -> type[build_ext]:
@@ -47,14 +69,14 @@ def build_command() -> type[build_ext]:
             compiler = os.environ.get("CXX", "c++")
             if not shutil.which(compiler.split()[0]):
                 raise SystemExit(f"genopt_ext: no C++ compiler found ({compiler}); install g++ 11 or newer, or set CXX")
-            built, reason = cuda_decision()
-            print(f"genopt_ext: CUDA kernels {'are' if built else 'are not'} built: {reason}")
+            print(f"genopt_ext: CUDA kernels {'are' if BUILDS_CUDA else 'are not'} built: {CUDA_REASON}")
             super().run()
             version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True)
             lines = {
                 "TORCH": torch.__version__,
-                "CUDA": built,
-                "CUDA_REASON": reason,
+                "CUDA": BUILDS_CUDA,
+                "CUDA_REASON": CUDA_REASON,
+                "CUDA_ARCHITECTURES": os.environ["TORCH_CUDA_ARCH_LIST"] if BUILDS_CUDA else "",
                 "COMPILER": version.stdout.splitlines()[0],
                 "MACHINE": platform.machine(),
             }
@@ -67,12 +89,29 @@ def build_command() -> type[build_ext]:
 
 def extension() -> Extension:
     try:
-        from torch.utils.cpp_extension import CppExtension
+        from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError:
         return Extension("genopt_ext._C", SOURCES)
-    flags = FLAGS + WARNINGS + (["-Werror"] if os.environ.get("GENOPT_WERROR") == "1" else [])
+    strict = os.environ.get("GENOPT_WERROR") == "1"
+    flags = FLAGS + WARNINGS + (["-Werror"] if strict else [])
     # -fopenmp only compiles: its runtime is the one that torch has loaded, so both share one thread pool.
-    return CppExtension("genopt_ext._C", SOURCES, extra_compile_args=flags)
+    if not BUILDS_CUDA:
+        sources = [name for name in SOURCES if not name.endswith(".cu")]
+        return CppExtension("genopt_ext._C", sources, extra_compile_args=flags)
+    # torch's own default asks for a GPU to look at.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    return CUDAExtension(
+        "genopt_ext._C",
+        SOURCES,
+        include_dirs=[str(ROOT / "csrc" / "cuda")],
+        define_macros=[("GENOPT_CUDA", None)],
+        extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS + (NVCC_STRICT if strict else [])},
+    )
 
+
+try:
+    BUILDS_CUDA, CUDA_REASON = cuda_decision()
+except ImportError:
+    BUILDS_CUDA, CUDA_REASON = False, "torch is missing"
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})

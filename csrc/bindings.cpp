@@ -26,7 +26,8 @@ py::object step(TorchPlan& plan, const py::object& param_groups, const py::objec
 
 void register_plan(py::module_& m) {
   py::class_<TorchPlan>(m, "Plan")
-      .def(py::init<const std::string&>(), py::arg("rule"))
+      .def(py::init<const std::string&, const std::string&>(), py::arg("rule"), py::arg("backend"))
+      .def_property_readonly("launches", &TorchPlan::launches)
       .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("fresh"), py::arg("skipped"));
   m.def("rules", [] {
     py::dict rules;
@@ -37,6 +38,10 @@ void register_plan(py::module_& m) {
     }
     return rules;
   });
+}
+
+void register_cuda(py::module_& m) {
+  m.attr("has_cuda") = kHasCuda;
 }
 
 void register_cpu(py::module_& m) {
@@ -58,4 +63,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The native kernels of genopt_ext.";
   genopt::register_plan(m);
   genopt::register_cpu(m);
+  genopt::register_cuda(m);
 }

@@ -27,13 +27,25 @@ void construct(const Options& values, double t, bool fresh, void* storage) {
 }
 
 template <class Rule>
+unsigned used_states(const Options& values) {
+  return Rule::used_states(options_of<Rule>(values));
+}
+
+template <class Rule>
 RuleInfo describe(int index) {
+  unsigned structural = 0;
+  for (size_t i = 0; i < std::size(Rule::kOptions); ++i) {
+    Options values{};
+    values[i] = 1;
+    if (used_states<Rule>(values) != used_states<Rule>({})) structural |= 1u << i;
+  }
   return {Rule::kName,
           index,
           Rule::kHasStep,
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
-          [](const Options& values) { return Rule::used_states(options_of<Rule>(values)); },
+          structural,
+          used_states<Rule>,
           [](const Options& values, double t, bool fresh, bool in_double, void* storage) {
             (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, fresh, storage);
           }};
@@ -110,7 +122,7 @@ void Plan::prepare(const KernelTable& kernels) {
   std::vector<Last> last(groups.size() * 4);
   for (Row& row : rows) {
     row.first_tile = total_tiles_;
-    if (!row.active) continue;
+    if (!row.active || row.device != kHost) continue;
     const double t = row.step ? advance_step(row) : 0;
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
     Last& memo = last[row.group * 4 + in_double * 2 + row.fresh];
@@ -122,7 +134,7 @@ void Plan::prepare(const KernelTable& kernels) {
       memo = {t, static_cast<int>(prepared_.size()) - 1};
     }
     row.prepared = memo.prepared;
-    total_tiles_ += row.tiles();
+    total_tiles_ += row.tiles(kHost);
   }
 }
 

@@ -32,7 +32,10 @@ struct Layout {
 // Elements are visited in the order in which the parameter lies in memory.
 Layout make_layout(const std::vector<int64_t>& sizes, const std::array<const int64_t*, kOperands>& strides);
 
+constexpr int kHost = -1;  // the device number of the CPU
+
 struct Row {
+  int device = kHost;
   int64_t numel = 0;
   int64_t first_tile = 0;  // tiles of all rows before this one
   std::array<void*, kOperands> data{};
@@ -45,21 +48,32 @@ struct Row {
   int group = 0;
   int prepared = 0;  // index into Plan::prepared
 
-  int64_t tiles() const {
-    return active ? (numel + kTile - 1) / kTile : 0;
+  // Tiles to step on `device`.
+  int64_t tiles(int on_device) const {
+    return active && device == on_device ? (numel + kTile - 1) / kTile : 0;
   }
 };
 
 using Options = std::array<double, kMaxOptions>;
 
+// An option that stands in a device's memory, where a step reads it; without address: a number in Options.
+struct Source {
+  const void* address = nullptr;
+  DType dtype = DType::kFloat32;
+};
+using Sources = std::array<Source, kMaxOptions>;
+
 // Runs tiles [begin, end) of a row with the scalars of a rule's Update.
 using TileKernel = void (*)(const void* update, const Row& row, int64_t begin, int64_t end);
 using KernelTable = std::array<std::array<std::array<TileKernel, 2>, 1 << kMaxStates>, kRules>;
 
+// Room for any rule's Update.
+constexpr int kUpdateBytes = 96;
+
 // What rows of the same group, step count and compute type share.
 struct Prepared {
   TileKernel kernel;
-  alignas(16) unsigned char update[96];
+  alignas(16) unsigned char update[kUpdateBytes];
 };
 
 // A rule as data: what Python and the plan need to know of it.
@@ -69,6 +83,7 @@ struct RuleInfo {
   bool has_step;
   std::vector<const char*> states;
   std::vector<OptionName> options;
+  unsigned structural;  // options that used_states depends on, as a mask
   unsigned (*used_states)(const Options&);
   // Builds the rule's Update for step count t in `storage`.
   void (*make_update)(const Options&, double t, bool fresh, bool in_double, void* storage);
@@ -87,7 +102,8 @@ class Plan {
   std::vector<Options> groups;
   std::vector<Row> rows;
 
-  // Numbers the tiles, advances the step counters of active rows and derives their scalars in double.
+  // For rows on the CPU: numbers the tiles, advances the step counters of active rows and derives their
+  // scalars in double. Rows on other devices: see cuda/device_plan.h.
   void prepare(const KernelTable& kernels);
 
   int64_t total_tiles() const {

@@ -22,7 +22,7 @@
 
 #include "cpu/run.h"
 #include "overlap.h"
-#include "plan.h"
+#include "torch_devices.h"
 
 namespace genopt {
 
@@ -53,19 +53,22 @@ inline std::optional<DType> plain_dtype(at::ScalarType type) {
   }
 }
 
-// Whether memory alone tells the tensor's values: a strided CPU tensor, neither lazily conjugated or
-// negated, nor of a subclass or transform with a dispatch of its own.
+// Whether memory alone tells the tensor's values: a strided tensor where there are kernels, neither lazily
+// conjugated or negated, nor of a subclass or transform with a dispatch of its own.
 inline bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet kOthers(
       {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
        c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
   const c10::DispatchKeySet keys = t.key_set();
-  return keys.has(c10::DispatchKey::CPU) && !keys.has_any(kOthers) && plain_dtype(t.scalar_type()).has_value();
+  const bool served = keys.has(c10::DispatchKey::CPU) || (kHasCuda && keys.has(c10::DispatchKey::CUDA));
+  return served && !keys.has_any(kOthers) && plain_dtype(t.scalar_type()).has_value();
 }
 
 class TorchPlan {
  public:
-  explicit TorchPlan(const std::string& rule) : plan_(rule_info(rule)) {
+  // backend: "auto", or "cpu" or "cuda", which leave tensors elsewhere odd.
+  TorchPlan(const std::string& rule, const std::string& backend)
+      : plan_(rule_info(rule)), cuda_(plan_.rule), backend_(backend) {
     for (const OptionName& option : plan_.rule.options) option_keys_.push_back(PyUnicode_InternFromString(option.key));
     for (const char* name : plan_.rule.states) state_keys_.push_back(PyUnicode_InternFromString(name));
   }
@@ -83,6 +86,7 @@ class TorchPlan {
     for (const int64_t row : skipped) skip.at(row) = true;
     bool moved = recheck_overlaps_;
     int64_t elements = 0;
+    devices_.clear();
     for (size_t r = 0; r < params_.size(); ++r) {
       prefetch(r);
       Row& row = plan_.rows[r];
@@ -95,17 +99,29 @@ class TorchPlan {
         const uint64_t place = fingerprint(row);
         moved |= place != places_[r];
         places_[r] = place;
-        elements += row.numel;
+        if (row.device == kHost) elements += row.numel;
+        note_device(row);
       }
     }
+    read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
     if (moved || !refusal.rows.empty()) check_overlaps(refusal);
     if (!refusal.rows.empty() || !refusal.groups.empty() || !refusal.overlaps.empty()) return refusal;
     for (const int64_t row : fresh) plan_.rows.at(row).fresh = true;
 
-    plan_.prepare(cpu::kernel_table());
-    run(elements);
+    for (const int device : devices_)
+      if (device != kHost) cuda_.step(device, plan_.rows, plan_.groups, sources_);
+    if (std::find(devices_.begin(), devices_.end(), kHost) != devices_.end()) {
+      plan_.prepare(cpu::kernel_table());
+      run(elements);
+    }
+    bump_versions();
     return std::nullopt;
+  }
+
+  // CUDA kernels launched so far.
+  int64_t launches() const {
+    return cuda_.launches();
   }
 
  private:
@@ -169,13 +185,16 @@ class TorchPlan {
     const Py_ssize_t count = PyList_Size(param_groups);
     if (count < 0) throw PythonError();
     plan_.groups.assign(count, Options{});
+    sources_.assign(count, Sources{});
+    options_on_devices_.clear();
+    group_devices_.assign(count, kNone);
     masks_.assign(count, 0);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* group = PyList_GET_ITEM(param_groups, i);
       static PyObject* const params_key = PyUnicode_InternFromString("params");
       PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
       if (!params || !PyList_Check(params)) throw std::invalid_argument("a param group has no list of 'params'");
-      if (!read_options(group, plan_.groups[i])) refusal.groups.push_back(i);
+      if (!read_options(group, static_cast<int>(i))) refusal.groups.push_back(i);
       masks_[i] = plan_.rule.used_states(plan_.groups[i]);
       const size_t first = params_.size(), last = first + PyList_GET_SIZE(params);
       params_.resize(last);
@@ -192,7 +211,8 @@ class TorchPlan {
     has_grad_.resize(params_.size());
   }
 
-  bool read_options(PyObject* group, Options& options) const {
+  bool read_options(PyObject* group, int index) {
+    Options& options = plan_.groups[index];
     for (size_t i = 0; i < option_keys_.size(); ++i) {
       PyObject* value = PyDict_GetItemWithError(group, option_keys_[i]);
       const int item = plan_.rule.options[i].item;
@@ -206,6 +226,11 @@ class TorchPlan {
       } else if (THPVariable_Check(value)) {
         const at::Tensor& tensor = THPVariable_Unpack(value);
         if (tensor.numel() != 1 || tensor.is_complex()) return false;
+        const bool structural = plan_.rule.structural >> i & 1;
+        if (!structural && is_plain(tensor) && option_device(tensor) != kHost) {
+          options_on_devices_.push_back({index, static_cast<int>(i), &tensor});
+          continue;
+        }
         options[i] = tensor.item().toDouble();
       } else {
         options[i] = PyFloat_AsDouble(value);
@@ -217,6 +242,29 @@ class TorchPlan {
       if (!std::isfinite(options[i])) return false;
     }
     return true;
+  }
+
+  // The devices that a group's active rows are on, for read_options_on_devices.
+  static constexpr int kNone = -2, kSeveral = -3;
+
+  void note_device(const Row& row) {
+    int& of_group = group_devices_[row.group];
+    of_group = of_group == kNone || of_group == row.device ? row.device : kSeveral;
+    if (std::find(devices_.begin(), devices_.end(), row.device) == devices_.end()) devices_.push_back(row.device);
+  }
+
+  // A tensor option on the device of all its group's rows is read there, by the kernels; else its value is
+  // fetched, which waits for the device.
+  void read_options_on_devices(Refusal& refusal) {
+    for (const auto& [group, option, tensor] : options_on_devices_) {
+      if (group_devices_[group] == kNone) continue;
+      if (group_devices_[group] == option_device(*tensor)) {
+        sources_[group][option] = {tensor->const_data_ptr(), *plain_dtype(tensor->scalar_type())};
+        continue;
+      }
+      const double value = plan_.groups[group][option] = tensor->item().toDouble();
+      if (!std::isfinite(value)) refusal.groups.push_back(group);
+    }
   }
 
   // Finds each parameter's state dict. Hashing a tensor calls Python, so the order in which `state`
@@ -269,6 +317,8 @@ class TorchPlan {
     if (!is_plain(param) || !is_plain(grad) || param.is_inference() || grad.scalar_type() != param.scalar_type() ||
         grad.sizes() != param.sizes())
       return false;
+    const int device = kernel_device(param);
+    if (backend_ == (device == kHost ? "cuda" : "cpu")) return false;
 
     Handles& handles = handles_[r];
     handles.fill(nullptr);
@@ -280,6 +330,7 @@ class TorchPlan {
 
     Row& row = plan_.rows[r];
     row.active = true;
+    row.device = device;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
     row.layout = nullptr;
     bool contiguous = true, same_strides = param.is_non_overlapping_and_dense();
@@ -293,6 +344,9 @@ class TorchPlan {
       same_strides = same_strides && t.strides() == param.strides();
       row.dtype[k] = *plain_dtype(t.scalar_type());
       row.data[k] = k == kGrad ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
+      // A GPU has no access to an address that is no multiple of the element's size.
+      const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
+      if (kernel_device(t) != device || (device != kHost && !aligned)) return row.active = false;
     }
     for (int k = 0; k <= kStepHandle; ++k)
       hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], objects_[k]) : Hint{};
@@ -324,6 +378,7 @@ class TorchPlan {
       if (!is_plain(t) || t.is_inference()) return false;
       if (operand == kStepHandle) {
         if (t.numel() != 1 || (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble)) return false;
+        if (kernel_device(t) != kernel_device(param)) return false;
         row.step = t.mutable_data_ptr();
         row.step_dtype = *plain_dtype(t.scalar_type());
       } else if (t.sizes() != param.sizes() || t.is_complex() != param.is_complex()) {
@@ -408,7 +463,6 @@ class TorchPlan {
     constexpr int64_t kLong = 1 << 20, kLongRow = 1 << 14;
     if (elements < kLong || elements < kLongRow * static_cast<int64_t>(params_.size())) {
       cpu::run(plan_, threads);
-      bump_versions();
       return;
     }
     std::vector<at::Tensor> held;
@@ -425,7 +479,6 @@ class TorchPlan {
     cpu::run(plan_, threads);
     Py_END_ALLOW_THREADS;
     busy_ = false;
-    bump_versions();
   }
 
   // Autograd then knows that these changed; torch's own fused kernels leave this out.
@@ -443,6 +496,8 @@ class TorchPlan {
   }
 
   Plan plan_;
+  CudaDevices cuda_;
+  const std::string backend_;
   bool busy_ = false;
   bool recheck_overlaps_ = false;
   PyObject* const step_key_ = PyUnicode_InternFromString("step");  // as all keys: interned, never freed
@@ -455,7 +510,17 @@ class TorchPlan {
   std::vector<char> has_grad_;
   std::array<PyObject*, kOperands + 1> objects_{};  // of the row that is read now
   std::deque<Layout> layouts_;
-  std::vector<unsigned> masks_;  // per group: the states in use
+  // Per group.
+  std::vector<unsigned> masks_;  // the states in use
+  std::vector<Sources> sources_;
+  std::vector<int> group_devices_;
+
+  struct OptionOnDevice {
+    int group, option;
+    const at::Tensor* tensor;
+  };
+  std::vector<OptionOnDevice> options_on_devices_;
+  std::vector<int> devices_;  // with active rows
 
   std::vector<std::array<Hint, kOperands + 1>> hints_;
   std::vector<uint64_t> places_;  // fingerprints of the last overlap check

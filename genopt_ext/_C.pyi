@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 class Plan:
-    def __init__(self, rule: str) -> None: ...
+    def __init__(self, rule: str, backend: str) -> None: ...
+    @property
+    def launches(self) -> int: ...
     def step(
         self,
         param_groups: list[dict[str, Any]],
@@ -12,6 +14,8 @@ class Plan:
         fresh: Sequence[int],
         skipped: Sequence[int],
     ) -> tuple[list[int], list[int], list[tuple[int, int]]] | None: ...
+
+has_cuda: bool
 
 def rules() -> dict[str, tuple[bool, list[str], list[tuple[str, int]]]]: ...
 def cpu_capability() -> str: ...

@@ -51,7 +51,7 @@ def warn_once(message: str) -> None:
 
 
 def resolve(backend: str) -> str:
-    """What ``backend`` comes to in this process: ``"auto"``, ``"cpu"`` or ``"reference"``.
+    """What ``backend`` comes to in this process: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
     ``"auto"`` here means native kernels where there are some for a parameter, and the reference elsewhere.
 
@@ -66,12 +66,12 @@ def resolve(backend: str) -> str:
         raise ValueError(f"{asked} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
-    if backend == "cuda":
-        raise RuntimeError(f"{asked} is 'cuda', but this version has no CUDA kernels; use 'auto'")
     if native is None:
-        if backend == "cpu":
-            raise RuntimeError(f"{asked} is 'cpu', but {why_not_native}")
+        if backend != "auto":
+            raise RuntimeError(f"{asked} is {backend!r}, but {why_not_native}")
         warn_once(f"{why_not_native}; until then the slower plain-torch reference is used")
         return "reference"
+    if backend == "cuda" and not native.has_cuda:
+        raise RuntimeError(f"{asked} is 'cuda', but the CUDA kernels are not built: {build_info.CUDA_REASON}")
     native.cpu_capability()  # raises where the environment names one that this machine lacks
     return backend

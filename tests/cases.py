@@ -5,6 +5,7 @@ A new optimizer adds its entries here; test_api.py checks that none is missing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from genopt_ext import optim
+
+# conftest.py says what these are for.
+DEVICE = os.environ.get("GENOPT_TEST_DEVICE", "cpu")
+NATIVE = "cuda" if DEVICE == "cuda" or os.environ.get("GENOPT_TEST_CUDA_ON_CPU") else "cpu"  # the backend under test
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)
@@ -61,7 +66,8 @@ STATEFUL = [CASES[i] for i in (0, 2, 6, 9, 14, 16)]
 def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     # bf16 and fp16 numbers are drawn in fp32: torch draws others for them.
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=wide).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(DEVICE, dtype)
 
 
 def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:

@@ -10,7 +10,19 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import CASES, DTYPES, SIZES, Case, assert_same_bits, assert_same_state, parameters, randn, set_grads, train
+from cases import (
+    CASES,
+    DTYPES,
+    NATIVE,
+    SIZES,
+    Case,
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    randn,
+    set_grads,
+    train,
+)
 from hypothesis import given, settings
 
 from genopt_ext import _backend
@@ -20,7 +32,7 @@ pytestmark = pytest.mark.skipif(_backend.native is None, reason="compares the ke
 
 def run_both(case: Case, make_params, steps: int = 3, skip=lambda step, i: False, same=assert_same_state):
     optimizers = []
-    for backend in ("cpu", "reference"):
+    for backend in (NATIVE, "reference"):
         params = make_params()
         before = [p.detach().clone() for p in params]
         opt = case.ours(params, backend=backend)
@@ -82,7 +94,7 @@ print(_C.cpu_capability(), torch.hash_tensor(torch.cat([b.flatten() for b in bit
 """
 
 
-@pytest.mark.skipif(not hasattr(torch, "hash_tensor"), reason="torch has no hash_tensor")
+@pytest.mark.skipif(NATIVE != "cpu" or not hasattr(torch, "hash_tensor"), reason="CPU kernels; hash_tensor")
 def test_same_bits_on_every_instruction_set_and_thread_count():
     path = [os.path.dirname(__file__), *filter(None, sys.path)]
     digests = {}
@@ -118,7 +130,7 @@ def layouts(dtype=torch.float32):
 @pytest.mark.parametrize("case", [CASES[2], CASES[10], CASES[14], CASES[16]], ids=str)
 def test_layouts(case, layout, dtype):
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (NATIVE, "reference"):
         t = layouts(dtype)[layout]
         storage = t._base.clone() if t._base is not None else None
         p = torch.nn.Parameter(t)
@@ -131,7 +143,7 @@ def test_layouts(case, layout, dtype):
         results.append((opt, t, storage))
     assert_same_state(results[0][0], results[1][0], (case, layout))
     contiguous = torch.nn.Parameter(layouts(dtype)[layout].contiguous())
-    opt = case.ours([contiguous], backend="cpu")
+    opt = case.ours([contiguous], backend=NATIVE)
     for step in range(3):
         contiguous.grad = randn(contiguous.shape, step, dtype)
         opt.step()
@@ -144,11 +156,12 @@ def test_layouts(case, layout, dtype):
         assert_same_bits(ours._base, before, (case, layout))
 
 
+@pytest.mark.skipif(NATIVE != "cpu", reason="a GPU can not access such memory")
 def test_misaligned_memory():
     """A tensor whose memory does not even start at a multiple of its element size."""
     raw = bytearray(4 * 1000 + 1)
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (NATIVE, "reference"):
         p = torch.frombuffer(bytearray(raw), dtype=torch.float32, offset=1, count=1000)
         p.copy_(randn((1000,), 0))
         opt = CASES[0].ours([p], backend=backend)
@@ -165,7 +178,7 @@ NON_FINITE = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e20, 1e-4
 def test_non_finite_and_denormal_values(case, dtype):
     values = torch.tensor(NON_FINITE)
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (NATIVE, "reference"):
         p = torch.nn.Parameter(values.repeat(40).to(dtype))
         opt = case.ours([p], backend=backend)
         for step in range(3):
@@ -237,7 +250,7 @@ def strided(values, pads, steps, order):
 def test_fuzz(drawn):
     case, dtype, tensors, nones = drawn
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (NATIVE, "reference"):
         params = [
             torch.nn.Parameter(strided(randn(shape, i, dtype), pads, steps, order))
             for i, (shape, pads, steps, order, _) in enumerate(tensors)
@@ -279,7 +292,7 @@ def test_many_groups_and_sizes_share_tiles():
     """Rows of all sizes, groups with their own options, gradients that come and go."""
     sizes = [(1 + 37 * i % 700,) for i in range(60)]
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (NATIVE, "reference"):
         params = parameters(sizes)
         groups = [dict(params=params[a:b], lr=0.001 * (a + 1)) for a, b in pairwise([0, 1, 10, 11, 40, 60])]
         opt = CASES[6].ours(groups, backend=backend)

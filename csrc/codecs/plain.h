@@ -1,6 +1,7 @@
 // How a value is stored as a plain number: fp32, fp64, bf16, fp16. decode gives the value in the
 // compute type T (float or double); encode rounds to nearest even, as torch does.
-// Integer arithmetic without branches, so that loops over these vectorize on any machine.
+// Integer arithmetic without branches, so that loops over these vectorize on any machine; a GPU has
+// instructions for the same conversions.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +52,11 @@ struct BFloat16 {
   template <class T>
   static GENOPT_INLINE Stored encode(T x) {
     const float f = static_cast<float>(x);
+#if defined(__CUDA_ARCH__)
+    uint16_t stored;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(f));
+    return stored;
+#endif
     const uint32_t bits = bits_of(f);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return static_cast<Stored>(f == f ? rounded : 0x7fc0);
@@ -62,6 +68,11 @@ struct Float16 {
   static constexpr DType kDType = DType::kFloat16;
   template <class T>
   static GENOPT_INLINE T decode(Stored x) {
+#if defined(__CUDA_ARCH__)
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+    return static_cast<T>(f);
+#endif
     const uint32_t magnitude = x & 0x7fff, sign = static_cast<uint32_t>(x & 0x8000) << 16;
     const uint32_t rebias = magnitude < 0x7c00 ? (127u - 15u) << 23 : (255u - 31u) << 23;
     const uint32_t normal = (magnitude << 13) + rebias;
@@ -70,6 +81,11 @@ struct Float16 {
   }
   template <class T>
   static GENOPT_INLINE Stored encode(T x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t stored;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
+    return stored;
+#endif
     const uint32_t bits = bits_of(static_cast<float>(x));
     const uint32_t magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     // 0.5 has its last place where the smallest fp16 subnormal stands: adding it rounds there.

@@ -69,6 +69,7 @@ void prefetch_ahead(const Plan& plan, int64_t r) {
   constexpr int64_t kRowsAhead = 3, kBytes = 512;
   if (r + kRowsAhead >= static_cast<int64_t>(plan.rows.size())) return;
   const Row& row = plan.rows[r + kRowsAhead];
+  if (row.device != kHost) return;
   for (int k = 0; k < kOperands; ++k) {
     const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
     for (int64_t byte = 0; row.data[k] && byte < bytes; byte += 64)
@@ -84,7 +85,7 @@ void run_range(const Plan& plan, int64_t begin, int64_t end) {
                               [](int64_t tile, const Row& each) { return tile < each.first_tile; }) -
              1;
   for (; begin < end; ++row) {
-    const int64_t last = std::min(end, row->first_tile + row->tiles());
+    const int64_t last = std::min(end, row->first_tile + row->tiles(kHost));
     if (begin >= last) continue;
     prefetch_ahead(plan, row - rows.begin());
     const Prepared& prepared = plan.prepared()[row->prepared];

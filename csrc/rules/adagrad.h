@@ -29,7 +29,7 @@ struct Adagrad {
   struct Update {
     T rate, eps, sign, l2;
 
-    Update(const Options& o, double t, bool /*fresh*/) {
+    GENOPT_INLINE Update(const Options& o, double t, bool /*fresh*/) {
       rate = static_cast<T>(o.lr / (1.0 + (t - 1.0) * o.lr_decay));
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);

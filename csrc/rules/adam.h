@@ -36,8 +36,8 @@ struct Adam {
     Lerp<T> m_lerp, v_lerp;
     T rate, eps, sign, l2, decay;
 
-    Update(const Options& o, double t, bool /*fresh*/) {
-      const double correction = std::sqrt(1.0 - power(o.beta2, t));
+    GENOPT_INLINE Update(const Options& o, double t, bool /*fresh*/) {
+      const double correction = square_root(1.0 - power(o.beta2, t));
       m_lerp = Lerp<T>(1.0 - o.beta1);
       v_lerp = Lerp<T>(1.0 - o.beta2);
       rate = static_cast<T>(o.lr * correction / (1.0 - power(o.beta1, t)));

@@ -25,7 +25,8 @@ struct Lerp {
   T coefficient, from_end;  // a flag as a number: compilers vectorize a choice by it, and not by a bool
 
   Lerp() = default;
-  explicit Lerp(double weight) : coefficient(static_cast<T>(weight)), from_end(coefficient < T(0.5) ? T(0) : T(1)) {
+  GENOPT_INLINE explicit Lerp(double weight)
+      : coefficient(static_cast<T>(weight)), from_end(coefficient < T(0.5) ? T(0) : T(1)) {
     coefficient = coefficient - from_end;
   }
 

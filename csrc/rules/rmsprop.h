@@ -38,7 +38,7 @@ struct RMSprop {
     Lerp<T> lerp;
     T eps, sign, l2, momentum;
 
-    Update(const Options& o, double /*t*/, bool /*fresh*/) {
+    GENOPT_INLINE Update(const Options& o, double /*t*/, bool /*fresh*/) {
       rate = o.lr;
       lerp = Lerp<T>(1.0 - o.alpha);
       eps = static_cast<T>(o.eps);

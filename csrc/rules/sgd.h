@@ -33,7 +33,7 @@ struct Sgd {
   struct Update {
     double rate, momentum, g_weight, sign, l2, nesterov, fresh;  // the last two: 0 or 1, see Lerp
 
-    Update(const Options& o, double /*t*/, bool is_fresh) {
+    GENOPT_INLINE Update(const Options& o, double /*t*/, bool is_fresh) {
       rate = o.lr;
       momentum = o.momentum;
       g_weight = 1.0 - o.dampening;

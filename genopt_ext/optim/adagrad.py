@@ -17,15 +17,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     Args:
         params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
             complex, of any shape and strides.
-        lr: learning rate, a number or a 1-element tensor, read at every step.
+        lr: learning rate, a number or a 1-element tensor, read at every step; on a GPU without waiting for it.
         lr_decay: step ``t`` uses ``lr / (1 + (t - 1) * lr_decay)``.
         weight_decay: L2 penalty.
         initial_accumulator_value: where the sum of squares starts.
         eps: added to the denominator.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
         maximize: ascend instead of descending.
+        capturable: torch has it not here; a step can be captured into a CUDA graph with and without it, and on
+            CPU it is refused.
         differentiable: refused; use :class:`torch.optim.Adagrad`.
-        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
+            plain torch.
 
     State per parameter, under torch's names and made by the constructor: ``step`` (0-dim float32) and
     ``sum``, in the parameter's shape and dtype.
@@ -58,6 +61,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         backend: str = "auto",
     ) -> None:
         self._begin(
@@ -81,6 +85,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
+        self._set_capturable(capturable)
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:

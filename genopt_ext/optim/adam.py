@@ -17,7 +17,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     Args:
         params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
             complex, of any shape and strides.
-        lr: learning rate, a number or a 1-element tensor, read at every step.
+        lr: learning rate, a number or a 1-element tensor, read at every step; on a GPU without waiting for it.
         betas: decay rates of the averages of the gradient and of its square, both in [0, 1).
         eps: added to the denominator.
         weight_decay: L2 penalty (in :class:`AdamW`: decoupled decay, times ``lr``).
@@ -25,9 +25,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         maximize: ascend instead of descending.
         decoupled_weight_decay: decay as :class:`AdamW` does.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
-        capturable: refused on CPU, where there are no graphs to capture.
+        capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
         differentiable: refused; use :class:`torch.optim.Adam`.
-        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
+            plain torch.
 
     State per parameter, under torch's names: ``step`` (0-dim float32), ``exp_avg``, ``exp_avg_sq`` and,
     with ``amsgrad``, ``max_exp_avg_sq``, in the parameter's shape and dtype.

@@ -8,7 +8,6 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,7 +52,7 @@ class Range:
             raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be a finite number{allowed}")
 
 
-FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
+FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "maximize", "nesterov")
 
 # A parameter and where it stands: (group index, index in the group, the parameter).
 Place = tuple[int, int, Tensor]
@@ -100,6 +99,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_options(type(self).__name__, options)
         _backend.resolve(backend)
         self.backend = backend
+
+    def _set_capturable(self, capturable: bool) -> None:
+        """For classes whose torch constructor has no ``capturable``; groups have the key only where it is set."""
+        self._check_options(type(self).__name__, {"capturable": capturable})
+        if capturable:
+            self.defaults["capturable"] = True
+            for group in self.param_groups:
+                group.setdefault("capturable", True)
 
     def _check_options(self, where: str, options: dict[str, Any]) -> None:
         for name, allowed in self.ranges.items():
@@ -207,7 +214,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return loss
         if self._plan is None:
             assert _backend.native is not None
-            self._plan = _backend.native.Plan(self.rule)
+            self._plan = _backend.native.Plan(self.rule, self._resolved)
         refusal = self._plan.step(self.param_groups, self.state, (), ())
         if refusal is not None:
             self._settle(*refusal)
@@ -232,9 +239,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group(i, self.param_groups[i])
         self._check_overlaps(places, overlaps)
         fresh = [r for r in rows if self._check(places[r])]
+        away = [p for _, _, p in (places[r] for r in rows) if p.is_cuda and self._step_is_on_cpu(p)]
+        if (fresh or away) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step: state has to be made or moved before a CUDA graph captures a step, else "
+                "every replay would do it again; take one step before the capture"
+            )
         made = self._make_state([places[r] for r in fresh])
         for r, state in zip(fresh, made, strict=True):
             self.state[places[r][2]].update(state)
+        for p in away:  # torch's own checkpoints keep them there
+            self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
         by_reference: Sequence[int] = rows
         if self._resolved != "reference":
@@ -252,10 +267,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             options = {name: float(value) for name, value in self.rule_options(group).items()}
             reference.step(self.rule, p, p.grad, self.state.get(p, {}), self.state_names(group), r in fresh, **options)
 
+    def _step_is_on_cpu(self, p: Tensor) -> bool:
+        step = self.state.get(p, {}).get("step")
+        return isinstance(step, Tensor) and step.is_cpu
+
     def _make_state(self, places: list[Place]) -> list[dict[str, Tensor]]:
-        # The step counters are views of one buffer: they stay together in memory.
-        counters = torch.zeros(len(places)).unbind() if self.has_step else ()
-        made: list[dict[str, Tensor]] = [{"step": counter} for counter in counters] or [{} for _ in places]
+        made: list[dict[str, Tensor]] = [{} for _ in places]
+        if self.has_step:
+            # A device's step counters are views of one buffer: they stay together in memory.
+            devices = [p.device if p.is_cuda else torch.device("cpu") for _, _, p in places]
+            counters = {d: iter(torch.zeros(devices.count(d), device=d).unbind()) for d in set(devices)}
+            for state, device in zip(made, devices, strict=True):
+                state["step"] = next(counters[device])
         for state, (i, _, p) in zip(made, places, strict=True):
             for name in self.state_names(self.param_groups[i]):
                 state[name] = torch.full_like(p, self._initial_value(p, name), memory_format=torch.preserve_format)
@@ -265,8 +288,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         p = place[2]
         what = f"{p.device.type} {p.layout}" if type(p) in (Tensor, torch.nn.Parameter) else type(p).__name__
         reason = f"there are no kernels for {what} parameters such as {self._name(place)}"
-        if self.backend == "cpu" or os.environ.get("GENOPT_BACKEND") == "cpu":
-            raise RuntimeError(f"{type(self).__name__}.step: backend is 'cpu', but {reason}; use backend='auto'")
+        if self._resolved != "auto":
+            raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")
         _backend.warn_once(f"{type(self).__name__}: {reason}; the slower plain-torch reference serves them")
 
     # What can be wrong with a row, told in one sentence each

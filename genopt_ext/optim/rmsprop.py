@@ -18,18 +18,19 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Args:
         params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
             complex, of any shape and strides.
-        lr: learning rate, a number or a 1-element tensor, read at every step.
+        lr: learning rate, a number or a 1-element tensor, read at every step; on a GPU without waiting for it.
         alpha: decay rate of the average of squared gradients.
         eps: added to the denominator.
         weight_decay: L2 penalty.
         momentum: decay rate of a momentum buffer; 0 keeps no buffer.
         centered: divide by the gradient's standard deviation instead of its root mean square. The
             variance is kept at or above one rounding of the mean square, where torch may give NaN.
-        capturable: refused on CPU, where there are no graphs to capture.
+        capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
         foreach: accepted: every step covers all tensors at once.
         maximize: ascend instead of descending.
         differentiable: refused; use :class:`torch.optim.RMSprop`.
-        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
+            plain torch.
 
     State per parameter, under torch's names: ``step`` (0-dim float32), ``square_avg`` and, as options
     ask, ``momentum_buffer`` and ``grad_avg``, in the parameter's shape and dtype.

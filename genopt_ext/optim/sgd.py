@@ -17,15 +17,18 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     Args:
         params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
             complex, of any shape and strides.
-        lr: learning rate, a number or a 1-element tensor, read at every step.
+        lr: learning rate, a number or a 1-element tensor, read at every step; on a GPU without waiting for it.
         momentum: decay rate of the momentum buffer; 0 keeps no buffer.
         dampening: the gradient enters the buffer times ``1 - dampening``, except at the first step.
         weight_decay: L2 penalty.
         nesterov: look ahead along the buffer; needs momentum and no dampening.
         maximize: ascend instead of descending.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
+        capturable: torch has it not here; a step can be captured into a CUDA graph with and without it, and on
+            CPU it is refused.
         differentiable: refused; use :class:`torch.optim.SGD`.
-        backend: ``"auto"`` picks kernels by device; ``"cpu"`` insists on them; ``"reference"`` is plain torch.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
+            plain torch.
 
     State per parameter, under torch's name: ``momentum_buffer``, in the parameter's shape and dtype.
 
@@ -57,6 +60,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         backend: str = "auto",
     ) -> None:
         self._begin(
@@ -79,6 +83,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        self._set_capturable(capturable)
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:

@@ -1,0 +1,8 @@
+#include "walk.cuh"
+
+namespace genopt::cuda {
+template <>
+RuleKernels rule_kernels<Adagrad>() {
+  return make_rule_kernels<Adagrad>();
+}
+}  // namespace genopt::cuda

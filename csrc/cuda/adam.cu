@@ -1,0 +1,8 @@
+#include "walk.cuh"
+
+namespace genopt::cuda {
+template <>
+RuleKernels rule_kernels<Adam>() {
+  return make_rule_kernels<Adam>();
+}
+}  // namespace genopt::cuda

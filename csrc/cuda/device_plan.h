@@ -1,0 +1,67 @@
+// The step plan on one CUDA device: keeps the table (table.h), sends what changed, launches the kernels.
+// Free of torch, so that it also runs against the CPU stand-in for the CUDA runtime in tests/cuda_on_cpu.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace genopt::cuda {
+
+// Where a step is enqueued.
+struct Queue {
+  cudaStream_t stream;
+  bool capturing;  // into a CUDA graph
+  // Memory on the device for work on this stream, given back in the stream's order.
+  std::function<std::shared_ptr<void>(size_t bytes)> allocate;
+};
+
+class DevicePlan {
+ public:
+  DevicePlan(const RuleInfo& rule, int device);
+
+  // Enqueues one step of the active rows on this device: a prologue, again where more changed than one launch can
+  // carry, then one launch for float rows and one for double. Nothing that is passed needs to live on after it. Row r
+  // of one step is row r of the next: what rests keeps its place. Throws std::runtime_error.
+  void step(const std::vector<Row>& rows, const std::vector<Options>& groups, const std::vector<Sources>& sources,
+            const Queue& queue);
+
+  // Kernels launched since the plan was made.
+  int64_t launches() const {
+    return launches_;
+  }
+
+ private:
+  struct Range {
+    int64_t begin, end;
+  };
+
+  void renew(int rows, int groups, int64_t layout_words, const Queue& queue);
+  void put(int64_t at, const void* words, int count);
+  void put(int64_t at, uint64_t word) {
+    put(at, &word, 1);
+  }
+  void put_row(int r, const Row& row, unsigned used);
+  void flush(int rows, const Queue& queue);
+  void send(Range range, int rows, const Queue& queue);
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t threads, const Queue& queue, const Arguments&... arguments);
+
+  const RuleInfo& rule_;
+  const int device_;
+  RuleKernels kernels_;
+  Table table_{};
+  std::shared_ptr<void> memory_;
+  std::vector<std::shared_ptr<void>> captured_;  // tables that graphs read for as long as they are replayed
+  cudaStream_t stream_ = nullptr;
+  std::vector<uint64_t> image_;  // what the device has, but for its updates
+  int64_t layout_words_ = 0, layout_end_ = 0;
+  std::vector<Range> changes_;
+  int64_t launches_ = 0;
+};
+
+}  // namespace genopt::cuda

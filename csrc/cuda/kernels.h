@@ -1,0 +1,20 @@
+// The kernels of each rule, as function pointers. Each rule's .cu instantiates walk.cuh for it.
+#pragma once
+
+#include "table.h"
+
+namespace genopt::cuda {
+
+constexpr int kWarp = 32, kThreads = 128;  // of a block
+
+struct RuleKernels {
+  void (*prologue_small)(Table, Payload<kSmallPayload>, int rows);
+  void (*prologue_large)(Table, Payload<kLargePayload>, int rows);
+  void (*update_float)(Table);
+  void (*update_double)(Table);
+};
+
+template <class Rule>
+RuleKernels rule_kernels();
+
+}  // namespace genopt::cuda

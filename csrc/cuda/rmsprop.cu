@@ -1,0 +1,8 @@
+#include "walk.cuh"
+
+namespace genopt::cuda {
+template <>
+RuleKernels rule_kernels<RMSprop>() {
+  return make_rule_kernels<RMSprop>();
+}
+}  // namespace genopt::cuda

@@ -1,0 +1,351 @@
+// How tiles are walked on CUDA: one warp, one tile of 256 elements, 8 of them in each lane's registers.
+// Load, rule, store, as cpu/walk.h, with the same rules and codecs. Included once by each rule's .cu.
+//
+// A lane holds pieces of 2, 4 or 8 elements that lie side by side, as many as make 16 bytes of the row's
+// widest operand, and the warp's pieces lie side by side too: so every access of a warp is one dense
+// range. What can not be accessed so (a short last tile, odd addresses, strides) is loaded element by
+// element, an operand at a time; the arithmetic knows nothing of it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <iterator>
+
+#include "kernels.h"
+#include "table.h"
+
+namespace genopt::cuda {
+
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kElements = kTile / kWarp;  // of a lane
+
+// The row of a tile: the last one that starts at or before it. The warp looks at 32 candidates at a time.
+__device__ inline int find_row(const Table& table, int64_t tile, int lane) {
+  const uint64_t* first = table.words + table.first_tile(0);
+  int low = 0;
+  for (int count = table.rows; count > 1;) {
+    const int stride = (count + kWarp - 1) / kWarp;
+    const int at = lane * stride;
+    const bool starts = at < count && static_cast<int64_t>(first[low + at]) <= tile;
+    const int last = __popc(__ballot_sync(~0u, starts)) - 1;  // starts holds for the lanes up to one
+    low += last * stride;
+    count = count - last * stride < stride ? count - last * stride : stride;
+  }
+  return low;
+}
+
+// Where element i of a row with a layout lies, in elements from the operand's base.
+__device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t i) {
+  const int64_t dims = static_cast<int64_t>(layout[0]);
+  const uint64_t *sizes = layout + 1, *strides = sizes + dims * (1 + operand);
+  int64_t offset = 0;
+  for (int64_t d = dims; d-- > 0;) {
+    const int64_t size = static_cast<int64_t>(sizes[d]), next = i / size;
+    offset += (i - next * size) * static_cast<int64_t>(strides[d]);
+    i = next;
+  }
+  return offset;
+}
+
+// A tile of one row.
+struct Tile {
+  const DeviceRow& row;
+  const uint64_t* layout;
+  int64_t start;
+  int count, lane;
+
+  // Which element of the tile is a lane's j-th.
+  __device__ int element(int j) const {
+    return j / row.piece * (kWarp * row.piece) + lane * row.piece + j % row.piece;
+  }
+};
+
+// Elements that can not be accessed as pieces pass through here one by one, in rolled loops: unrolled for
+// every dtype and operand they would be most of the program. Each thread has slots of its own.
+template <class T, int kCount>
+struct Slots {
+  T values[kCount][kElements][kThreads];
+};
+
+// A lane's elements of one operand: as they are stored until decode(), so that the loads of all operands
+// are under way before the first is waited for.
+template <class T>
+class LaneOperand {
+ public:
+  T values[kElements];
+
+  __device__ void load(const Tile& tile, int operand, void* data) {
+    dtype_ = tile.row.dtype[operand];
+    const int size = size_of(dtype_), bytes = size * tile.row.piece;
+    strided_ = tile.row.strided >> operand & 1;
+    base_ = static_cast<char*>(data) + (strided_ ? 0 : tile.start * size);
+    // fp64 parameters with states of another dtype, and the reverse, are rare enough for the slots.
+    whole_ = tile.count == kTile && !strided_ && reinterpret_cast<uintptr_t>(base_) % bytes == 0 &&
+             (sizeof(T) == 8 ? size == 8 : size <= 4);
+    if (!whole_) return;
+    if (bytes == 16) {
+      load_pieces<uint4>(tile);
+    } else if constexpr (sizeof(T) == 4) {
+      load_pieces<uint2>(tile);
+    }
+  }
+
+  __device__ void load_slots(const Tile& tile, int operand, T (*slots)[kThreads]) const {
+    if (whole_) return;
+#pragma unroll 1
+    for (int j = 0; j < kElements; ++j)
+      slots[j][threadIdx.x] = with_codec(dtype_, [&](auto codec) {
+        using Codec = decltype(codec);
+        return tile.element(j) < tile.count ? Codec::template decode<T>(*place<Codec>(tile, operand, j)) : T(0);
+      });
+  }
+
+  __device__ void decode(const T (*slots)[kThreads]) {
+    if (!whole_) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) values[j] = slots[j][threadIdx.x];
+      return;
+    }
+    with_fast_codec([&](auto codec) {
+      using Codec = decltype(codec);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) values[j] = Codec::template decode<T>(stored<typename Codec::Stored>(j));
+    });
+  }
+
+  __device__ void store(const Tile& tile, T (*slots)[kThreads]) {
+    if (!whole_) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) slots[j][threadIdx.x] = values[j];
+      return;
+    }
+    with_fast_codec([&](auto codec) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) set_stored(j, decltype(codec)::encode(values[j]));
+    });
+    if (size_of(dtype_) * tile.row.piece == 16) {
+      store_pieces<uint4>(tile);
+    } else if constexpr (sizeof(T) == 4) {
+      store_pieces<uint2>(tile);
+    }
+  }
+
+  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads]) const {
+    if (whole_) return;
+#pragma unroll 1
+    for (int j = 0; j < kElements; ++j)
+      if (tile.element(j) < tile.count)
+        with_codec(dtype_, [&](auto codec) {
+          using Codec = decltype(codec);
+          *place<Codec>(tile, operand, j) = Codec::encode(slots[j][threadIdx.x]);
+        });
+  }
+
+ private:
+  static constexpr int kWords = kElements * sizeof(T) / 4;
+
+  // The codecs of operands that are accessed in pieces.
+  template <class Visit>
+  __device__ void with_fast_codec(Visit visit) const {
+    if constexpr (sizeof(T) == 8) {
+      visit(Float64{});
+    } else if (dtype_ == DType::kFloat32) {
+      visit(Float32{});
+    } else if (dtype_ == DType::kBFloat16) {
+      visit(BFloat16{});
+    } else {
+      visit(Float16{});
+    }
+  }
+
+  template <class Codec>
+  __device__ typename Codec::Stored* place(const Tile& tile, int operand, int j) const {
+    const int i = tile.element(j);
+    return reinterpret_cast<typename Codec::Stored*>(base_) +
+           (strided_ ? offset_of(tile.layout, operand, tile.start + i) : i);
+  }
+
+  // How many pieces a lane has: all that fit, but one of two where eight bf16 or fp16 make one of 16 bytes.
+  template <class Piece>
+  static __device__ bool has_piece(const Tile& tile, int i) {
+    return i == 0 || sizeof(T) == 8 || tile.row.piece != kElements;
+  }
+  template <class Piece>
+  static constexpr int kPieces = sizeof(T) == 8 ? 4 : 2;
+
+  template <class Piece>
+  __device__ void load_pieces(const Tile& tile) {
+    constexpr int kEach = sizeof(Piece) / 4;
+    const Piece* from = reinterpret_cast<const Piece*>(base_) + tile.lane;
+#pragma unroll
+    for (int i = 0; i < kPieces<Piece>; ++i) {
+      if (!has_piece<Piece>(tile, i)) continue;
+      const Piece piece = from[i * kWarp];
+      raw_[i * kEach] = piece.x;
+      raw_[i * kEach + 1] = piece.y;
+      if constexpr (kEach == 4) raw_[i * kEach + 2] = piece.z, raw_[i * kEach + 3] = piece.w;
+    }
+  }
+
+  template <class Piece>
+  __device__ void store_pieces(const Tile& tile) {
+    constexpr int kEach = sizeof(Piece) / 4;
+    Piece* to = reinterpret_cast<Piece*>(base_) + tile.lane;
+#pragma unroll
+    for (int i = 0; i < kPieces<Piece>; ++i) {
+      if (!has_piece<Piece>(tile, i)) continue;
+      Piece piece;
+      piece.x = raw_[i * kEach];
+      piece.y = raw_[i * kEach + 1];
+      if constexpr (kEach == 4) piece.z = raw_[i * kEach + 2], piece.w = raw_[i * kEach + 3];
+      to[i * kWarp] = piece;
+    }
+  }
+
+  template <class Stored>
+  __device__ Stored stored(int j) const {
+    Stored x;
+    if constexpr (sizeof(Stored) == 2) {
+      x = static_cast<Stored>(raw_[j / 2] >> (j % 2 * 16));
+    } else if constexpr (sizeof(Stored) == 4) {
+      memcpy(&x, &raw_[j], sizeof x);
+    } else {
+      const uint64_t bits = raw_[2 * j] | static_cast<uint64_t>(raw_[2 * j + 1]) << 32;
+      memcpy(&x, &bits, sizeof x);
+    }
+    return x;
+  }
+
+  template <class Stored>
+  __device__ void set_stored(int j, Stored x) {
+    if constexpr (sizeof(Stored) == 2) {
+      raw_[j / 2] = j % 2 ? raw_[j / 2] | static_cast<uint32_t>(x) << 16 : static_cast<uint32_t>(x);
+    } else if constexpr (sizeof(Stored) == 4) {
+      memcpy(&raw_[j], &x, sizeof x);
+    } else {
+      uint64_t bits;
+      memcpy(&bits, &x, sizeof x);
+      raw_[2 * j] = static_cast<uint32_t>(bits);
+      raw_[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+    }
+  }
+
+  uint32_t raw_[kWords];
+  char* base_;
+  DType dtype_;
+  bool strided_, whole_;
+};
+
+template <unsigned kUsed, class T, class Update>
+__device__ void apply(const Update& update, LaneOperand<T> (&x)[kOperands]) {
+#pragma unroll
+  for (int j = 0; j < kElements; ++j)
+    update.template apply<kUsed>(x[kParam].values[j], x[kGrad].values[j], x[kState].values[j], x[kState + 1].values[j],
+                                 x[kState + 2].values[j]);
+}
+
+// One warp takes one tile, of rows that compute in T.
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const __grid_constant__ Table table) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (tile >= table.tiles) return;
+  const int r = find_row(table, tile, lane);
+  const uint64_t grad = table.words[table.grad(r)];
+  const DeviceRow row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  if (!grad || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
+  using Update = typename Rule::template Update<T>;
+  const Update update = *reinterpret_cast<const Update*>(table.words + table.update(r));
+
+  constexpr int kUsable = kState + static_cast<int>(std::size(Rule::kStates));
+  const int64_t start = (tile - static_cast<int64_t>(table.words[table.first_tile(r)])) * kTile;
+  const int64_t rest = row.numel - start;
+  const Tile here{row, table.words + table.layouts() + row.layout, start, rest < kTile ? static_cast<int>(rest) : kTile,
+                  lane};
+  const auto is_used = [&row](int k) { return k < kState || (row.used >> (k - kState) & 1); };
+
+  LaneOperand<T> x[kOperands];
+#pragma unroll
+  for (int k = 0; k < kUsable; ++k)
+    if (is_used(k)) x[k].load(here, k, k == kGrad ? reinterpret_cast<void*>(grad & ~kFresh) : row.data[k]);
+  __shared__ Slots<T, kUsable> slots;
+#pragma unroll
+  for (int k = 0; k < kUsable; ++k)
+    if (is_used(k)) x[k].load_slots(here, k, slots.values[k]);
+#pragma unroll
+  for (int k = 0; k < kUsable; ++k)
+    if (is_used(k)) x[k].decode(slots.values[k]);
+  [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
+    ((row.used == kMasks ? apply<kMasks>(update, x) : void()), ...);
+  }(typename Rule::Masks{});
+#pragma unroll
+  for (int k = 0; k < kUsable; ++k)
+    if (k != kGrad && is_used(k)) x[k].store(here, slots.values[k]);
+#pragma unroll
+  for (int k = 0; k < kUsable; ++k)
+    if (k != kGrad && is_used(k)) x[k].store_slots(here, k, slots.values[k]);
+}
+
+__device__ inline double read_number(const void* address, DType dtype) {
+  return with_codec(dtype, [address](auto codec) {
+    using Codec = decltype(codec);
+    return Codec::template decode<double>(*static_cast<const typename Codec::Stored*>(address));
+  });
+}
+
+// Writes `payload` into the table; then, for the first `rows` rows, advances the step counters and
+// derives their scalars. What may be in the payload is read from there: the table has it only later.
+template <class Rule, int kWords>
+__global__ void __launch_bounds__(kThreads)
+    prologue(const __grid_constant__ Table table, const __grid_constant__ Payload<kWords> payload, int rows) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < payload.count) table.words[payload.at + i] = payload.words[i];
+  if (i >= rows) return;
+  const auto word = [&](int64_t at) {
+    const bool travels = at >= payload.at && at < payload.at + payload.count;
+    return travels ? payload.words[at - payload.at] : table.words[at];
+  };
+  const int r = static_cast<int>(i);
+  const uint64_t grad = word(table.grad(r));
+  if (!grad) return;
+
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  double t = 0;
+  if (row.step && row.step_dtype == DType::kFloat64) {
+    t = *static_cast<double*>(row.step) += 1.0;
+  } else if (row.step) {
+    t = *static_cast<float*>(row.step) += 1.0f;
+  }
+
+  constexpr int kCount = static_cast<int>(std::size(Rule::kOptions));
+  double values[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const uint64_t source = word(table.source(k, row.group)), bits = word(table.option(k, row.group));
+    memcpy(&values[k], &bits, sizeof bits);
+    constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
+    if (source)
+      values[k] =
+          read_number(reinterpret_cast<const void*>(source & kAddress), static_cast<DType>(source >> kDTypeShift));
+  }
+  typename Rule::Options options;
+  static_assert(sizeof options == sizeof values);
+  memcpy(&options, values, sizeof options);
+  uint64_t* update = table.words + table.update(r);
+  const bool fresh = (grad & kFresh) != 0;
+  if (row.dtype[kParam] == DType::kFloat64) {
+    *reinterpret_cast<typename Rule::template Update<double>*>(update) =
+        typename Rule::template Update<double>(options, t, fresh);
+  } else {
+    *reinterpret_cast<typename Rule::template Update<float>*>(update) =
+        typename Rule::template Update<float>(options, t, fresh);
+  }
+}
+
+template <class Rule>
+RuleKernels make_rule_kernels() {
+  return {prologue<Rule, kSmallPayload>, prologue<Rule, kLargePayload>, update<Rule, float>, update<Rule, double>};
+}
+
+}  // namespace genopt::cuda

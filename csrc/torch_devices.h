@@ -1,0 +1,64 @@
+// The backends behind one optimizer: which serves a tensor, and one step on every CUDA device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <vector>
+
+#include "plan.h"
+#ifdef GENOPT_CUDA
+#include <torch_queue.h>
+#endif
+
+namespace genopt {
+
+#ifdef GENOPT_CUDA
+constexpr bool kHasCuda = true;
+using cuda::kernel_device;
+using cuda::option_device;
+
+class CudaDevices {
+ public:
+  explicit CudaDevices(const RuleInfo& rule) : rule_(rule) {
+  }
+
+  void step(int device, const std::vector<Row>& rows, const std::vector<Options>& groups,
+            const std::vector<Sources>& sources) {
+    auto& plan = plans_.try_emplace(device, rule_, device).first->second;
+    cuda::with_queue(device, [&](const cuda::Queue& queue) { plan.step(rows, groups, sources, queue); });
+  }
+
+  int64_t launches() const {
+    int64_t sum = 0;
+    for (const auto& [device, plan] : plans_) sum += plan.launches();
+    return sum;
+  }
+
+ private:
+  const RuleInfo& rule_;
+  std::map<int, cuda::DevicePlan> plans_;
+};
+#else
+constexpr bool kHasCuda = false;
+
+inline int kernel_device(const at::Tensor&) {
+  return kHost;
+}
+inline int option_device(const at::Tensor&) {
+  return kHost;
+}
+
+class CudaDevices {
+ public:
+  explicit CudaDevices(const RuleInfo&) {
+  }
+  void step(int, const std::vector<Row>&, const std::vector<Options>&, const std::vector<Sources>&) {
+  }
+  int64_t launches() const {
+    return 0;
+  }
+};
+#endif
+
+}  // namespace genopt

@@ -1,0 +1,265 @@
+// The CUDA backend without torch: on a GPU where nvcc compiles this, else on the CPU stand-in (tests/cuda_on_cpu).
+// Every step against the rule element by element (step_cases.h), then against the CPU backend: rows, options and
+// addresses that change between steps, captured graphs, and how many launches all of it takes.
+#include "cpu/run.h"
+#include "cuda/device_plan.h"
+#include "step_cases.h"
+
+namespace {
+
+using cuda::DevicePlan;
+
+void check(cudaError_t error) {
+  CHECK(error == cudaSuccess, std::string(cudaGetErrorString(error)));
+}
+
+// Device memory of exactly this size, so that a checker sees every access beside it.
+std::shared_ptr<void> allocate(size_t bytes) {
+  void* address = nullptr;
+  if (bytes) check(cudaMalloc(&address, bytes));
+  return {address, [](void* each) { check(cudaFree(each)); }};
+}
+
+void copy(void* to, const void* from, size_t bytes) {
+  if (bytes) check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+}
+
+// A tensor's operands and step counter on the device.
+struct OnDevice {
+  std::array<std::shared_ptr<void>, kOperands> memory;
+  std::shared_ptr<void> step = allocate(sizeof(double));
+
+  explicit OnDevice(const Tensor& t) {
+    for (int k = 0; k < kOperands; ++k) send(t, k);
+    t.double_step ? copy(step.get(), &t.step64, sizeof t.step64) : copy(step.get(), &t.step, sizeof t.step);
+  }
+  void send(const Tensor& t, int k) {
+    memory[k] = allocate(t.operands[k].bytes.size());
+    copy(memory[k].get(), t.operands[k].bytes.data(), t.operands[k].bytes.size());
+  }
+  void fetch(Tensor& t) const {
+    for (int k = 0; k < kOperands; ++k) copy(t.operands[k].bytes.data(), memory[k].get(), t.operands[k].bytes.size());
+    t.double_step ? copy(&t.step64, step.get(), sizeof t.step64) : copy(&t.step, step.get(), sizeof t.step);
+  }
+  Row row(Tensor& t, int group) const {
+    Row row = t.row(group);
+    for (int k = 0; k < kOperands; ++k)
+      row.data[k] = memory[k] ? static_cast<char*>(memory[k].get()) + t.operands[k].shift : nullptr;
+    row.step = step.get();
+    return row;
+  }
+};
+
+void run_on_device(const RuleInfo& info, const std::vector<Options>& groups, std::vector<Tensor>& tensors, int steps,
+                   int /*variant*/) {
+  DevicePlan plan(info, kHost);
+  std::vector<OnDevice> on_device(tensors.begin(), tensors.end());
+  for (int step = 0; step < steps; ++step) {
+    std::vector<Row> rows;
+    for (size_t i = 0; i < tensors.size(); ++i) rows.push_back(on_device[i].row(tensors[i], 1));
+    plan.step(rows, groups, std::vector<Sources>(groups.size()), {nullptr, false, allocate});
+    check(cudaDeviceSynchronize());
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) on_device[i].fetch(tensors[i]);
+}
+
+// Tensors on both sides, stepped by both backends.
+struct Twins {
+  const RuleInfo& info;
+  std::vector<Options> groups;
+  std::vector<Sources> sources;
+  std::vector<Tensor> tensors;
+  std::vector<int> group_of;
+  std::vector<OnDevice> on_device;
+  DevicePlan plan{info, kHost};
+  cudaStream_t stream = nullptr;
+  bool capturing = false;
+  std::minstd_rand random{7};
+
+  Twins(const char* rule, std::vector<Options> groups) : info(rule_info(rule)), groups(groups), sources(groups.size()) {
+  }
+
+  void add(int64_t numel, Kind kind, const DType (&dtypes)[3], int turn = 0) {
+    tensors.emplace_back(dtypes, numel, kind, turn, info.used_states(groups[0]), 1.0, true);
+    tensors.back().fresh = false;
+    tensors.back().active = true;
+    on_device.emplace_back(tensors.back());
+    group_of.push_back(static_cast<int>(random() % groups.size()));
+  }
+
+  // Kernels that one step launched.
+  int64_t step_on_device() {
+    std::vector<Row> rows;
+    for (size_t i = 0; i < tensors.size(); ++i) rows.push_back(on_device[i].row(tensors[i], group_of[i]));
+    const int64_t before = plan.launches();
+    plan.step(rows, groups, sources, {stream, capturing, allocate});
+    return plan.launches() - before;
+  }
+  void step_on_host() {
+    Plan twin(info);
+    twin.groups = groups;
+    for (size_t i = 0; i < tensors.size(); ++i) twin.rows.push_back(tensors[i].row(group_of[i]));
+    twin.prepare(cpu::kernel_table());
+    cpu::run(twin, 1);
+  }
+  int64_t step() {
+    const int64_t launches = step_on_device();
+    step_on_host();
+    return launches;
+  }
+  void compare(const std::string& when) {
+    check(cudaDeviceSynchronize());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      Tensor there = tensors[i];
+      on_device[i].fetch(there);
+      const std::string what = when + ", tensor " + std::to_string(i) + ": " + show(groups[0], info, tensors[i], 0);
+      CHECK(there.step == tensors[i].step && there.step64 == tensors[i].step64, what);
+      for (int k = 0; k < kOperands; ++k) CHECK(there.operands[k].bytes == tensors[i].operands[k].bytes, what);
+    }
+  }
+  void move(size_t i, int k) {
+    const std::shared_ptr<void> old = on_device[i].memory[k];  // held: the new address is another
+    const size_t bytes = tensors[i].operands[k].bytes.size();
+    on_device[i].memory[k] = allocate(bytes);
+    copy(on_device[i].memory[k].get(), old.get(), bytes);
+  }
+};
+
+Options options_of(const RuleInfo& info, double lr) {
+  Options options{};
+  for (size_t i = 0; i < info.options.size(); ++i) {
+    const std::string key = info.options[i].key;
+    options[i] = key == "lr" ? lr : key == "eps" ? 1e-8 : key == "maximize" ? 0.0 : 0.5;
+  }
+  return options;
+}
+
+// Anything may change between two steps: gradients come, go and move, so do states, layouts and options.
+void test_changes(const char* rule) {
+  const RuleInfo& info = rule_info(rule);
+  Twins twins(rule, {options_of(info, 0.1), options_of(info, 0.2), options_of(info, 0.3)});
+  for (int i = 0; i < 60; ++i)
+    twins.add(kSizes[i % std::size(kSizes)] % 1000, static_cast<Kind>(i % kOneByteOn), kDTypes[i % 8], i);
+  for (int step = 0; step < 12; ++step) {
+    for (size_t i = 0; i < twins.tensors.size(); ++i) {
+      Tensor& t = twins.tensors[i];
+      t.active = twins.random() % 4 != 0 && step != 5;  // at one step none has a gradient
+      t.fresh = twins.random() % 8 == 0;
+      if (twins.random() % 3 == 0) twins.move(i, kGrad);
+      if (twins.random() % 10 == 0) twins.move(i, kState);
+      if (twins.random() % 10 == 0) twins.move(i, kParam);
+      if (twins.random() % 20 == 0) twins.group_of[i] = static_cast<int>(twins.random() % twins.groups.size());
+      if (twins.random() % 20 == 0) {
+        // Another tensor in its place: of another size, dtype and layout.
+        t = Tensor(kDTypes[twins.random() % 8], kSizes[twins.random() % 6],
+                   static_cast<Kind>(twins.random() % kOneByteOn), step, info.used_states(twins.groups[0]), 1.0, true);
+        twins.on_device[i] = OnDevice(t);
+      }
+    }
+    if (step % 3 == 1) twins.groups[step % 2][0] *= 0.5;
+    if (step == 7) {
+      twins.groups.push_back(options_of(info, 0.4));
+      twins.sources.emplace_back();
+    }
+    if (step == 8) twins.add(300, kDense, kDTypes[0]);
+    if (step == 9) check(cudaStreamCreate(&twins.stream));
+    twins.step();
+    twins.compare(std::string(rule) + " step " + std::to_string(step));
+  }
+}
+
+void test_launches() {
+  for (const int count : {1, 2000, 4000, 10'000}) {
+    Twins twins("adam", std::vector<Options>(count >= 2000 ? 500 : 1, options_of(rule_info("adam"), 0.1)));
+    for (int i = 0; i < count; ++i) twins.add(1 + i % 3 * 200, kDense, kDTypes[0], i);
+    twins.step();
+    CHECK(twins.step() == 2, count);  // nothing changed: prologue and update
+    for (int step = 0; step < 2; ++step) {
+      for (size_t i = 0; i < twins.tensors.size(); ++i) twins.move(i, kGrad);
+      if (step == 1 && count <= 2000)
+        for (Options& each : twins.groups) each[0] *= 0.5;  // as a scheduler does
+      CHECK(twins.step() == (count <= 4000 ? 2 : 4), count);
+    }
+    twins.compare("launches");
+  }
+  Twins twins("sgd", {options_of(rule_info("sgd"), 0.1)});
+  twins.add(300, kDense, kDTypes[0]);
+  twins.add(300, kDense, kDTypes[1]);
+  twins.step();
+  CHECK(twins.step() == 3, "float and double rows");
+  twins.compare("float and double");
+}
+
+// A graph goes on doing what was captured, whatever steps are taken beside it; only options on the device change.
+void test_graphs(const char* rule) {
+  const RuleInfo& info = rule_info(rule);
+  Twins twins(rule, {options_of(info, 0.1), options_of(info, 0.2)});
+  for (int i = 0; i < 20; ++i) twins.add(kSizes[i % 6], static_cast<Kind>(i % kOneByteOn), kDTypes[i % 3], i);
+  // Captured with a table from before, and without one.
+  for (const bool warm : {true, false}) {
+    const std::vector<Options> before = twins.groups;
+    const std::vector<std::shared_ptr<void>> lr = {allocate(8), allocate(8)};
+    const auto set_lr = [&](float a, double b) {
+      copy(lr[0].get(), &a, sizeof a);
+      copy(lr[1].get(), &b, sizeof b);
+      twins.groups[0][0] = a;
+      twins.groups[1][0] = b;
+    };
+    set_lr(0.25f, 0.3);
+    twins.sources[0][0] = {lr[0].get(), k32};
+    twins.sources[1][0] = {lr[1].get(), k64};
+    if (warm) twins.step();
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreate(&stream));
+    check(cudaDeviceSynchronize());
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    std::swap(twins.stream, stream);
+    twins.capturing = true;
+    const int64_t launches = twins.step_on_device();
+    CHECK(!warm || launches <= 3, launches);
+    twins.capturing = false;
+    std::swap(twins.stream, stream);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    check(cudaStreamEndCapture(stream, &graph));
+    check(cudaGraphInstantiate(&executable, graph));
+    twins.compare("captured, not run");
+    const auto replay = [&](const char* when) {
+      check(cudaGraphLaunch(executable, stream));
+      twins.step_on_host();
+      twins.compare(std::string(rule) + " replay " + when);
+    };
+    replay("at once");
+    set_lr(0.5f, 0.0625);
+    replay("with another lr");
+    // A step beside it, with other gradients, options and rows at rest; then the graph again.
+    const auto captured_groups = twins.groups;
+    const auto captured_gradients = twins.on_device;
+    twins.sources[0][0] = {};
+    twins.groups[0][1] = 0.25;
+    for (size_t i = 0; i < twins.tensors.size(); ++i) {
+      if (i % 3 == 0) twins.tensors[i].active = false;
+      twins.move(i, kGrad);
+    }
+    twins.step();
+    twins.compare("beside the graph");
+    for (Tensor& t : twins.tensors) t.active = true;
+    twins.groups = captured_groups;
+    replay("after another step");
+    twins.step();
+    twins.compare("after the graph");
+    twins.groups = before;
+    twins.sources.assign(2, {});
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_backend({run_on_device, {0}, kOneByteOn});
+  for (const RuleInfo& info : rule_infos()) {
+    test_changes(info.name);
+    test_graphs(info.name);
+  }
+  test_launches();
+}

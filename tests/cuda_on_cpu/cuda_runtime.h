@@ -1,0 +1,77 @@
+// A stand-in for the CUDA runtime: the kernels in csrc/cuda compile against it as C++ and run on a CPU, where
+// sanitizers see every access. It has what they use and no more: anything else does not compile.
+//
+// A block's threads are fibers. A warp's 32 lanes run one after the other, each until it ends or reaches a
+// collective (__ballot_sync); when all have, the collective is computed and they go on. Lanes that disagree
+// on whether they reach one are an error, as on a GPU. Blocks and warps run in order: races between them are
+// not seen here. A kernel runs when it is launched, or when the graph that captured it is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one at a time
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {
+  }
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+extern dim3 threadIdx, blockIdx;
+unsigned __ballot_sync(unsigned mask, bool predicate);
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+const char* cudaGetErrorString(cudaError_t error);
+
+using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// Runs `thread` for every thread of the grid, or captures it.
+cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 32764, "more arguments than a launch can take");
+  // Copied at the launch, as CUDA does.
+  const auto copies = std::make_shared<std::tuple<Parameters...>>(std::forward<Arguments>(arguments)...);
+  return cuda_on_cpu_launch(*config, [kernel, copies] { std::apply(kernel, *copies); });
+}
+
+// For tests. Device memory is heap memory of exactly the size asked for.
+enum cudaMemcpyKind { cudaMemcpyDefault };
+cudaError_t cudaMalloc(void** address, size_t bytes);
+cudaError_t cudaFree(void* address);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaDeviceSynchronize();
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+using cudaGraph_t = struct CUgraph_st*;
+using cudaGraphExec_t = struct CUgraph_st*;
+cudaError_t cudaStreamCreate(cudaStream_t* stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags = 0);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
