@@ -1,11 +1,12 @@
 # Three commands for a fresh clone: make demo, make test, make bench. Each sets everything up first.
+# make cuda-on-cpu runs the CUDA kernels without a GPU, under sanitizers; make gpu-check is for a machine with one.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint cuda-on-cpu gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_gpt.py
@@ -22,6 +23,21 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)/mypy
 	$(BIN)/stubtest genopt_ext._C --allowlist tests/stubtest_allowlist.txt
+
+# The C++ tests and the whole Python table, with the .cu sources compiled as C++: see tests/cuda_on_cpu.
+cuda-on-cpu: $(STAMP)
+	cmake -S . -B build/sanitize -G Ninja -DGENOPT_SANITIZE=ON -DGENOPT_WERROR=ON -DGENOPT_PYTHON=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCMAKE_PREFIX_PATH=$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)') >/dev/null
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure -j 2
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 GENOPT_TEST_CUDA_ON_CPU=build/sanitize/_C.so \
+	  $(BIN)/python -m pytest -n 2 tests/test_bits.py tests/test_state.py tests/test_errors.py tests/test_cuda.py
+
+# Takes $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -109,11 +109,12 @@ class TorchPlan {
     if (!refusal.rows.empty() || !refusal.groups.empty() || !refusal.overlaps.empty()) return refusal;
     for (const int64_t row : fresh) plan_.rows.at(row).fresh = true;
 
+    std::vector<at::Tensor> held;  // what handles_ then point to
     for (const int device : devices_)
       if (device != kHost) cuda_.step(device, plan_.rows, plan_.groups, sources_);
     if (std::find(devices_.begin(), devices_.end(), kHost) != devices_.end()) {
       plan_.prepare(cpu::kernel_table());
-      run(elements);
+      run(elements, held);
     }
     bump_versions();
     return std::nullopt;
@@ -456,7 +457,8 @@ class TorchPlan {
     }
   }
 
-  void run(int64_t elements) {
+  // Steps the rows on the CPU.
+  void run(int64_t elements, std::vector<at::Tensor>& held) {
     const int threads = at::get_num_threads();
     // A long run lets other Python threads work, and so holds what they could take away: worth it where
     // rows are large, as holding one costs about as much as stepping a thousand elements.
@@ -465,7 +467,6 @@ class TorchPlan {
       cpu::run(plan_, threads);
       return;
     }
-    std::vector<at::Tensor> held;
     for (size_t r = 0; r < params_.size(); ++r)
       if (plan_.rows[r].active)
         for (const at::Tensor* t : handles_[r])

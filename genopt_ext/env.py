@@ -37,6 +37,17 @@ def _cpu_backend() -> str:
     return f"native kernels, {used} ({why}; available: {available}), {torch.get_num_threads()} threads"
 
 
+def _cuda_backend() -> str:
+    info = _backend.build_info
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    seen = f"devices: {', '.join(devices) or 'none'}"
+    if _backend.native is None or info is None:
+        return f"reference, as {_backend.why_not_native}; {seen}"
+    if not _backend.native.has_cuda:
+        return f"reference, as {info.CUDA_REASON}; {seen}"
+    return f"native kernels for {info.CUDA_ARCHITECTURES} ({info.CUDA_REASON}); {seen}"
+
+
 def _auto() -> str:
     try:
         return _backend.resolve("auto")
@@ -47,7 +58,6 @@ def _auto() -> str:
 def report() -> dict[str, str]:
     """What ``python -m genopt_ext.env`` prints, a line per entry."""
     info = _backend.build_info
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "genopt_ext": f"{__version__} in {os.path.dirname(__file__)}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built'}",
@@ -56,7 +66,7 @@ def report() -> dict[str, str]:
         "built with": f"torch {info.TORCH}, {info.COMPILER}" if info else f"nothing: {_backend.why_not_native}",
         "backend 'auto'": _auto(),
         "cpu": _cpu_backend(),
-        "cuda": f"reference, as {info.CUDA_REASON if info else 'nothing is built'}; devices: {devices or 'none'}",
+        "cuda": _cuda_backend(),
     }
     return {**lines, **{name: os.environ[name] for name in VARIABLES if name in os.environ}}
 

@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, STATEFUL, assert_same_bits, parameters, randn, set_grads, train
+from cases import CASES, DEVICE, STATEFUL, assert_same_bits, parameters, randn, set_grads, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.common_optimizers import optim_db
 
@@ -193,7 +193,7 @@ def test_grad_scaler_unscales_and_skips(fused):
     for module in (optim, torch.optim):
         params = parameters([(30,)])
         opt = module.AdamW(params, lr=0.1, **({"fused": fused} if module is optim else {"foreach": False}))
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
         for step in range(4):
             opt.zero_grad()
             loss = (params[0] * randn((30,), step)).sum() * (float("inf") if step == 1 else 1.0)

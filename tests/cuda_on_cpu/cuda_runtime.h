@@ -67,7 +67,7 @@ cudaError_t cudaFree(void* address);
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaDeviceSynchronize();
 
-enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 using cudaGraph_t = struct CUgraph_st*;
 using cudaGraphExec_t = struct CUgraph_st*;
 cudaError_t cudaStreamCreate(cudaStream_t* stream);

@@ -1,0 +1,270 @@
+"""``make gpu-check``: all that only a machine with an NVIDIA GPU can tell, in one run of at most ten minutes.
+
+Builds the extension for the torch of this Python, runs the tests on ``cuda``, runs compute-sanitizer on the
+torch-free test of the CUDA backend, counts launches and host time, and times the cases below against torch in
+turn, beside the bandwidth of a device-to-device copy. Writes one JSON, and prints it as one table.
+
+Needs a torch with CUDA, nvcc, and pytest, hypothesis and expecttest; ``--dry-run`` goes through the timed part
+on a CPU with small tensors, to see that it works, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``bytes`` are moved for each parameter; ``theirs`` are the variants of torch to beat."""
+
+    name: str
+    optimizer: str
+    shapes: list[int]
+    bytes: int
+    goal: str
+    dtype: torch.dtype = torch.float32
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    theirs: tuple[str, ...] = ("fused",)
+
+
+def cases(scale: float) -> list[Case]:
+    """The goals' cases; ``scale`` shrinks the tensors."""
+
+    def elements(n: float) -> int:
+        return max(1, int(n * scale))
+
+    one, momentum = [elements(1e9)], {"momentum": 0.9}
+    return [
+        Case("AdamW 1B", "AdamW", one, 28, "95 % of copy"),
+        Case("AdamW 200 x 5M", "AdamW", [elements(5e6)] * 200, 28, "95 % of copy"),
+        Case("AdamW bf16, fp32 moments 1B", "AdamW", one, 22, "92 % of copy", torch.bfloat16),
+        Case("RMSprop 1B", "RMSprop", one, 20, "93 % of copy, 5 x torch", theirs=("foreach",)),
+        Case("SGD momentum 1B", "SGD", one, 20, "93 % of copy", kwargs=momentum),
+        Case("Adagrad 1B", "Adagrad", one, 20, "93 % of copy", theirs=("foreach", "fused")),
+        Case("AdamW 1000 x 1024", "AdamW", [elements(1024)] * 1000, 28, "10 x torch"),
+        Case("AdamW 10000 x 64", "AdamW", [elements(64)] * 10_000, 28, "10 x torch"),
+        Case("AdamW 2000 x 1024", "AdamW", [elements(1024)] * 2000, 28, "host 0.3 ms, 3 launches"),
+    ]
+
+
+class Clock:
+    """Times work on the device, host time included: from an idle device until it is idle again."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, run: Run, repeats: int) -> float:
+        """Of one of ``repeats`` calls in a row."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        self.wait()
+        return (time.perf_counter() - start) / repeats
+
+    def host_seconds(self, run: Run) -> float:
+        self.wait()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def in_turn(self, runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
+        """Rounds in which each takes its turn, for about ``seconds`` in all."""
+        repeats = {}
+        for name, run in runs.items():
+            self.seconds(run, 2)
+            once = self.seconds(run, 2)
+            repeats[name] = max(1, min(50, int(0.02 / once)))
+        rounds: dict[str, list[float]] = {name: [] for name in runs}
+        begin = time.perf_counter()
+        while len(rounds[next(iter(runs))]) < 5 or time.perf_counter() - begin < seconds:
+            for name, run in runs.items():
+                rounds[name].append(self.seconds(run, repeats[name]))
+        return rounds
+
+
+def parameters(case: Case, device: str) -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n, device=device, dtype=case.dtype)) for n in case.shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+def subject(case: Case, device: str, torchs: str | None) -> tuple[torch.optim.Optimizer, Run]:
+    """An optimizer with its state made, and its step. ``torchs``: the variant of torch's; None: ours."""
+    from genopt_ext import optim
+
+    params = parameters(case, device)
+    module: Any = torch.optim if torchs else optim
+    opt = getattr(module, case.optimizer)(params, **case.kwargs, **({torchs: True} if torchs else {}))
+    opt.step()
+    if case.dtype == torch.bfloat16 and not torchs:
+        for state in opt.state.values():
+            for name, t in state.items():
+                state[name] = t.float()
+    return opt, opt.step
+
+
+def check(case: Case, device: str) -> None:
+    """The timed step gives the numbers of the plain-torch reference."""
+    from genopt_ext import optim
+
+    few = Case(case.name, case.optimizer, [min(n, 5000) for n in case.shapes[:50]], 0, "", case.dtype, case.kwargs)
+    results = []
+    for backend in ("auto", "reference"):
+        params = parameters(few, device)
+        opt = getattr(optim, case.optimizer)(params, **case.kwargs, backend=backend)
+        opt.step()
+        opt.step()
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def measure(case: Case, device: str, clock: Clock, copy: float, seconds: float) -> dict[str, Any]:
+    check(case, device)
+    made = {"genopt_ext": subject(case, device, None)}
+    made |= {f"torch {variant}": subject(case, device, variant) for variant in case.theirs}
+    rounds = clock.in_turn({name: run for name, (_, run) in made.items()}, seconds)
+    opt, step = made["genopt_ext"]
+    plan: Any = opt._plan  # type: ignore[attr-defined]
+    before = plan.launches
+    step()
+    launches = plan.launches - before
+    medians = {name: statistics.median(times) for name, times in rounds.items()}
+    ours, best = medians.pop("genopt_ext"), min(medians.values())
+    moved = sum(case.shapes) * case.bytes
+    return {
+        "case": case.name,
+        "goal": case.goal,
+        "bytes": moved,
+        "seconds": rounds,
+        "ms": ours * 1e3,
+        "torch_ms": best * 1e3,
+        "torch_over_ours": best / ours,
+        "of_copy": moved / ours / copy,
+        "host_ms": statistics.median(clock.host_seconds(step) for _ in range(20)) * 1e3,
+        "launches": launches,
+    }
+
+
+def copy_bandwidth(device: str, clock: Clock, scale: float) -> float:
+    """Bytes a second that a device-to-device copy reads and writes."""
+    source = torch.randn(max(1024, int(1e9 * scale)), device=device)
+    target = torch.empty_like(source)
+    times = clock.in_turn({"copy": lambda: target.copy_(source)}, 1.0 if scale == 1 else 0.05)
+    return 2 * source.nbytes / statistics.median(times["copy"])
+
+
+def shell(command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
+    """Runs a command; its exit status, time and last lines."""
+    start = time.perf_counter()
+    print("+", *command, flush=True)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds
+        )
+        status, text = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as late:
+        status, text = 124, (late.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds} s"
+    last = text.strip().splitlines()[-5:]
+    print(*last, sep="\n", flush=True)
+    return {"command": " ".join(command), "status": status, "seconds": time.perf_counter() - start, "last": last}
+
+
+def build_and_check() -> list[dict[str, Any]]:
+    """The build, the tests on the GPU, and the sanitizers."""
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"{major}.{minor}"
+    setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    results = [shell(setup, 240, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)]
+    tests = [sys.executable, "-m", "pytest", "-q", "--ignore=tests/test_demo.py", "tests"]
+    results.append(shell(tests, 240, GENOPT_TEST_DEVICE="cuda"))
+    program = ROOT / "build" / "test_cuda"
+    program.parent.mkdir(exist_ok=True)
+    results.append(shell(["bash", "tests/cpp/build_cuda.sh", str(program), architecture.replace(".", "")], 180))
+    results.append(shell([str(program)], 120))
+    for tool in SANITIZERS:
+        results.append(shell(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program), "few"], 60))
+    return results
+
+
+def show(results: list[dict[str, Any]], copy: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"One step; a copy moves {copy / 1e9:.0f} GB/s")
+    for name in ("case", "ms", "torch's best ms", "torch / ours", "% of copy", "host ms", "launches", "goal"):
+        table.add_column(name, justify="left" if name in ("case", "goal") else "right", no_wrap=True)
+    for r in results:
+        numbers = (f"{r['ms']:.3f}", f"{r['torch_ms']:.3f}", f"{r['torch_over_ours']:.2f}", f"{r['of_copy']:.0%}")
+        table.add_row(r["case"], *numbers, f"{r['host_ms']:.3f}", str(r["launches"]), r["goal"])
+    Console(width=130).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<device>/<date>-<commit>.json)")
+    parser.add_argument("--commit", default="", help="what is measured, where there is no git")
+    parser.add_argument("--only-times", action="store_true", help="neither build nor test: time what is built")
+    parser.add_argument("--dry-run", action="store_true", help="a small run on the CPU that writes nothing")
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print("gpu-check: torch sees no CUDA device; run it where one is, or try --dry-run")
+        return 1
+    device, scale, seconds = ("cpu", 1e-4, 0.02) if arguments.dry_run else ("cuda", 1.0, 4.0)
+    checks = [] if arguments.dry_run or arguments.only_times else build_and_check()
+
+    sys.path.insert(0, str(ROOT))
+    clock = Clock(device)
+    copy = copy_bandwidth(device, clock, scale)
+    results = []
+    for case in cases(scale):
+        results.append(measure(case, device, clock, copy, seconds))
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    show(results, copy)
+    for each in checks:
+        print(f"{'passed' if each['status'] == 0 else 'FAILED'} in {each['seconds']:.0f} s: {each['command']}")
+    failed = any(each["status"] for each in checks)
+    if arguments.dry_run:
+        return 0
+
+    git = shutil.which("git")
+    head = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True) if git else None
+    commit = arguments.commit or (head.stdout.strip() if head else "") or "unknown"
+    date, name = datetime.date.today().isoformat(), torch.cuda.get_device_name()
+    out = arguments.out or ROOT / "bench" / "results" / name.lower().replace(" ", "-") / f"{date}-{commit}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    about = {"device": name, "date": date, "commit": commit, "versions": versions, "copy_bytes_per_second": copy}
+    out.write_text(json.dumps({**about, "checks": checks, "results": results}, indent=1))
+    print(f"written: {out}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""What is particular to CUDA: launches, graphs, streams, several devices. The other tests run on it as they are."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DEVICE,
+    NATIVE,
+    STATEFUL,
+    Case,
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    randn,
+    set_grads,
+    train,
+)
+
+from genopt_ext import optim
+
+kernels = pytest.mark.skipif(NATIVE != "cuda", reason="counts launches of CUDA kernels")
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: GENOPT_TEST_DEVICE=cuda")
+
+
+def launches(opt, step):
+    before = opt._plan.launches
+    step()
+    return opt._plan.launches - before
+
+
+@kernels
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_three_launches_at_most(case):
+    """2000 tensors in 100 groups, with new gradients and a scheduler at every step."""
+    params = parameters([(1 + i % 300,) for i in range(2000)])
+    opt = case.ours([{"params": params[i::100]} for i in range(100)])
+    scheduler = optim.lr_scheduler.ExponentialLR(opt, 0.9)
+    train(opt, params, 1)
+    for step in range(1, 4):
+        old = [p.grad for p in params]  # alive, so that the new ones are elsewhere
+        set_grads(params, step)
+        assert 2 <= launches(opt, opt.step) <= 3
+        del old
+        scheduler.step()
+    assert launches(opt, opt.step) <= 3
+
+
+@kernels
+def test_a_step_without_gradients_launches_nothing():
+    params = parameters([(5,), (0,)])
+    opt = optim.AdamW(params)
+    opt.step()
+    assert opt._plan.launches == 0
+    params[1].grad = torch.zeros(0)
+    opt.step()
+    assert opt.state[params[1]]["step"].item() == 1
+    assert launches(opt, opt.step) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_capturable_is_accepted(case):
+    params = parameters([(5,)])
+    opt = case.ours(params, capturable=True)
+    assert opt.param_groups[0]["capturable"] and opt.defaults["capturable"]
+    opt.add_param_group({"params": parameters([(3,)])})
+    assert opt.param_groups[1]["capturable"]
+    set_grads(params, 0)
+    if DEVICE == "cpu":
+        with pytest.raises(RuntimeError, match="capturable=True, but it is on cpu"):
+            opt_on_cpu = case.ours(params, capturable=True, backend="reference")
+            opt_on_cpu.step()
+    else:
+        opt.step()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_on_cpu(case, dtype):
+    results = []
+    for device in ("cuda", "cpu"):
+        params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters([(70_001,), (300, 7), (3,), ()], dtype)]
+        opt = case.ours(params)
+        for step in range(4):
+            set_grads(params, step)
+            for p in params:
+                p.grad = None if p.grad is None else p.grad.to(device)
+            opt.step()
+        results.append([t.cpu() for p in params for t in (p.detach(), *opt.state[p].values())])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b, case)
+
+
+def captured(opt):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    return graph
+
+
+@gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graphs_replay_steps(case):
+    """Replays, eager steps beside them, and a learning rate on the device that changes: as without a graph."""
+    shapes = [(300,), (7, 5), (), (70_000,)]
+    results = []
+    for capture in (True, False):
+        params = parameters(shapes)
+        lr = torch.tensor(0.01)
+        opt = case.ours(params, capturable=True)
+        opt.param_groups[0]["lr"] = lr
+        set_grads(params, 0)
+        opt.step()
+        graph = captured(opt) if capture else None
+
+        def run(graph=graph, opt=opt):
+            graph.replay() if graph is not None else opt.step()
+
+        fixed = [p.grad for p in params]
+        run()
+        lr.fill_(0.5)
+        run()
+        set_grads(params, 5)
+        opt.step()
+        for p, grad in zip(params, fixed, strict=True):
+            p.grad = grad.mul_(-2)
+        run()
+        run()
+        results.append(opt)
+    assert_same_state(*results, case)
+
+
+@gpu
+def test_two_graphs_and_two_steps_in_one():
+    results = []
+    for capture in (True, False):
+        params = parameters([(3000,), (5,)])
+        opt = optim.AdamW(params)
+        set_grads(params, 0)
+        opt.step()
+        if capture:
+            first, twice = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(first):
+                opt.step()
+            with torch.cuda.graph(twice):
+                opt.step()
+                opt.step()
+            for graph in (first, twice, first, twice):
+                graph.replay()
+        else:
+            for _ in range(6):
+                opt.step()
+        results.append(opt)
+    assert_same_state(*results)
+
+
+@gpu
+@pytest.mark.parametrize("case", [c for c in STATEFUL if c.name != "Adagrad"], ids=str)
+def test_capture_before_any_step_is_refused(case):
+    params = parameters([(5,)])
+    opt = case.ours(params)
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match="take one step before the capture"):
+        captured(opt)
+
+
+@gpu
+def test_streams_and_freed_gradients():
+    """State made on one stream and used on another; gradients freed at once; their memory written again."""
+    results = []
+    for streams in (True, False):
+        params = parameters([(1 << 20,), (300,)])
+        opt = optim.AdamW(params)
+        side = [torch.cuda.Stream(), torch.cuda.Stream()] if streams else [torch.cuda.current_stream()] * 2
+        for step in range(6):
+            stream = side[step % 2]
+            stream.wait_stream(side[1 - step % 2])
+            stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream):
+                set_grads(params, step)
+                opt.step()
+                for p in params:
+                    shape, p.grad = p.shape, None
+                    torch.full(shape, float("nan"))
+        torch.cuda.synchronize()
+        results.append(opt)
+    assert_same_state(*results)
+
+
+@gpu
+def test_threads_with_their_own_streams():
+    alone = [train_alone(seed) for seed in range(2)]
+    together = [None, None]
+
+    def work(seed):
+        with torch.device("cuda"), torch.cuda.stream(torch.cuda.Stream()):
+            together[seed] = train_alone(seed)
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for a, b in zip(alone, together, strict=True):
+        assert_same_state(a, b)
+
+
+def train_alone(seed):
+    params = parameters([(100_000,), (30,)], seed=seed)
+    opt = optim.RMSprop(params, momentum=0.9)
+    train(opt, params, 5)
+    return opt
+
+
+@gpu
+def test_cpu_and_gpu_parameters_in_one_optimizer():
+    lr = torch.tensor(0.1)
+    results = []
+    for devices in (("cuda", "cpu", "cuda"), ("cpu", "cpu", "cpu")):
+        params = [torch.nn.Parameter(randn((300,), i).to(d)) for i, d in enumerate(devices)]
+        opt = optim.AdamW(params, lr=lr)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = randn((300,), 10 * step + i).to(p.device)
+            opt.step()
+        results.append([p.detach().cpu() for p in params])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_whichever_is_current():
+    params = [torch.nn.Parameter(randn((300,), 0).to(f"cuda:{i}")) for i in range(2)]
+    opt = optim.AdamW(params)
+    for step in range(3):
+        for p in params:
+            p.grad = randn((300,), step).to(p.device)
+        with torch.cuda.device(step % 2):
+            opt.step()
+    assert_same_bits(params[0].detach().cpu(), params[1].detach().cpu())
+
+
+@gpu
+def test_torch_checkpoint_with_steps_on_the_cpu():
+    params = parameters([(300,)])
+    theirs = torch.optim.Adam(params)
+    train(theirs, params, 3)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = optim.Adam(twins)
+    ours.load_state_dict(theirs.state_dict())
+    train(theirs, params, 2, first=3)
+    train(ours, twins, 2, first=3)
+    torch.testing.assert_close(params, twins)
+    assert ours.state[twins[0]]["step"].is_cuda and ours.state[twins[0]]["step"].item() == 5
+
+
+@gpu
+def test_no_synchronization():
+    params = parameters([(300,)] * 50)
+    rates = [torch.tensor(0.1), torch.tensor(0.2)]
+    opt = Case("Adam").ours(params, lr=rates[0])
+    set_grads(params, 0)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+        opt.param_groups[0]["lr"] = rates[1]
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_more_than_2_to_the_31_elements_on_the_gpu():
+    n = 2**31 + 300
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("no memory for two tensors of 4 GiB")
+    p = torch.ones(n, dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    optim.SGD([p], lr=0.5).step()
+    assert (p == 0.5).all()
