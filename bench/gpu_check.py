@@ -253,9 +253,11 @@ def main() -> int:
     if arguments.dry_run:
         return 0
 
-    git = shutil.which("git")
-    head = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True) if git else None
-    commit = arguments.commit or (head.stdout.strip() if head else "") or "unknown"
+    commit = arguments.commit
+    if not commit and shutil.which("git"):
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = head.stdout.strip()
+    commit = commit or "unknown"
     date, name = datetime.date.today().isoformat(), torch.cuda.get_device_name()
     out = arguments.out or ROOT / "bench" / "results" / name.lower().replace(" ", "-") / f"{date}-{commit}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

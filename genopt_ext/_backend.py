@@ -72,6 +72,7 @@ def resolve(backend: str) -> str:
         warn_once(f"{why_not_native}; until then the slower plain-torch reference is used")
         return "reference"
     if backend == "cuda" and not native.has_cuda:
+        assert build_info is not None
         raise RuntimeError(f"{asked} is 'cuda', but the CUDA kernels are not built: {build_info.CUDA_REASON}")
     native.cpu_capability()  # raises where the environment names one that this machine lacks
     return backend

@@ -70,9 +70,9 @@ def test_capturable_is_accepted(case):
     assert opt.param_groups[1]["capturable"]
     set_grads(params, 0)
     if DEVICE == "cpu":
-        with pytest.raises(RuntimeError, match="capturable=True, but it is on cpu"):
-            opt_on_cpu = case.ours(params, capturable=True, backend="reference")
-            opt_on_cpu.step()
+        for backend in ("auto", "reference"):
+            with pytest.raises(RuntimeError, match="capturable=True, but it is on cpu"):
+                case.ours(params, capturable=True, backend=backend).step()
     else:
         opt.step()
 

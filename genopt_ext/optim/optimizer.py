@@ -214,6 +214,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             return loss
         if self._plan is None:
             assert _backend.native is not None
+            # Later, only what the plan can not take is looked at in Python.
+            for i, group in enumerate(self.param_groups):
+                self._check_group(i, group)
+            for place in self._places():
+                if place[2].grad is not None:
+                    self._check(place)
             self._plan = _backend.native.Plan(self.rule, self._resolved)
         refusal = self._plan.step(self.param_groups, self.state, (), ())
         if refusal is not None:

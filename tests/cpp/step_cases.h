@@ -207,7 +207,8 @@ void test_states(const TestedBackend& backend) {
       options[i] = flag ? on : key == "lr" ? 0.25 : key == "eps" ? 1e-8 : on ? 0.75 : 0.0;
       if (key == "maximize" && on) sign = -1;
     }
-    if (backend.few ? tested == 0 : bits % 13 == 0 || bits + 1 == 1u << count) tested += test<Rule, kUsed>(backend, options, sign, bits % 2);
+    if (backend.few ? tested == 0 : bits % 13 == 0 || bits + 1 == 1u << count)
+      tested += test<Rule, kUsed>(backend, options, sign, bits % 2);
   }
   CHECK(tested > 0, std::string(Rule::kName) + " states " + std::to_string(kUsed));
 }
