@@ -4,7 +4,7 @@ Builds the extension for the torch of this Python, runs the tests on ``cuda``, r
 torch-free test of the CUDA backend, counts launches and host time, and times the cases below against torch in
 turn, beside the bandwidth of a device-to-device copy. Writes one JSON, and prints it as one table.
 
-Needs a torch with CUDA, nvcc, and pytest, hypothesis and expecttest; ``--dry-run`` goes through the timed part
+Needs a torch with CUDA, nvcc, and of requirements-dev.txt the packages for tests; ``--dry-run`` goes through the timed part
 on a CPU with small tensors, to see that it works, and writes nothing.
 """
 
@@ -200,15 +200,17 @@ def build_and_check() -> list[dict[str, Any]]:
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}.{minor}"
     setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    results = [shell(setup, 240, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)]
-    tests = [sys.executable, "-m", "pytest", "-q", "--ignore=tests/test_demo.py", "tests"]
-    results.append(shell(tests, 240, GENOPT_TEST_DEVICE="cuda"))
-    program = ROOT / "build" / "test_cuda"
+    program, tests = ROOT / "build" / "test_cuda", ["-q", "-n", "4", "--ignore=tests/test_demo.py", "tests"]
     program.parent.mkdir(exist_ok=True)
-    results.append(shell(["bash", "tests/cpp/build_cuda.sh", str(program), architecture.replace(".", "")], 180))
-    results.append(shell([str(program)], 120))
+    # With the timed part, the limits come to less than ten minutes.
+    results = [
+        shell(setup, 120, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture),
+        shell([sys.executable, "-m", "pytest", *tests], 150, GENOPT_TEST_DEVICE="cuda"),
+        shell(["bash", "tests/cpp/build_cuda.sh", str(program), architecture.replace(".", "")], 70),
+        shell([str(program)], 30),
+    ]
     for tool in SANITIZERS:
-        results.append(shell(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program), "few"], 60))
+        results.append(shell(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program), "few"], 35))
     return results
 
 
@@ -222,7 +224,7 @@ def show(results: list[dict[str, Any]], copy: float) -> None:
     for r in results:
         numbers = (f"{r['ms']:.3f}", f"{r['torch_ms']:.3f}", f"{r['torch_over_ours']:.2f}", f"{r['of_copy']:.0%}")
         table.add_row(r["case"], *numbers, f"{r['host_ms']:.3f}", str(r["launches"]), r["goal"])
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 def main() -> int:

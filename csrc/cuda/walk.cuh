@@ -40,6 +40,7 @@ __device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t
   const int64_t dims = static_cast<int64_t>(layout[0]);
   const uint64_t *sizes = layout + 1, *strides = sizes + dims * (1 + operand);
   int64_t offset = 0;
+#pragma unroll 1
   for (int64_t d = dims; d-- > 0;) {
     const int64_t size = static_cast<int64_t>(sizes[d]), next = i / size;
     offset += (i - next * size) * static_cast<int64_t>(strides[d]);
@@ -145,6 +146,12 @@ class LaneOperand {
  private:
   static constexpr int kWords = kElements * sizeof(T) / 4;
 
+  __device__ char* base() const {
+    // The compiler can not know where a pointer that was itself loaded leads to.
+    __builtin_assume(__isGlobal(base_));
+    return base_;
+  }
+
   // The codecs of operands that are accessed in pieces.
   template <class Visit>
   __device__ void with_fast_codec(Visit visit) const {
@@ -162,7 +169,7 @@ class LaneOperand {
   template <class Codec>
   __device__ typename Codec::Stored* place(const Tile& tile, int operand, int j) const {
     const int i = tile.element(j);
-    return reinterpret_cast<typename Codec::Stored*>(base_) +
+    return reinterpret_cast<typename Codec::Stored*>(base()) +
            (strided_ ? offset_of(tile.layout, operand, tile.start + i) : i);
   }
 
@@ -177,7 +184,7 @@ class LaneOperand {
   template <class Piece>
   __device__ void load_pieces(const Tile& tile) {
     constexpr int kEach = sizeof(Piece) / 4;
-    const Piece* from = reinterpret_cast<const Piece*>(base_) + tile.lane;
+    const Piece* from = reinterpret_cast<const Piece*>(base()) + tile.lane;
 #pragma unroll
     for (int i = 0; i < kPieces<Piece>; ++i) {
       if (!has_piece<Piece>(tile, i)) continue;
@@ -191,7 +198,7 @@ class LaneOperand {
   template <class Piece>
   __device__ void store_pieces(const Tile& tile) {
     constexpr int kEach = sizeof(Piece) / 4;
-    Piece* to = reinterpret_cast<Piece*>(base_) + tile.lane;
+    Piece* to = reinterpret_cast<Piece*>(base()) + tile.lane;
 #pragma unroll
     for (int i = 0; i < kPieces<Piece>; ++i) {
       if (!has_piece<Piece>(tile, i)) continue;

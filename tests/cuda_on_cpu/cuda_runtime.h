@@ -38,6 +38,11 @@ inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
 
+inline bool __isGlobal(const void*) {
+  return true;
+}
+#define __builtin_assume(condition) static_cast<void>(condition)
+
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 const char* cudaGetErrorString(cudaError_t error);
 
