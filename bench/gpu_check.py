@@ -4,8 +4,8 @@ Builds the extension for the torch of this Python, runs the tests on ``cuda``, r
 torch-free test of the CUDA backend, counts launches and host time, and times the cases below against torch in
 turn, beside the bandwidth of a device-to-device copy. Writes one JSON, and prints it as one table.
 
-Needs a torch with CUDA, nvcc, and of requirements-dev.txt the packages for tests; ``--dry-run`` goes through the timed part
-on a CPU with small tensors, to see that it works, and writes nothing.
+Needs a torch with CUDA, nvcc, and of requirements-dev.txt the packages for tests; ``--dry-run`` goes through the
+timed part on a CPU with small tensors, to see that it works, and writes nothing.
 """
 
 from __future__ import annotations
