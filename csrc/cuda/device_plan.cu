@@ -9,11 +9,6 @@
 namespace genopt::cuda {
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("genopt_ext: ") + what + " failed: " + cudaGetErrorString(error));
-}
-
 int64_t layout_words(const Layout& layout) {
   return 1 + static_cast<int64_t>(layout.sizes.size()) * (1 + kOperands);
 }
@@ -26,14 +21,25 @@ DevicePlan::DevicePlan(const RuleInfo& rule, int device) : rule_(rule), device_(
   });
 }
 
+bool kernels_run_here() {
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, rule_kernels<Adam>().update_float) == cudaSuccess;
+  static_cast<void>(cudaGetLastError());
+  return found;
+}
+
 void DevicePlan::renew(int rows, int groups, int64_t layout_words, const Queue& queue) {
-  table_ = {nullptr, groups, rows, 0};
-  const int64_t words = table_.layouts() + layout_words;
-  memory_ = queue.allocate(words * sizeof(uint64_t));
-  table_.words = static_cast<uint64_t*>(memory_.get());
+  Table table{nullptr, groups, rows, 0};
+  const int64_t words = table.layouts() + layout_words;
+  std::vector<uint64_t> image(words);
+  std::shared_ptr<void> memory = queue.allocate(words * sizeof(uint64_t));
+  table.words = static_cast<uint64_t*>(memory.get());
+  // Nothing fails from here on.
+  table_ = table;
+  image_.swap(image);
+  memory_.swap(memory);
   stream_ = queue.stream;
   layout_words_ = layout_words;
-  image_.assign(words, 0);
 }
 
 void DevicePlan::put(int64_t at, const void* words, int count) {
@@ -95,6 +101,7 @@ void DevicePlan::step(const std::vector<Row>& rows, const std::vector<Options>& 
   const bool anew = !memory_ || stale || (queue.stream != stream_ && !queue.capturing) || row_count != table_.rows ||
                     group_count != table_.groups || layouts > layout_words_;
   if (anew) renew(row_count, group_count, layouts, queue);
+  if (queue.capturing) captured_.push_back(memory_);
 
   // First what mostly stays: the prologue reads rows from the table.
   if (anew) changes_ = {{table_.first_tile(0), static_cast<int64_t>(image_.size())}};
@@ -127,7 +134,6 @@ void DevicePlan::step(const std::vector<Row>& rows, const std::vector<Options>& 
     put(table_.grad(r), row.active && row.device == device_ ? address | (row.fresh ? kFresh : 0) : 0);
   }
   flush(row_count, queue);
-  if (queue.capturing) captured_.push_back(memory_);
 
   const int64_t threads = tiles * kWarp;
   if (tiles && active[0]) launch(kernels_.update_float, threads, queue, table_);
@@ -139,9 +145,8 @@ void DevicePlan::flush(int rows, const Queue& queue) {
   std::sort(changes_.begin(), changes_.end(), [](Range a, Range b) { return a.begin < b.begin; });
   Range range{};
   for (const Range& next : changes_) {
-    // Short gaps travel along: cheaper than a launch of their own.
-    constexpr int64_t kGap = 256;
-    if (range.end && next.begin <= range.end + kGap) {
+    // What one launch can carry travels together, with what lies between: cheaper than a launch of its own.
+    if (range.end && (next.begin <= range.end || next.end - range.begin <= kLargePayload)) {
       range.end = std::max(range.end, next.end);
       continue;
     }
@@ -175,7 +180,12 @@ void DevicePlan::launch(void (*kernel)(Parameters...), int64_t threads, const Qu
   config.gridDim = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads));
   config.blockDim = dim3(kThreads);
   config.stream = queue.stream;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) {
+    memory_.reset();                        // what it holds is not known: the next step begins anew
+    static_cast<void>(cudaGetLastError());  // told here: torch must not meet it again
+    throw std::runtime_error(std::string("genopt_ext: launching a kernel failed: ") + cudaGetErrorString(error));
+  }
   ++launches_;
 }
 

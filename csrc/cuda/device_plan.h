@@ -20,6 +20,9 @@ struct Queue {
   std::function<std::shared_ptr<void>(size_t bytes)> allocate;
 };
 
+// Whether this build has code for the current device.
+bool kernels_run_here();
+
 class DevicePlan {
  public:
   DevicePlan(const RuleInfo& rule, int device);
@@ -56,7 +59,8 @@ class DevicePlan {
   RuleKernels kernels_;
   Table table_{};
   std::shared_ptr<void> memory_;
-  std::vector<std::shared_ptr<void>> captured_;  // tables that graphs read for as long as they are replayed
+  // Tables that graphs have, one a capture: a graph may be replayed for as long as the plan lives, and no longer.
+  std::vector<std::shared_ptr<void>> captured_;
   cudaStream_t stream_ = nullptr;
   std::vector<uint64_t> image_;  // what the device has, but for its updates
   int64_t layout_words_ = 0, layout_end_ = 0;

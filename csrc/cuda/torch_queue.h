@@ -7,6 +7,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <atomic>
+
 #include "device_plan.h"
 
 namespace genopt::cuda {
@@ -14,6 +17,18 @@ namespace genopt::cuda {
 // The device whose kernels serve a tensor: kHost on the CPU.
 inline int kernel_device(const at::Tensor& t) {
   return t.is_cuda() ? t.get_device() : kHost;
+}
+
+// Whether this build has code for the tensor's device; asked once a device.
+inline bool has_kernels(const at::Tensor& t) {
+  if (!t.is_cuda()) return true;
+  static std::array<std::atomic<signed char>, 256> known{};  // 0: not asked
+  std::atomic<signed char>& answer = known.at(t.get_device());
+  if (!answer) {
+    const c10::cuda::CUDAGuard guard(t.device());
+    answer = kernels_run_here() ? 1 : -1;
+  }
+  return answer > 0;
 }
 
 // The device on which kernels read an option: kHost where the host reads it.

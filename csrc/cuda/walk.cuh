@@ -174,20 +174,18 @@ class LaneOperand {
   }
 
   // How many pieces a lane has: all that fit, but one of two where eight bf16 or fp16 make one of 16 bytes.
-  template <class Piece>
+  static constexpr int kPieces = sizeof(T) == 8 ? 4 : 2;
   static __device__ bool has_piece(const Tile& tile, int i) {
     return i == 0 || sizeof(T) == 8 || tile.row.piece != kElements;
   }
-  template <class Piece>
-  static constexpr int kPieces = sizeof(T) == 8 ? 4 : 2;
 
   template <class Piece>
   __device__ void load_pieces(const Tile& tile) {
     constexpr int kEach = sizeof(Piece) / 4;
     const Piece* from = reinterpret_cast<const Piece*>(base()) + tile.lane;
 #pragma unroll
-    for (int i = 0; i < kPieces<Piece>; ++i) {
-      if (!has_piece<Piece>(tile, i)) continue;
+    for (int i = 0; i < kPieces; ++i) {
+      if (!has_piece(tile, i)) continue;
       const Piece piece = from[i * kWarp];
       raw_[i * kEach] = piece.x;
       raw_[i * kEach + 1] = piece.y;
@@ -200,8 +198,8 @@ class LaneOperand {
     constexpr int kEach = sizeof(Piece) / 4;
     Piece* to = reinterpret_cast<Piece*>(base()) + tile.lane;
 #pragma unroll
-    for (int i = 0; i < kPieces<Piece>; ++i) {
-      if (!has_piece<Piece>(tile, i)) continue;
+    for (int i = 0; i < kPieces; ++i) {
+      if (!has_piece(tile, i)) continue;
       Piece piece;
       piece.x = raw_[i * kEach];
       piece.y = raw_[i * kEach + 1];

@@ -54,6 +54,8 @@ class Range:
 
 FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "maximize", "nesterov")
 
+SERVED = {"cpu", "cuda"}  # device types that have kernels
+
 # A parameter and where it stands: (group index, index in the group, the parameter).
 Place = tuple[int, int, Tensor]
 
@@ -245,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group(i, self.param_groups[i])
         self._check_overlaps(places, overlaps)
         fresh = [r for r in rows if self._check(places[r])]
-        away = [p for _, _, p in (places[r] for r in rows) if p.is_cuda and self._step_is_on_cpu(p)]
+        away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
         if (fresh or away) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{type(self).__name__}.step: state has to be made or moved before a CUDA graph captures a step, else "
@@ -254,7 +256,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = self._make_state([places[r] for r in fresh])
         for r, state in zip(fresh, made, strict=True):
             self.state[places[r][2]].update(state)
-        for p in away:  # torch's own checkpoints keep them there
+        for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
         by_reference: Sequence[int] = rows
@@ -273,9 +275,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             options = {name: float(value) for name, value in self.rule_options(group).items()}
             reference.step(self.rule, p, p.grad, self.state.get(p, {}), self.state_names(group), r in fresh, **options)
 
-    def _step_is_on_cpu(self, p: Tensor) -> bool:
+    def _step_is_away(self, p: Tensor) -> bool:
         step = self.state.get(p, {}).get("step")
-        return isinstance(step, Tensor) and step.is_cpu
+        return isinstance(step, Tensor) and step.device != p.device and {p.device.type, step.device.type} <= SERVED
 
     def _make_state(self, places: list[Place]) -> list[dict[str, Tensor]]:
         made: list[dict[str, Tensor]] = [{} for _ in places]

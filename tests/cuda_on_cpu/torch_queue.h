@@ -13,6 +13,10 @@ inline int kernel_device(const at::Tensor&) {
   return 0;
 }
 
+inline bool has_kernels(const at::Tensor&) {
+  return kernels_run_here();
+}
+
 // 1-element tensors with a dimension are read by the kernels, those without by the host: both are tested.
 inline int option_device(const at::Tensor& t) {
   return t.dim() ? 0 : kHost;
