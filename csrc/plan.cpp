@@ -12,7 +12,6 @@ namespace {
 
 template <class Rule>
 typename Rule::Options options_of(const Options& values) {
-  static_assert(sizeof(typename Rule::Options) == std::size(Rule::kOptions) * sizeof(double));
   static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates);
   typename Rule::Options options;
   std::memcpy(&options, values.data(), sizeof options);
@@ -20,10 +19,10 @@ typename Rule::Options options_of(const Options& values) {
 }
 
 template <class Rule, class T>
-void construct(const Options& values, double t, bool fresh, void* storage) {
-  using Update = typename Rule::template Update<T>;
-  static_assert(sizeof(Update) <= sizeof(Prepared::update) && alignof(Update) <= 16);
-  new (storage) Update(options_of<Rule>(values), t, fresh);
+void construct(const Options& values, double t, void* storage) {
+  using Made = Scalars<Rule, T>;
+  static_assert(sizeof(Made) <= kScalarsBytes && alignof(Made) <= 16);
+  new (storage) Made(values.data(), t);
 }
 
 template <class Rule>
@@ -46,8 +45,8 @@ RuleInfo describe(int index) {
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
           structural,
           used_states<Rule>,
-          [](const Options& values, double t, bool fresh, bool in_double, void* storage) {
-            (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, fresh, storage);
+          [](const Options& values, double t, bool in_double, void* storage) {
+            (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, storage);
           }};
 }
 
@@ -110,31 +109,79 @@ Layout make_layout(const std::vector<int64_t>& sizes, const std::array<const int
   return layout;
 }
 
-void Plan::prepare(const KernelTable& kernels) {
-  prepared_.clear();
-  total_tiles_ = 0;
-  // Rows mostly share their group's step count: the last one made for a group, a compute type and
-  // freshness is tried first.
-  struct Last {
-    double t = -1;
-    int prepared = 0;
-  };
-  std::vector<Last> last(groups.size() * 4);
+void Plan::number() {
+  total_tiles_ = total_spans_ = 0;
   for (Row& row : rows) {
     row.first_tile = total_tiles_;
+    row.first_span = total_spans_;
+    total_tiles_ += row.tiles(kHost);
+    total_spans_ += row.spans(kHost);
+  }
+}
+
+bool Plan::is_clipping() const {
+  return rule.index == rule_info(None::kName).index && !groups.empty() && groups[0][0] == 0;
+}
+
+bool Plan::decide() {
+  const auto scale_of = [this](int group) {
+    return control.scale * (group_scales.empty() ? 1.0 : group_scales[group]);
+  };
+  std::vector<double> sums(groups.size());
+  double total = 0, shared = 0;
+  with_measure(control.norm, [&](auto measure) {
+    for (const Row& row : rows)
+      if (row.active && !(row.used & kRests)) sums[row.group] = measure.join(sums[row.group], row.norm);
+    for (size_t g = 0; g < groups.size(); ++g) {
+      total = measure.join(total, sums[g]);
+      if (!clips_alone(groups[g].data())) shared = measure.join(shared, sums[g]);
+    }
+  });
+  total_norm_ = norm_of(control.norm, total) * control.scale;
+  shared = norm_of(control.norm, shared) * control.scale;
+  for (Row& row : rows) {
     if (!row.active || row.device != kHost) continue;
-    const double t = row.step ? advance_step(row) : 0;
+    const double* options = groups[row.group].data();
+    const double scale = scale_of(row.group);
+    if (clips_by_tensor(options)) {
+      row.factor = scale * tensor_coefficient(options, norm_of(control.norm, row.norm) * scale,
+                                              norm_of(control.norm, row.weights));
+    } else {
+      const double own = norm_of(control.norm, sums[row.group]) * control.scale;
+      row.factor = group_scales.empty() ? scale * group_coefficient(options, control.max_norm, own, shared) : scale;
+    }
+  }
+  // Clipping alone leaves what it would not change.
+  if (is_clipping())
+    for (Row& row : rows) {
+      const double limit = groups[row.group][kClipGradValue];
+      const bool within = limit < 0 || (control.measure && control.norm == Norm::kMax && row.norm <= limit);
+      row.active = row.active && !(row.factor == 1 && within);
+    }
+  return !(control.guard && found_nonfinite());
+}
+
+void Plan::prepare(const KernelTable& kernels) {
+  prepared_.clear();
+  // Rows mostly share their group's step count: the last one made for a group and a compute type is tried first.
+  struct Last {
+    double t = -1;
+    unsigned used = 0;
+    int prepared = 0;
+  };
+  std::vector<Last> last(groups.size() * 2);
+  for (Row& row : rows) {
+    if (!row.active || row.device != kHost) continue;
+    const double t = row.step && !(row.used & kRests) ? advance_step(row) : 0;
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
-    Last& memo = last[row.group * 4 + in_double * 2 + row.fresh];
-    if (memo.t != t) {
-      const Options& options = groups[row.group];
+    Last& memo = last[row.group * 2 + in_double];
+    if (memo.t != t || memo.used != row.used) {
       Prepared& made = prepared_.emplace_back();
-      made.kernel = kernels[rule.index][rule.used_states(options)][in_double];
-      rule.make_update(options, t, row.fresh, in_double, made.update);
-      memo = {t, static_cast<int>(prepared_.size()) - 1};
+      made.kernel = kernels.tiles[rule.index][row.used][in_double];
+      rule.make_scalars(groups[row.group], t, in_double, made.scalars);
+      memo = {t, row.used, static_cast<int>(prepared_.size()) - 1};
     }
     row.prepared = memo.prepared;
-    total_tiles_ += row.tiles(kHost);
   }
 }
 

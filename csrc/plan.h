@@ -1,6 +1,7 @@
 // The step plan: what one step of one optimizer does to its tensors, on whichever devices, free of torch.
-// A caller (torch_plan.h) fills `rows` afresh at every step; prepare() turns hyperparameters and step
-// counts into scalars; a backend (cpu/run.h) then walks the tiles of all rows together.
+// A caller (torch_plan.h) fills `rows` afresh at every step; where gradients are clipped or checked, a backend measures
+// them and decide() turns norms into factors; prepare() turns hyperparameters and step counts into scalars; the backend
+// (cpu/run.h) then walks the tiles of all rows together.
 #pragma once
 
 #include <array>
@@ -18,8 +19,20 @@ namespace genopt {
 // in registers, and that will share one int8 scale.
 constexpr int kTile = 256;
 
-// The tensors a row names, in the order of Layout::strides.
-enum Operand { kParam, kGrad, kState, kOperands = kState + kMaxStates };
+// Tiles that make one partial sum of a norm. Its order is fixed: see cpu/walk.h and cuda/norm.cuh.
+constexpr int kSpan = 32;
+
+// The tensors a row names, in the order of Layout::strides. kAverage: the moving average of the weights.
+enum Operand { kParam, kGrad, kState, kAverage = kState + kMaxStates, kOperands };
+
+// Bits of a set of operands in use, beside the rule's own states: see is_used.
+constexpr unsigned kWithAverage = 1u << (kAverage - kState);
+constexpr unsigned kRests = kWithAverage << 1;  // no gradient: only the average moves
+constexpr unsigned kUses = kRests << 1;         // how many sets there are
+
+GENOPT_INLINE constexpr bool is_used(unsigned used, int operand) {
+  return operand < kState || (used >> (operand - kState) & 1);
+}
 
 // The element order of a row whose operands do not all lie dense in one order. Dimensions are merged
 // where every operand allows; the last one varies fastest. Strides count elements.
@@ -38,23 +51,50 @@ struct Row {
   int device = kHost;
   int64_t numel = 0;
   int64_t first_tile = 0;  // tiles of all rows before this one
+  int64_t first_span = 0;  // spans of all rows before this one
   std::array<void*, kOperands> data{};
   std::array<DType, kOperands> dtype{};
   const Layout* layout = nullptr;  // null: every operand is dense, in one order
   void* step = nullptr;            // the step counter, where the rule has one
   DType step_dtype = DType::kFloat32;
-  bool active = false;  // has a gradient
-  bool fresh = false;   // its states were made for this very step
+  bool active = false;  // takes part in this step
+  unsigned used = 0;    // states in use, kWithAverage and kRests, as a mask
   int group = 0;
-  int prepared = 0;  // index into Plan::prepared
+  int prepared = 0;              // index into Plan::prepared
+  double norm = 0, weights = 0;  // of gradient and parameter, where measured
+  double factor = 1;             // of the gradient
 
   // Tiles to step on `device`.
   int64_t tiles(int on_device) const {
     return active && device == on_device ? (numel + kTile - 1) / kTile : 0;
   }
+  // Spans to measure there.
+  int64_t spans(int on_device) const {
+    return used & kRests ? 0 : (tiles(on_device) + kSpan - 1) / kSpan;
+  }
 };
 
-using Options = std::array<double, kMaxOptions>;
+// A rule's own options, then the common ones.
+using Options = std::array<double, kAllOptions>;
+
+// Options of which none is set.
+constexpr Options kNoOptions = [] {
+  Options options{};
+  for (int k = kMaxOptions; k < kAllOptions; ++k) options[k] = kUnset;
+  return options;
+}();
+
+// What a step does with gradients, beside the groups' options.
+struct Control {
+  double max_norm = kUnset;  // for all groups that do not clip alone
+  double scale = 1;          // of all gradients: 1 / loss scale, 1 / micro-batches
+  Norm norm = Norm::kTwo;
+  bool measure = false;  // norms are wanted, if only to be told
+  bool guard = false;    // gradients that are not finite skip the step
+  bool skip = false;     // the step is to be skipped
+  bool zero = false;     // gradients become zero, skipped or not
+  bool only_measure = false;
+};
 
 // An option that stands in a device's memory, where a step reads it; without address: a number in Options.
 struct Source {
@@ -63,17 +103,25 @@ struct Source {
 };
 using Sources = std::array<Source, kMaxOptions>;
 
-// Runs tiles [begin, end) of a row with the scalars of a rule's Update.
-using TileKernel = void (*)(const void* update, const Row& row, int64_t begin, int64_t end);
-using KernelTable = std::array<std::array<std::array<TileKernel, 2>, 1 << kMaxStates>, kRules>;
+// Runs tiles [begin, end) of a row with a rule's Scalars.
+using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, int64_t end);
+// Measures one span of an operand.
+using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
+// Sets elements [begin, end) tiles of a row's gradient to zero.
+using ZeroKernel = void (*)(const Row& row, int64_t begin, int64_t end);
+struct KernelTable {
+  std::array<std::array<std::array<TileKernel, 2>, kUses>, kRules> tiles{};
+  std::array<std::array<SpanKernel, 2>, 3> spans{};
+  ZeroKernel zero = nullptr;
+};
 
-// Room for any rule's Update.
-constexpr int kUpdateBytes = 96;
+// Room for any rule's Scalars.
+constexpr int kScalarsBytes = 112;
 
-// What rows of the same group, step count and compute type share.
+// What rows of the same group, step count, compute type and states share.
 struct Prepared {
   TileKernel kernel;
-  alignas(16) unsigned char update[kUpdateBytes];
+  alignas(16) unsigned char scalars[kScalarsBytes];
 };
 
 // A rule as data: what Python and the plan need to know of it.
@@ -85,13 +133,24 @@ struct RuleInfo {
   std::vector<OptionName> options;
   unsigned structural;  // options that used_states depends on, as a mask
   unsigned (*used_states)(const Options&);
-  // Builds the rule's Update for step count t in `storage`.
-  void (*make_update)(const Options&, double t, bool fresh, bool in_double, void* storage);
+  // Builds the rule's Scalars for step count t in `storage`.
+  void (*make_scalars)(const Options&, double t, bool in_double, void* storage);
 };
 
 // Throws std::invalid_argument for a name that is no rule's.
 const RuleInfo& rule_info(const std::string& name);
 const std::vector<RuleInfo>& rule_infos();
+
+// Tensors that a step reads and writes beside its rows, on each device: the loss scale; whether an infinity was found;
+// a factor for each group's gradients (double); the norm of all gradients; whether it is not finite; the count of
+// skipped steps (int64).
+enum DeviceTensorKind { kGradScale, kFoundInf, kGroupScales, kGradNorm, kNonFinite, kSkippedSteps, kDeviceTensors };
+struct DeviceTensor {
+  void* address = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t count = 0;
+};
+using DeviceTensors = std::array<DeviceTensor, kDeviceTensors>;
 
 class Plan {
  public:
@@ -100,21 +159,43 @@ class Plan {
 
   const RuleInfo& rule;
   std::vector<Options> groups;
+  std::vector<double> group_scales;  // of the gradients of a group, beside Control::scale; empty: 1
   std::vector<Row> rows;
+  Control control;
 
-  // For rows on the CPU: numbers the tiles, advances the step counters of active rows and derives their
-  // scalars in double. Rows on other devices: see cuda/device_plan.h.
+  // All below is for rows on the CPU. Rows on other devices: see cuda/device_plan.h.
+
+  // Numbers tiles and spans of active rows.
+  void number();
+
+  // From the rows' norms: the factor of each row's gradient, and whether the step is to be taken. The norms that
+  // are given and told are of gradients with their scale.
+  bool decide();
+
+  // Advances the step counters of active rows and derives their scalars in double.
   void prepare(const KernelTable& kernels);
 
   int64_t total_tiles() const {
     return total_tiles_;
+  }
+  int64_t total_spans() const {
+    return total_spans_;
+  }
+  double total_norm() const {
+    return total_norm_;
+  }
+  // Whether this is no optimizer: rows are gradients that become themselves, clipped.
+  bool is_clipping() const;
+  bool found_nonfinite() const {
+    return !is_finite(total_norm_);
   }
   const std::vector<Prepared>& prepared() const {
     return prepared_;
   }
 
  private:
-  int64_t total_tiles_ = 0;
+  int64_t total_tiles_ = 0, total_spans_ = 0;
+  double total_norm_ = 0;
   std::vector<Prepared> prepared_;
 };
 

@@ -24,10 +24,9 @@ class CudaDevices {
   explicit CudaDevices(const RuleInfo& rule) : rule_(rule) {
   }
 
-  void step(int device, const std::vector<Row>& rows, const std::vector<Options>& groups,
-            const std::vector<Sources>& sources) {
-    auto& plan = plans_.try_emplace(device, rule_, device).first->second;
-    cuda::with_queue(device, [&](const cuda::Queue& queue) { plan.step(rows, groups, sources, queue); });
+  void step(int device, const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors) {
+    auto& there = plans_.try_emplace(device, rule_, device).first->second;
+    cuda::with_queue(device, [&](const cuda::Queue& queue) { there.step(plan, sources, tensors, queue); });
   }
 
   int64_t launches() const {
@@ -57,7 +56,7 @@ class CudaDevices {
  public:
   explicit CudaDevices(const RuleInfo&) {
   }
-  void step(int, const std::vector<Row>&, const std::vector<Options>&, const std::vector<Sources>&) {
+  void step(int, const Plan&, const std::vector<Sources>&, const DeviceTensors&) {
   }
   int64_t launches() const {
     return 0;

@@ -34,6 +34,19 @@ struct Refusal {
   std::vector<int64_t> rows;
   std::vector<int64_t> groups;  // with an option that is no finite number
   std::vector<std::pair<int64_t, int64_t>> overlaps;
+  std::vector<int> devices;  // of active rows, where a norm has to meet on one, or a tensor lacks on one
+
+  bool is_empty() const {
+    return rows.empty() && groups.empty() && overlaps.empty() && devices.empty();
+  }
+};
+
+// What a caller says of one step, beside the groups' options. The lists have tensors for some devices, the one for a
+// row's device counts: inputs that are read, and results that are written, as the step runs on that device.
+struct StepArguments {
+  Control control;
+  PyObject* grads = nullptr;  // a list with a gradient for each row, or None; without it: the parameters' .grad
+  std::array<PyObject*, kDeviceTensors> tensors{};  // lists, or null
 };
 
 inline std::optional<DType> plain_dtype(at::ScalarType type) {
@@ -70,16 +83,24 @@ class TorchPlan {
   TorchPlan(const std::string& rule, const std::string& backend)
       : plan_(rule_info(rule)), cuda_(plan_.rule), backend_(backend) {
     for (const OptionName& option : plan_.rule.options) option_keys_.push_back(PyUnicode_InternFromString(option.key));
-    for (const char* name : plan_.rule.states) state_keys_.push_back(PyUnicode_InternFromString(name));
+    for (const OptionName& option : kCommonOptions) common_keys_.push_back(PyUnicode_InternFromString(option.key));
+    int operand = kState;
+    for (const char* name : plan_.rule.states) state_keys_.emplace_back(PyUnicode_InternFromString(name), operand++);
+    state_keys_.emplace_back(PyUnicode_InternFromString("step"), kStepHandle);
+    state_keys_.emplace_back(PyUnicode_InternFromString("ema"), kAverage);
   }
 
-  // Takes one step, or changes nothing and says why. `fresh` rows have states made for this step;
-  // `skipped` rows are served elsewhere. Called with the GIL; a Python error is thrown as such.
-  std::optional<Refusal> step(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& fresh,
-                              const std::vector<int64_t>& skipped) {
+  // Takes one step, or changes nothing and says why. `skipped` rows are served elsewhere. Called with the GIL; a Python
+  // error is thrown as such.
+  std::optional<Refusal> step(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& skipped,
+                              const StepArguments& arguments) {
     if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     Refusal refusal;
+    plan_.control = arguments.control;
+    Control& control = plan_.control;
+    control.measure = control.measure || control.max_norm >= 0 || control.guard;
     read_groups(param_groups, refusal);
+    find_grads(arguments.grads);
     find_states(state);
     layouts_.clear();
     std::vector<bool> skip(params_.size());
@@ -90,7 +111,7 @@ class TorchPlan {
     for (size_t r = 0; r < params_.size(); ++r) {
       prefetch(r);
       Row& row = plan_.rows[r];
-      row.active = row.fresh = false;
+      row.active = false;
       has_grad_[r] = 0;
       if (skip[r]) continue;
       if (!read_row(r, state)) {
@@ -105,16 +126,25 @@ class TorchPlan {
     }
     read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
-    if (moved || !refusal.rows.empty()) check_overlaps(refusal);
-    if (!refusal.rows.empty() || !refusal.groups.empty() || !refusal.overlaps.empty()) return refusal;
-    for (const int64_t row : fresh) plan_.rows.at(row).fresh = true;
+    if (!control.only_measure && (moved || !refusal.rows.empty())) check_overlaps(refusal);
+    std::vector<DeviceTensors> tensors;
+    for (const int device : devices_)
+      if (const auto found = tensors_on(device, arguments)) tensors.push_back(*found);
+    // Unless the factors are given.
+    const bool meets = control.measure && devices_.size() > 1 && !arguments.tensors[kGroupScales];
+    if (meets || tensors.size() < devices_.size()) refusal.devices = devices_;
+    if (devices_.empty() && arguments.tensors[kGradNorm]) refusal.devices = {kNone};  // nothing to write it
+    if (!refusal.is_empty()) return refusal;
 
     std::vector<at::Tensor> held;  // what handles_ then point to
-    for (const int device : devices_)
-      if (device != kHost) cuda_.step(device, plan_.rows, plan_.groups, sources_);
-    if (std::find(devices_.begin(), devices_.end(), kHost) != devices_.end()) {
-      plan_.prepare(cpu::kernel_table());
-      run(elements, held);
+    for (size_t i = 0; i < devices_.size(); ++i) {
+      if (devices_[i] != kHost) {
+        cuda_.step(devices_[i], plan_, sources_, tensors[i]);
+      } else {
+        read_host_tensors(tensors[i]);
+        run(elements, held);
+        write_host_tensors(tensors[i]);
+      }
     }
     bump_versions();
     return std::nullopt;
@@ -176,16 +206,75 @@ class TorchPlan {
   }
 
   const c10::TensorImpl* grad_of(size_t r) const {
-    if (!THPVariable_CheckExact(params_[r])) return nullptr;
+    if (!THPVariable_CheckExact(params_[r]) || grads_) return nullptr;
     const at::Tensor& grad = THPVariable_Unpack(params_[r]).unsafeGetTensorImpl()->grad();
     return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
+  }
+
+  void find_grads(PyObject* grads) {
+    grads_ = grads;
+    if (grads && (!PyList_Check(grads) || PyList_GET_SIZE(grads) != static_cast<Py_ssize_t>(params_.size())))
+      throw std::invalid_argument("grads must be a list with one entry for each parameter");
+  }
+
+  // The tensors that a caller gave for a device, if all that were given for any are there.
+  static std::optional<DeviceTensors> tensors_on(int device, const StepArguments& arguments) {
+    DeviceTensors found{};
+    for (int i = 0; i < kDeviceTensors; ++i) {
+      PyObject* const list = arguments.tensors[i];
+      if (!list) continue;
+      for (Py_ssize_t at = 0; at < PyList_Size(list); ++at) {
+        PyObject* const item = PyList_GET_ITEM(list, at);
+        if (!THPVariable_Check(item)) throw std::invalid_argument("a step's inputs and results must be tensors");
+        const at::Tensor& tensor = THPVariable_Unpack(item);
+        if (is_plain_number(tensor) && kernel_device(tensor) == device)
+          found[i] = {const_cast<void*>(tensor.const_data_ptr()), number_dtype(tensor), tensor.numel()};
+      }
+      if (!found[i].address) return std::nullopt;
+    }
+    return found;
+  }
+  // Beside the floating-point dtypes: counters in int64.
+  static bool is_plain_number(const at::Tensor& tensor) {
+    return is_plain(tensor) || (tensor.scalar_type() == at::kLong && tensor.layout() == at::kStrided);
+  }
+  static DType number_dtype(const at::Tensor& tensor) {
+    return plain_dtype(tensor.scalar_type()).value_or(DType::kFloat64);
+  }
+
+  void read_host_tensors(const DeviceTensors& tensors) {
+    Control& control = plan_.control;
+    // As torch: the reciprocal of a loss scale is rounded to float.
+    if (const DeviceTensor& scale = tensors[kGradScale]; scale.address)
+      control.scale *= static_cast<double>(static_cast<float>(1.0 / read_number(scale)));
+    if (const DeviceTensor& found = tensors[kFoundInf]; found.address) control.skip = read_number(found) != 0;
+    plan_.group_scales.clear();
+    for (int64_t i = 0; i < tensors[kGroupScales].count; ++i)
+      plan_.group_scales.push_back(static_cast<const double*>(tensors[kGroupScales].address)[i]);
+  }
+  void write_host_tensors(const DeviceTensors& tensors) {
+    const Control& control = plan_.control;
+    if (!control.measure) return;
+    if (tensors[kGradNorm].address) write_number(tensors[kGradNorm], plan_.total_norm());
+    if (tensors[kNonFinite].address) write_number(tensors[kNonFinite], plan_.found_nonfinite());
+    if (tensors[kSkippedSteps].address && control.guard && plan_.found_nonfinite())
+      ++*static_cast<int64_t*>(tensors[kSkippedSteps].address);
+  }
+  static double read_number(const DeviceTensor& tensor) {
+    return with_codec(tensor.dtype, [&]<class Codec>(Codec) {
+      return Codec::template decode<double>(*static_cast<const typename Codec::Stored*>(tensor.address));
+    });
+  }
+  static void write_number(const DeviceTensor& tensor, double x) {
+    with_codec(tensor.dtype,
+               [&]<class Codec>(Codec) { *static_cast<typename Codec::Stored*>(tensor.address) = Codec::encode(x); });
   }
 
   void read_groups(PyObject* param_groups, Refusal& refusal) {
     params_.clear();
     const Py_ssize_t count = PyList_Size(param_groups);
     if (count < 0) throw PythonError();
-    plan_.groups.assign(count, Options{});
+    plan_.groups.assign(count, kNoOptions);
     sources_.assign(count, Sources{});
     options_on_devices_.clear();
     group_devices_.assign(count, kNone);
@@ -196,7 +285,9 @@ class TorchPlan {
       PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
       if (!params || !PyList_Check(params)) throw std::invalid_argument("a param group has no list of 'params'");
       if (!read_options(group, static_cast<int>(i))) refusal.groups.push_back(i);
-      masks_[i] = plan_.rule.used_states(plan_.groups[i]);
+      const Options& options = plan_.groups[i];
+      masks_[i] = plan_.rule.used_states(options) | (options[kEmaDecay] >= 0 ? kWithAverage : 0);
+      if (clips_alone(options.data())) plan_.control.measure = true;
       const size_t first = params_.size(), last = first + PyList_GET_SIZE(params);
       params_.resize(last);
       if (plan_.rows.size() < last) plan_.rows.resize(last);
@@ -241,6 +332,13 @@ class TorchPlan {
         }
       }
       if (!std::isfinite(options[i])) return false;
+    }
+    for (int k = kMaxOptions; k < kAllOptions; ++k) {
+      PyObject* value = PyDict_GetItemWithError(group, common_keys_[k - kMaxOptions]);
+      if (!value || value == Py_None) continue;
+      options[k] = PyUnicode_Check(value) ? kUnset : PyFloat_AsDouble(value);
+      PyErr_Clear();
+      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1)) return false;
     }
     return true;
   }
@@ -300,11 +398,8 @@ class TorchPlan {
   // The operand that a state dict holds under `key`; -1: none. Keys are mostly the interned ones.
   int operand_of(PyObject* key) const {
     for (const bool by_value : {false, true})
-      for (size_t k = 0; k <= state_keys_.size(); ++k) {
-        PyObject* const wanted = k == state_keys_.size() ? step_key_ : state_keys_[k];
-        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0 : key == wanted)
-          return k == state_keys_.size() ? kStepHandle : kState + static_cast<int>(k);
-      }
+      for (const auto& [wanted, operand] : state_keys_)
+        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0 : key == wanted) return operand;
     return -1;
   }
 
@@ -312,11 +407,24 @@ class TorchPlan {
   bool read_row(size_t r, PyObject* state) {
     if (!THPVariable_Check(params_[r])) return false;
     const at::Tensor& param = THPVariable_Unpack(params_[r]);
-    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-    if (!grad.defined()) return true;
-    has_grad_[r] = 1;
-    if (!is_plain(param) || !is_plain(grad) || param.is_inference() || grad.scalar_type() != param.scalar_type() ||
-        grad.sizes() != param.sizes())
+    const at::Tensor* grad = &param.unsafeGetTensorImpl()->grad();
+    if (grads_) {
+      PyObject* const given = PyList_GET_ITEM(grads_, r);
+      if (given != Py_None && !THPVariable_Check(given)) return false;
+      grad = given == Py_None ? nullptr : &THPVariable_Unpack(given);
+    }
+    Row& row = plan_.rows[r];
+    row.used = masks_[row.group];
+    if (!grad || !grad->defined()) {
+      if (!(row.used & kWithAverage) || !(param.requires_grad() || find_state(r, state))) return true;
+      row.used = kWithAverage | kRests;
+      grad = nullptr;
+    }
+    has_grad_[r] = grad != nullptr;
+    // Gradients of another dtype than the parameter's come only from an accumulation of ours.
+    if (!is_plain(param) || param.is_inference()) return false;
+    if (grad && (!is_plain(*grad) || grad->sizes() != param.sizes() || grad->is_complex() != param.is_complex() ||
+                 (!grads_ && grad->scalar_type() != param.scalar_type())))
       return false;
     const int device = kernel_device(param);
     if (backend_ == (device == kHost ? "cuda" : "cpu")) return false;
@@ -326,10 +434,9 @@ class TorchPlan {
     objects_.fill(nullptr);
     objects_[kParam] = params_[r];
     handles[kParam] = &param;
-    handles[kGrad] = &grad;
+    handles[kGrad] = grad;
     if (!read_state(r, state, handles)) return false;
 
-    Row& row = plan_.rows[r];
     row.active = true;
     row.device = device;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
@@ -355,25 +462,30 @@ class TorchPlan {
     return true;
   }
 
-  bool read_state(size_t r, PyObject* state, Handles& handles) {
-    const unsigned used = masks_[plan_.rows[r].group];
-    const bool has_step = plan_.rule.has_step;
-    Row& row = plan_.rows[r];
-    row.step = nullptr;
-    if (!used && !has_step) return true;
+  // A parameter's state dict, or null.
+  PyObject* find_state(size_t r, PyObject* state) {
     PyObject* entries = states_[r];
     if (!entries) {
       entries = PyDict_GetItemWithError(state, params_[r]);
       if (!entries && PyErr_Occurred()) throw PythonError();
-      order_.clear();  // learn the order anew at the next step
+      if (entries) order_.clear();  // learn the order anew at the next step
     }
-    if (!entries || !PyDict_Check(entries)) return false;
+    return entries && PyDict_Check(entries) ? entries : nullptr;
+  }
+
+  bool read_state(size_t r, PyObject* state, Handles& handles) {
+    Row& row = plan_.rows[r];
+    const bool has_step = plan_.rule.has_step && !(row.used & kRests);
+    row.step = nullptr;
+    if (!row.used && !has_step) return true;
+    PyObject* const entries = find_state(r, state);
+    if (!entries) return false;
 
     const at::Tensor& param = *handles[kParam];
     PyObject *key, *value;
     for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);) {
       const int operand = operand_of(key);
-      if (operand < 0 || (operand == kStepHandle ? !has_step : !(used >> (operand - kState) & 1))) continue;
+      if (operand < 0 || (operand == kStepHandle ? !has_step : !is_used(row.used, operand))) continue;
       if (!THPVariable_Check(value)) return false;
       const at::Tensor& t = THPVariable_Unpack(value);
       if (!is_plain(t) || t.is_inference()) return false;
@@ -388,8 +500,8 @@ class TorchPlan {
       handles[operand] = &t;
       objects_[operand] = value;
     }
-    for (size_t k = 0; k < state_keys_.size(); ++k)
-      if ((used >> k & 1) && !handles[kState + k]) return false;
+    for (int k = kState; k < kOperands; ++k)
+      if (is_used(row.used, k) && !handles[k]) return false;
     return !has_step || row.step;
   }
 
@@ -464,7 +576,7 @@ class TorchPlan {
     // rows are large, as holding one costs about as much as stepping a thousand elements.
     constexpr int64_t kLong = 1 << 20, kLongRow = 1 << 14;
     if (elements < kLong || elements < kLongRow * static_cast<int64_t>(params_.size())) {
-      cpu::run(plan_, threads);
+      cpu::step(plan_, threads);
       return;
     }
     for (size_t r = 0; r < params_.size(); ++r)
@@ -477,7 +589,7 @@ class TorchPlan {
           if (t) t = &held[i++];
     busy_ = true;
     Py_BEGIN_ALLOW_THREADS;
-    cpu::run(plan_, threads);
+    cpu::step(plan_, threads);
     Py_END_ALLOW_THREADS;
     busy_ = false;
   }
@@ -490,9 +602,14 @@ class TorchPlan {
           __builtin_prefetch(static_cast<const char*>(hint.impl) + 40);  // where it points to its version
           __builtin_prefetch(hint.version, 1);
         }
-      if (!plan_.rows[r].active) continue;
-      for (int k = 0; k <= kStepHandle; ++k)
-        if (k != kGrad && handles_[r][k]) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
+      const Row& row = plan_.rows[r];
+      if (!row.active) continue;
+      const bool steps = !(plan_.control.skip && row.device == kHost) && !plan_.control.only_measure;
+      for (int k = 0; k <= kStepHandle; ++k) {
+        if (!handles_[r][k]) continue;
+        const bool written = k == kGrad ? plan_.control.zero : steps && !(k == kParam && (row.used & kRests));
+        if (written) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
+      }
     }
   }
 
@@ -501,9 +618,11 @@ class TorchPlan {
   const std::string backend_;
   bool busy_ = false;
   bool recheck_overlaps_ = false;
-  PyObject* const step_key_ = PyUnicode_InternFromString("step");  // as all keys: interned, never freed
-  std::vector<PyObject*> option_keys_, state_keys_;
-  std::vector<int64_t> order_;  // the row of each key of `state`, in its order; -1: of none
+  PyObject* grads_ = nullptr;  // of the step that is read now
+  // Keys are interned and never freed.
+  std::vector<PyObject*> option_keys_, common_keys_;
+  std::vector<std::pair<PyObject*, int>> state_keys_;  // with their operands
+  std::vector<int64_t> order_;                         // the row of each key of `state`, in its order; -1: of none
 
   // Per row, filled at every step.
   std::vector<PyObject*> params_, states_;

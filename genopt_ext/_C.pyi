@@ -11,9 +11,23 @@ class Plan:
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
-        fresh: Sequence[int],
         skipped: Sequence[int],
-    ) -> tuple[list[int], list[int], list[tuple[int, int]]] | None: ...
+        *,
+        grads: list[Any] | None = None,
+        max_norm: float = -1.0,
+        scale: float = 1.0,
+        norm: int = 0,
+        measure: bool = False,
+        guard: bool = False,
+        zero: bool = False,
+        only_measure: bool = False,
+        grad_scale: list[Any] | None = None,
+        found_inf: list[Any] | None = None,
+        group_scales: list[Any] | None = None,
+        grad_norm: list[Any] | None = None,
+        nonfinite: list[Any] | None = None,
+        skipped_steps: list[Any] | None = None,
+    ) -> tuple[list[int], list[int], list[tuple[int, int]], list[int]] | None: ...
 
 has_cuda: bool
 

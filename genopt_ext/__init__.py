@@ -4,6 +4,19 @@ Change one line, ``from genopt_ext import optim`` instead of ``from torch import
 """
 
 from . import optim as optim
+from .amp import GradScaler
+from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .in_backward import InBackward, step_in_backward
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "optim"]
+__all__ = [
+    "GradScaler",
+    "InBackward",
+    "__version__",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "optim",
+    "step_in_backward",
+]

@@ -37,6 +37,11 @@ def _average_square(average: Tensor, g: Tensor, weight: float) -> Tensor:
     return _lerp(_finite(average), _finite(g * g), weight)
 
 
+def is_unset(x: Tensor) -> Tensor:
+    """Where a state waits for its first value: -0.0, see ``csrc/rules/math.h``."""
+    return (x == 0) & (x.real if x.is_complex() else x).signbit()
+
+
 def _sqrt(x: Tensor) -> Tensor:
     # torch.sqrt of float32 is not always exactly rounded on CPU; through float64 it is.
     return x.double().sqrt().to(x.dtype)
@@ -62,7 +67,6 @@ def adam(
     state: dict[str, Tensor],
     *,
     t: float,
-    fresh: bool,
     lr: float,
     beta1: float,
     beta2: float,
@@ -97,7 +101,6 @@ def sgd(
     state: dict[str, Tensor],
     *,
     t: float,
-    fresh: bool,
     lr: float,
     momentum: float,
     dampening: float,
@@ -112,8 +115,9 @@ def sgd(
     if weight_decay != 0:
         g = g + p.double() * weight_decay
     if momentum != 0:
-        b = g if fresh else state["momentum_buffer"].double() * momentum + g * (1.0 - dampening)
-        state["momentum_buffer"] = b.to(p.dtype)
+        old = state["momentum_buffer"].double()
+        b = torch.where(is_unset(old), g, old * momentum + g * (1.0 - dampening))
+        state["momentum_buffer"] = b.to(p.dtype) + 0.0
         g = g + b * momentum if nesterov else b
     return _descend(p, lr, g)
 
@@ -124,7 +128,6 @@ def rmsprop(
     state: dict[str, Tensor],
     *,
     t: float,
-    fresh: bool,
     lr: float,
     alpha: float,
     eps: float,
@@ -156,7 +159,6 @@ def adagrad(
     state: dict[str, Tensor],
     *,
     t: float,
-    fresh: bool,
     lr: float,
     lr_decay: float,
     eps: float,
@@ -182,7 +184,15 @@ def _real(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step(
-    rule: str, param: Tensor, grad: Tensor, state: Mapping[str, Any], names: list[str], fresh: bool, **options: float
+    rule: str,
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    names: list[str],
+    *,
+    factor: float = 1.0,
+    clip_value: float | None = None,
+    **options: float,
 ) -> None:
     """One step of one parameter: load, rule, store.
 
@@ -191,10 +201,11 @@ def step(
         param: updated in place; float32, float64, bfloat16, float16 or complex, any shape and strides.
         grad: of the parameter's shape.
         state: tensors of the parameter's shape under ``names``, and ``"step"`` where the rule has one.
-        fresh: the state was made for this step.
+        factor: of the gradient.
+        clip_value: limits the gradient's elements, after the factor.
         options: the rule's keyword arguments.
     """
-    compute = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+    compute = compute_dtype(param)
     if grad.is_complex():
         grad = grad.resolve_conj()
     values = {name: _real(state[name]).to(compute) for name in names}
@@ -202,7 +213,73 @@ def step(
     if "step" in state:
         state["step"].add_(1)
         t = state["step"].item()
-    real = _real(param)
-    real.copy_(RULES[rule](real.to(compute), _real(grad).to(compute), values, t=t, fresh=fresh, **options))
+    real, g = _real(param), _real(grad).to(compute)
+    g = g * _rounded(factor, g)
+    if clip_value is not None:
+        g = g.clamp(-_rounded(clip_value, g), _rounded(clip_value, g))
+    real.copy_(RULES[rule](real.to(compute), g, values, t=t, **options))
     for name in names:
         _real(state[name]).copy_(values[name])
+
+
+@torch.no_grad()
+def average(param: Tensor, ema: Tensor, decay: float) -> None:
+    """Moves the average ``ema`` towards the parameter, as :class:`torch.optim.swa_utils.AveragedModel` does."""
+    real, compute = _real(ema), compute_dtype(param)
+    e, p = real.to(compute), _real(param).to(compute)
+    real.copy_(torch.where(is_unset(e), p, _lerp(e, p, _rounded(1.0 - decay, p))) + 0.0)
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """What the rules compute in: float64 for float64 parameters, else float32."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+# Norms, in the order of csrc/plan.h: an element's place in its tile of 256, then 32 tiles a span, then 32 spans.
+_TILE, _SPAN, _SUMS = 256, 32, 32
+
+Join = Callable[[Tensor, Tensor], Tensor]
+
+
+def join_of(norm: float) -> Join:
+    """How two parts of a ``norm``-norm's sum make one."""
+    return torch.maximum if norm == math.inf else torch.add
+
+
+def _by_halves(x: Tensor, join: Join) -> Tensor:
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = join(x[..., :half], x[..., half:])
+    return x[..., 0]
+
+
+def _in_turn(x: Tensor, join: Join) -> Tensor:
+    total = x[..., 0, :]
+    for i in range(1, x.shape[-2]):
+        total = join(total, x[..., i, :])
+    return total
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
+
+
+@torch.no_grad()
+def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
+    """The sum of squares of ``x`` (``norm`` 2), of absolute values (1) or their maximum (infinity), in float64.
+
+    Args:
+        x: of any floating-point or complex dtype; a complex number counts as two.
+        like: the parameter in whose order in memory the elements are taken.
+        norm: 2, 1 or infinity.
+    """
+    strides = [*like.stride(), 0] if like.is_complex() else like.stride()
+    order = sorted(range(len(strides)), key=lambda d: -strides[d])
+    if x.is_complex():
+        x = x.resolve_conj()
+    values = _real(x).permute(order).reshape(-1).double()
+    values = values * values if norm == 2 else values.abs()
+    join = join_of(norm)
+    tiles = _padded(values, _SPAN * _TILE).view(-1, _SPAN, _TILE)
+    spans = _by_halves(_in_turn(tiles, join), join)
+    return _by_halves(_in_turn(_padded(spans, _SUMS).view(-1, _SUMS), join), join)

@@ -77,19 +77,20 @@ void prefetch_ahead(const Plan& plan, int64_t r) {
   }
 }
 
-// Runs tiles [begin, end) of the whole plan.
-void run_range(const Plan& plan, int64_t begin, int64_t end) {
+// Visits pieces [begin, end) of the whole plan: visit(row index, its first piece, its last). `first` says where a row's
+// pieces begin, `count` how many it has.
+template <class Count, class Visit>
+void for_range(const Plan& plan, int64_t Row::* first, Count count, int64_t begin, int64_t end, Visit visit) {
   const auto& rows = plan.rows;
-  // The last row that starts at or before `begin`: rows without tiles share their start with the next.
+  // The last row that starts at or before `begin`: rows without pieces share their start with the next.
   auto row = std::upper_bound(rows.begin(), rows.end(), begin,
-                              [](int64_t tile, const Row& each) { return tile < each.first_tile; }) -
+                              [first](int64_t piece, const Row& each) { return piece < each.*first; }) -
              1;
   for (; begin < end; ++row) {
-    const int64_t last = std::min(end, row->first_tile + row->tiles(kHost));
+    const int64_t last = std::min(end, (*row).*first + count(*row));
     if (begin >= last) continue;
     prefetch_ahead(plan, row - rows.begin());
-    const Prepared& prepared = plan.prepared()[row->prepared];
-    prepared.kernel(prepared.update, *row, begin - row->first_tile, last - row->first_tile);
+    visit(row - rows.begin(), begin - (*row).*first, last - (*row).*first);
     begin = last;
   }
 }
@@ -116,6 +117,43 @@ class FloatMode {
 };
 #endif
 
+// Calls work(begin, end) for parts of [0, total), one for each thread that has at least `least` pieces.
+template <class Work>
+void in_parallel(int64_t total, int64_t least, int threads, Work work) {
+  const int64_t team = std::min<int64_t>(threads, total / least);
+  if (team <= 1) {
+    work(0, total);
+    return;
+  }
+  const FloatMode mode;
+#pragma omp parallel for num_threads(static_cast<int>(team)) schedule(static, 1)
+  for (int64_t i = 0; i < team; ++i) {
+    const FloatMode before;
+    mode.adopt();
+    work(total * i / team, total * (i + 1) / team);
+    before.adopt();
+  }
+}
+
+int64_t host_tiles(const Row& row) {
+  return row.tiles(kHost);
+}
+int64_t host_spans(const Row& row) {
+  return row.spans(kHost);
+}
+
+// A row's spans as one number: 32 sums of every 32nd, as a warp has them, then these by halves.
+double join_spans(const double* spans, int64_t count, Norm norm) {
+  constexpr int kSums = 32;
+  double sums[kSums] = {};
+  with_measure(norm, [&](auto measure) {
+    for (int64_t i = 0; i < count; ++i) sums[i % kSums] = measure.join(sums[i % kSums], spans[i]);
+    for (int half = kSums / 2; half >= 1; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] = measure.join(sums[i], sums[i + half]);
+  });
+  return sums[0];
+}
+
 }  // namespace
 
 const std::string& capability() {
@@ -132,21 +170,65 @@ const KernelTable& kernel_table() {
   return chosen().kernel_table();
 }
 
+void measure(Plan& plan, int threads) {
+  const KernelTable& kernels = kernel_table();
+  const int norm = static_cast<int>(plan.control.norm);
+  std::vector<double> spans(plan.total_spans()), weights;
+  bool weighs = false;
+  for (const Options& group : plan.groups) weighs = weighs || group[kAgc] >= 0;
+  if (weighs) weights.resize(spans.size());
+  in_parallel(plan.total_spans(), kTilesPerThread / kSpan, threads, [&](int64_t begin, int64_t end) {
+    for_range(plan, &Row::first_span, host_spans, begin, end, [&](int64_t r, int64_t first, int64_t last) {
+      const Row& row = plan.rows[r];
+      const SpanKernel kernel = kernels.spans[norm][row.dtype[kParam] == DType::kFloat64];
+      for (int64_t span = first; span < last; ++span) {
+        spans[row.first_span + span] = kernel(row, kGrad, span);
+        if (plan.groups[row.group][kAgc] >= 0) weights[row.first_span + span] = kernel(row, kParam, span);
+      }
+    });
+  });
+  for (Row& row : plan.rows) {
+    const int64_t count = row.spans(kHost);
+    if (count == 0) continue;
+    row.norm = join_spans(&spans[row.first_span], count, plan.control.norm);
+    if (plan.groups[row.group][kAgc] >= 0) row.weights = join_spans(&weights[row.first_span], count, plan.control.norm);
+  }
+}
+
 void run(const Plan& plan, int threads) {
-  const int64_t total = plan.total_tiles();
-  const int64_t team = std::min<int64_t>(threads, total / kTilesPerThread);
-  if (team <= 1) {
-    run_range(plan, 0, total);
-    return;
+  const ZeroKernel zero = kernel_table().zero;
+  in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
+    for_range(plan, &Row::first_tile, host_tiles, begin, end, [&](int64_t r, int64_t first, int64_t last) {
+      const Row& row = plan.rows[r];
+      const bool zeroes = plan.control.zero && !(row.used & kRests);
+      // What is zeroed is still in the cache.
+      const int64_t block = zeroes ? kSpan : last - first;
+      for (int64_t at = first; at < last; at += block) {
+        const int64_t stop = std::min(at + block, last);
+        if (!plan.control.skip) {
+          const Prepared& prepared = plan.prepared()[row.prepared];
+          prepared.kernel(prepared.scalars, row, at, stop);
+        }
+        if (zeroes) zero(row, at, stop);
+      }
+    });
+  });
+}
+
+void step(Plan& plan, int threads) {
+  Control& control = plan.control;
+  plan.number();
+  for (Row& row : plan.rows) {
+    row.norm = row.weights = 0;
+    row.factor = 1;
   }
-  const FloatMode mode;
-#pragma omp parallel for num_threads(static_cast<int>(team)) schedule(static, 1)
-  for (int64_t i = 0; i < team; ++i) {
-    const FloatMode before;
-    mode.adopt();
-    run_range(plan, total * i / team, total * (i + 1) / team);
-    before.adopt();
-  }
+  if (control.measure) measure(plan, threads);
+  if (control.measure || control.scale != 1 || !plan.group_scales.empty())
+    control.skip = !plan.decide() || control.skip;
+  if (control.only_measure || (control.skip && !control.zero)) return;
+  if (plan.is_clipping()) plan.number();
+  if (!control.skip) plan.prepare(kernel_table());
+  run(plan, threads);
 }
 
 }  // namespace cpu

@@ -18,7 +18,15 @@ std::vector<std::string> capabilities();
 
 const KernelTable& kernel_table();
 
-// Runs a prepared plan on up to `threads` threads. Results do not depend on their number.
+// All work on up to `threads` threads; results do not depend on their number.
+
+// Measures the gradients of a plan's rows, and where a group clips adaptively the parameters.
+void measure(Plan& plan, int threads);
+
+// Runs a prepared plan.
 void run(const Plan& plan, int threads);
+
+// One step of the plan's rows on the CPU as Plan::control says; Control::skip then tells whether it was skipped.
+void step(Plan& plan, int threads);
 
 }  // namespace genopt::cpu

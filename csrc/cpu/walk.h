@@ -68,23 +68,34 @@ __attribute__((noinline)) void encode(const T* from, int count, char* to) {
 }
 
 // Load, rule, store over `count` elements, a multiple of kLanes, that all operands store with one codec.
-template <class T, class Codec, unsigned kUsed, class Update, class Stored = typename Codec::Stored>
-__attribute__((noinline)) void apply(const Update& shared, Stored* p, const Stored* g, Stored* s0, Stored* s1,
-                                     Stored* s2, int64_t count) {
-  constexpr bool kHas0 = (kUsed & 1) != 0, kHas1 = (kUsed & 2) != 0, kHas2 = (kUsed & 4) != 0;
+template <class T, class Codec, unsigned kUsed, class Scalars, class Stored = typename Codec::Stored>
+__attribute__((noinline)) void apply(const Scalars& shared, Stored* p, const Stored* g, Stored* s0, Stored* s1,
+                                     Stored* s2, Stored* average, int64_t count) {
+  constexpr bool kHas0 = is_used(kUsed, kState), kHas1 = is_used(kUsed, kState + 1), kHas2 = is_used(kUsed, kState + 2),
+                 kHasAverage = is_used(kUsed, kAverage);
   const auto load = [](Stored x) { return Codec::template decode<T>(x); };
-  const Update update = shared;  // a copy, which no store below can change
-  count &= -kLanes;              // tells the compiler that there is no tail
+  const Scalars scalars = shared;  // a copy, which no store below can change
+  count &= -kLanes;                // tells the compiler that there is no tail
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     T param = load(p[i]), x0 = kHas0 ? load(s0[i]) : T(0), x1 = kHas1 ? load(s1[i]) : T(0),
       x2 = kHas2 ? load(s2[i]) : T(0);
-    update.template apply<kUsed>(param, load(g[i]), x0, x1, x2);
+    scalars.update.template apply<kUsed % kWithAverage>(param, scalars.around.gradient(load(g[i])), x0, x1, x2);
     p[i] = Codec::encode(param);
     if constexpr (kHas0) s0[i] = Codec::encode(x0);
     if constexpr (kHas1) s1[i] = Codec::encode(x1);
     if constexpr (kHas2) s2[i] = Codec::encode(x2);
+    if constexpr (kHasAverage)
+      average[i] = Codec::encode(scalars.around.average(load(average[i]), load(Codec::encode(param))));
   }
+}
+
+// The average alone, after p has been rounded as it is stored.
+template <class T>
+__attribute__((noinline)) void apply_average(const Around<T>& shared, const T* p, T* average, int count) {
+  const Around<T> around = shared;
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) average[i] = around.average(average[i], p[i]);
 }
 
 // One operand of one tile, as values of the compute type: in place where it is stored so, else in a buffer.
@@ -151,38 +162,49 @@ typename Codec::Stored* element(const Row& row, int operand, int64_t i) {
   return row.data[operand] ? static_cast<typename Codec::Stored*>(row.data[operand]) + i : nullptr;
 }
 
-// Whether all operands in use lie dense and aligned, stored with one codec.
-template <class Codec, unsigned kUsed>
-bool is_direct(const Row& row) {
-  if (row.layout) return false;
-  bool direct = true;
-  for (int k = 0; k < kOperands; ++k)
-    if (k < kState || (kUsed >> (k - kState) & 1))
-      direct = direct && row.dtype[k] == Codec::kDType &&
-               reinterpret_cast<uintptr_t>(row.data[k]) % sizeof(typename Codec::Stored) == 0;
-  return direct;
+// Whether an operand lies dense and aligned, stored with a codec.
+template <class Codec>
+bool is_direct(const Row& row, int operand) {
+  return !row.layout && row.dtype[operand] == Codec::kDType &&
+         reinterpret_cast<uintptr_t>(row.data[operand]) % sizeof(typename Codec::Stored) == 0;
 }
 
 // Runs whole vectors from element `start` on in memory, without buffers, and returns where it ended.
-template <class Codec, class T, unsigned kUsed, class Update>
-int64_t run_direct(const Update& update, const Row& row, int64_t start, int64_t stop) {
-  if (!is_direct<Codec, kUsed>(row)) return start;
+template <class Codec, class T, unsigned kUsed, class Scalars>
+int64_t run_direct(const Scalars& scalars, const Row& row, int64_t start, int64_t stop) {
+  for (int k = 0; k < kOperands; ++k)
+    if (is_used(kUsed, k) && !is_direct<Codec>(row, k)) return start;
   const int64_t count = (stop - start) & -int64_t{kLanes};
-  apply<T, Codec, kUsed>(update, element<Codec>(row, kParam, start), element<Codec>(row, kGrad, start),
+  apply<T, Codec, kUsed>(scalars, element<Codec>(row, kParam, start), element<Codec>(row, kGrad, start),
                          element<Codec>(row, kState, start), element<Codec>(row, kState + 1, start),
-                         element<Codec>(row, kState + 2, start), count);
+                         element<Codec>(row, kState + 2, start), element<Codec>(row, kAverage, start), count);
   return start + count;
+}
+
+template <class T>
+using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
+
+// Reads `count` values back as they are after being stored with a dtype.
+template <class T>
+void round_as(DType dtype, T* values, int count) {
+  if (dtype == kComputeDType<T>) return;
+  with_codec(dtype, [=](auto codec) {
+    for (int i = 0; i < count; ++i) values[i] = decltype(codec)::template decode<T>(decltype(codec)::encode(values[i]));
+  });
 }
 
 template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
-  using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
-  const auto& update = *static_cast<const typename Rule::template Update<T>*>(storage);
+  auto scalars = *static_cast<const Scalars<Rule, T>*>(storage);
+  scalars.around.factor *= static_cast<T>(row.factor);
   const int64_t stop = std::min(end * kTile, row.numel);
-  // The usual cases first: all in the compute type, or all bf16.
-  int64_t start = run_direct<Values, T, kUsed>(update, row, begin * kTile, stop);
-  if constexpr (sizeof(T) == 4) start = run_direct<BFloat16, T, kUsed>(update, row, start, stop);
-  if (start == stop) return;
+  int64_t start = begin * kTile;
+  if constexpr (!(kUsed & kRests)) {
+    // The usual cases first: all in the compute type, or all bf16.
+    start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
+    if constexpr (sizeof(T) == 4) start = run_direct<BFloat16, T, kUsed>(scalars, row, start, stop);
+    if (start == stop) return;
+  }
 
   TileOperand<T> operands[kOperands];
   for (; start < stop; start += kTile) {
@@ -190,25 +212,101 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
     const int padded = (count + kLanes - 1) & -kLanes;
     T* values[kOperands] = {};
     for (int k = 0; k < kOperands; ++k) {
+      if (!is_used(kUsed, k) || (kUsed & kRests && k == kGrad)) continue;
       if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
-      if (k < kState || (kUsed >> (k - kState) & 1)) values[k] = operands[k].load(row, k, start, count, padded);
+      values[k] = operands[k].load(row, k, start, count, padded);
     }
-    apply<T, Values, kUsed>(update, values[kParam], values[kGrad], values[kState], values[kState + 1],
-                            values[kState + 2], padded);
+    if constexpr (!(kUsed & kRests))
+      apply<T, Values<T>, kUsed % kWithAverage>(scalars, values[kParam], values[kGrad], values[kState],
+                                                values[kState + 1], values[kState + 2], static_cast<T*>(nullptr),
+                                                padded);
+    if constexpr (is_used(kUsed, kAverage)) {
+      round_as(row.dtype[kParam], values[kParam], count);
+      apply_average(scalars.around, values[kParam], values[kAverage], padded);
+    }
     for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad && values[k]) operands[k].store();
+      if (k != kGrad && values[k] && !(kUsed & kRests && k == kParam)) operands[k].store();
   }
 }
 
+// Sets tiles of the gradient to zero.
+inline void zero(const Row& row, int64_t begin, int64_t end) {
+  const int64_t start = begin * kTile, stop = std::min(end * kTile, row.numel);
+  const int size = size_of(row.dtype[kGrad]);
+  char* const base = static_cast<char*>(row.data[kGrad]);
+  if (!row.layout || row.layout->strides[kGrad].empty()) {
+    std::memset(base + start * size, 0, (stop - start) * size);
+    return;
+  }
+  int64_t offsets[kTile];
+  for (int64_t at = start; at < stop; at += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - at));
+    locate(row.layout->sizes, row.layout->strides[kGrad], at, count, offsets);
+    for (int i = 0; i < count; ++i) std::memset(base + offsets[i] * size, 0, size);
+  }
+}
+
+// Joins the measures of `count` elements to the sums of their places in a tile, kTile of them in turn.
+template <class M, class Codec>
+__attribute__((noinline)) void measure_direct(const typename Codec::Stored* x, int64_t count, double* sums) {
+  const auto of = [](typename Codec::Stored each) { return M::of(Codec::template decode<double>(each)); };
+  for (; count >= 4 * kTile; count -= 4 * kTile, x += 4 * kTile) {
+#pragma GCC ivdep
+    for (int i = 0; i < kTile; ++i)
+      sums[i] = M::join(M::join(M::join(M::join(sums[i], of(x[i])), of(x[i + kTile])), of(x[i + 2 * kTile])),
+                        of(x[i + 3 * kTile]));
+  }
+  for (; count > 0; count -= kTile, x += kTile) {
+    const int here = static_cast<int>(std::min<int64_t>(kTile, count));
+#pragma GCC ivdep
+    for (int i = 0; i < here; ++i) sums[i] = M::join(sums[i], of(x[i]));
+  }
+}
+
+// One span as a number, in an order that no thread count and no vector width changes: the elements at one place of
+// all tiles in turn, then the places by halves.
+template <class M, class T>
+double measure(const Row& row, int operand, int64_t span) {
+  const int64_t start = span * kSpan * kTile, stop = std::min(start + int64_t{kSpan} * kTile, row.numel);
+  alignas(64) double sums[kTile] = {};
+  const auto direct = [&]<class Codec>(Codec) {
+    if (!is_direct<Codec>(row, operand)) return false;
+    measure_direct<M, Codec>(element<Codec>(row, operand, start), stop - start, sums);
+    return true;
+  };
+  if (!direct(Values<T>{}) && !direct(BFloat16{}) && !direct(Float16{})) {
+    TileOperand<T> loaded;
+    for (int64_t at = start; at < stop; at += kTile) {
+      const int count = static_cast<int>(std::min<int64_t>(kTile, stop - at));
+      measure_direct<M, Values<T>>(loaded.load(row, operand, at, count, count), count, sums);
+    }
+  }
+  int half = kTile / 2;
+  while (half > 1 && half >= stop - start) half /= 2;  // nothing stands beyond
+  for (; half >= 1; half /= 2)
+#pragma GCC ivdep
+    for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
+  return sums[0];
+}
+
 template <class Rule, unsigned... kMasks>
-void fill(std::array<std::array<TileKernel, 2>, 1 << kMaxStates>& table, StateMasks<kMasks...>) {
-  ((table[kMasks] = {walk<Rule, kMasks, float>, walk<Rule, kMasks, double>}), ...);
+void fill(KernelTable& table, int rule, StateMasks<kMasks...>) {
+  const auto set = [&]<unsigned kUsed>(StateMasks<kUsed>) {
+    table.tiles[rule][kUsed] = {walk<Rule, kUsed, float>, walk<Rule, kUsed, double>};
+  };
+  (set(StateMasks<kMasks>{}), ...);
+  (set(StateMasks<kMasks | kWithAverage>{}), ...);
+  set(StateMasks<kWithAverage | kRests>{});
 }
 
 const KernelTable& kernel_table() {
   static const KernelTable table = [] {
-    KernelTable kernels{};
-    for_each_rule([&]<class Rule, int kIndex>() { fill<Rule>(kernels[kIndex], typename Rule::Masks{}); });
+    KernelTable kernels;
+    for_each_rule([&]<class Rule, int kIndex>() { fill<Rule>(kernels, kIndex, typename Rule::Masks{}); });
+    for (const Norm norm : {Norm::kTwo, Norm::kOne, Norm::kMax})
+      with_measure(
+          norm, [&]<class M>(M) { kernels.spans[static_cast<int>(norm)] = {measure<M, float>, measure<M, double>}; });
+    kernels.zero = zero;
     return kernels;
   }();
   return table;

@@ -28,18 +28,16 @@ bool kernels_run_here() {
   return found;
 }
 
-void DevicePlan::renew(int rows, int groups, int64_t layout_words, const Queue& queue) {
-  Table table{nullptr, groups, rows, 0};
-  const int64_t words = table.layouts() + layout_words;
-  std::vector<uint64_t> image(words);
-  std::shared_ptr<void> memory = queue.allocate(words * sizeof(uint64_t));
+void DevicePlan::renew(const Table& wanted, const Queue& queue) {
+  Table table = wanted;
+  std::vector<uint64_t> image(table.norms());
+  std::shared_ptr<void> memory = queue.allocate(table.end() * sizeof(uint64_t));
   table.words = static_cast<uint64_t*>(memory.get());
   // Nothing fails from here on.
   table_ = table;
   image_.swap(image);
   memory_.swap(memory);
   stream_ = queue.stream;
-  layout_words_ = layout_words;
 }
 
 void DevicePlan::put(int64_t at, const void* words, int count) {
@@ -52,12 +50,12 @@ void DevicePlan::put(int64_t at, const void* words, int count) {
   }
 }
 
-void DevicePlan::put_row(int r, const Row& row, unsigned used) {
+void DevicePlan::put_row(int r, const Row& row, const Options& options) {
   DeviceRow made{};
   bool halves = true;
   for (int k = 0; k < kOperands; ++k) {
     made.dtype[k] = row.dtype[k];
-    if (k >= kState && !(used >> (k - kState) & 1)) continue;
+    if (!is_used(row.used, k) || (k == kGrad && row.used & kRests)) continue;
     if (k != kGrad) made.data[k] = row.data[k];
     halves = halves && size_of(row.dtype[k]) == 2;
     if (row.layout && !row.layout->strides[k].empty()) made.strided |= 1 << k;
@@ -66,7 +64,9 @@ void DevicePlan::put_row(int r, const Row& row, unsigned used) {
   made.step = row.step;
   made.step_dtype = row.step_dtype;
   made.group = row.group;
-  made.used = static_cast<uint8_t>(used);
+  made.used = static_cast<uint8_t>(row.used);
+  made.by_tensor = clips_by_tensor(options.data());
+  made.weighs = options[kAgc] >= 0;
   made.piece = row.dtype[kParam] == DType::kFloat64 ? 2 : halves ? 8 : 4;
   if (row.layout) {
     const auto& sizes = row.layout->sizes;
@@ -83,58 +83,100 @@ void DevicePlan::put_row(int r, const Row& row, unsigned used) {
   put(table_.row(r), &made, kRowWords);
 }
 
-void DevicePlan::step(const std::vector<Row>& rows, const std::vector<Options>& groups,
-                      const std::vector<Sources>& sources, const Queue& queue) {
-  int64_t layouts = 0;
+void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors,
+                      const Queue& queue) {
+  const std::vector<Row>& rows = plan.rows;
+  const std::vector<Options>& groups = plan.groups;
+  const Control& control = plan.control;
+  const auto is_here = [this](const Row& row) { return row.active && row.device == device_; };
+  Table wanted{};
+  wanted.rows = static_cast<int>(rows.size());
+  wanted.groups = static_cast<int>(groups.size());
+  int measured = 0;     // rows
   bool active[2] = {};  // float, double
+  bool measures[2] = {};
   for (const Row& row : rows) {
-    if (!row.active || row.device != device_) continue;
-    active[row.dtype[kParam] == DType::kFloat64] = true;
-    if (row.layout) layouts += layout_words(*row.layout);
+    if (!is_here(row)) continue;
+    const bool in_double = row.dtype[kParam] == DType::kFloat64;
+    active[in_double] = true;
+    if (row.layout) wanted.layout_words += layout_words(*row.layout);
+    if (!control.measure || row.spans(device_) == 0) continue;
+    ++measured;
+    measures[in_double] = true;
   }
   if (!active[0] && !active[1]) return;
+  // Of rows that rest too, as they will return.
+  if (control.measure)
+    for (const Row& row : rows) wanted.norm_spans += (row.numel + kSpan * kTile - 1) / (kSpan * kTile) + 1;
 
-  const int row_count = static_cast<int>(rows.size()), group_count = static_cast<int>(groups.size());
   // A table is only used on the stream that its memory belongs to, and no more once a graph has it: the
   // graph writes it at every replay. A graph may take over a table from before: it is never given back.
   const bool stale = !captured_.empty() && captured_.back() == memory_;
-  const bool anew = !memory_ || stale || (queue.stream != stream_ && !queue.capturing) || row_count != table_.rows ||
-                    group_count != table_.groups || layouts > layout_words_;
-  if (anew) renew(row_count, group_count, layouts, queue);
+  const bool anew = !memory_ || stale || (queue.stream != stream_ && !queue.capturing) || wanted.rows != table_.rows ||
+                    wanted.groups != table_.groups || wanted.layout_words > table_.layout_words ||
+                    wanted.norm_spans > table_.norm_spans;
+  if (anew) renew(wanted, queue);
   if (queue.capturing) captured_.push_back(memory_);
 
   // First what mostly stays: the prologue reads rows from the table.
   if (anew) changes_ = {{table_.first_tile(0), static_cast<int64_t>(image_.size())}};
   layout_end_ = 0;
-  int64_t tiles = 0;
-  for (int r = 0; r < row_count; ++r) {
-    if (rows[r].active && rows[r].device == device_) put_row(r, rows[r], rule_.used_states(groups[rows[r].group]));
+  int64_t tiles = 0, spans = 0;
+  for (int r = 0; r < wanted.rows; ++r) {
+    if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group]);
     put(table_.first_tile(r), tiles);
+    put(table_.first_span(r), spans);
     DeviceRow known;  // of a row that rests too, as it will return
     std::memcpy(&known, &image_[table_.row(r)], sizeof known);
     tiles += (known.numel + kTile - 1) / kTile;
+    spans += (known.numel + kSpan * kTile - 1) / (kSpan * kTile);
+  }
+  for (int g = 0, r = 0; g <= wanted.groups; ++g) {
+    while (r < wanted.rows && rows[r].group < g) ++r;
+    put(table_.first_row(g), static_cast<uint64_t>(r));
   }
   table_.tiles = tiles;
+  table_.spans = spans;
+  table_.measures = control.measure;
+  table_.zeroes = control.zero;
+  table_.may_skip = control.guard || tensors[kFoundInf].address;
   flush(0, queue);
 
   // Then what changes at every step. At a replay the device may hold anything: a graph brings all of it.
-  if (anew || queue.capturing) changes_ = {{table_.source(0, 0), table_.grad(row_count)}};
-  for (int g = 0; g < group_count; ++g)
-    for (int k = 0; k < kMaxOptions; ++k) {
-      const Source& source = sources[g][k];
-      const uint64_t address = reinterpret_cast<uintptr_t>(source.address);
-      put(table_.source(k, g), address ? address | static_cast<uint64_t>(source.dtype) << kDTypeShift : 0);
-      uint64_t bits;
-      std::memcpy(&bits, &groups[g][k], sizeof bits);
-      put(table_.option(k, g), bits);
-    }
-  for (int r = 0; r < row_count; ++r) {
-    const Row& row = rows[r];
-    const uint64_t address = row.numel ? reinterpret_cast<uintptr_t>(row.data[kGrad]) : kEmpty;
-    put(table_.grad(r), row.active && row.device == device_ ? address | (row.fresh ? kFresh : 0) : 0);
+  if (anew || queue.capturing) changes_ = {{table_.source(0, 0), table_.first_tile(0)}};
+  const auto bits_of_double = [](double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+  };
+  const auto address_of = [](const void* address, DType dtype) {
+    return address ? reinterpret_cast<uintptr_t>(address) | static_cast<uint64_t>(dtype) << kDTypeShift : 0;
+  };
+  for (int g = 0; g < wanted.groups; ++g) {
+    for (int k = 0; k < kMaxOptions; ++k)
+      put(table_.source(k, g), address_of(sources[g][k].address, sources[g][k].dtype));
+    for (int k = 0; k < kAllOptions; ++k) put(table_.option(k, g), bits_of_double(groups[g][k]));
   }
-  flush(row_count, queue);
+  put(table_.control(kMaxNorm), bits_of_double(control.max_norm));
+  put(table_.control(kScale), bits_of_double(control.scale));
+  put(table_.control(kNormKind), static_cast<uint64_t>(control.norm));
+  put(table_.control(kGuard), control.guard);
+  for (int k = 0; k < kDeviceTensors; ++k) put(table_.tensor(k), address_of(tensors[k].address, tensors[k].dtype));
+  for (int r = 0; r < wanted.rows; ++r) {
+    const Row& row = rows[r];
+    const bool has_elements = row.numel && !(row.used & kRests);
+    const uint64_t address = has_elements ? reinterpret_cast<uintptr_t>(row.data[kGrad]) : kEmpty;
+    put(table_.grad(r), is_here(row) ? address : 0);
+  }
+  flush(wanted.rows, queue);
 
+  if (control.measure) {
+    const NormKernels norms = norm_kernels(control.norm);
+    const int64_t threads = std::max<int64_t>(spans, 1) * kWarp;
+    if (measures[0] || !measured) launch(norms.of_float, threads, queue, table_, measured);
+    if (measures[1]) launch(norms.of_double, threads, queue, table_, measured);
+  }
+  if (control.only_measure) return;
   const int64_t threads = tiles * kWarp;
   if (tiles && active[0]) launch(kernels_.update_float, threads, queue, table_);
   if (tiles && active[1]) launch(kernels_.update_double, threads, queue, table_);

@@ -28,10 +28,10 @@ class DevicePlan {
   DevicePlan(const RuleInfo& rule, int device);
 
   // Enqueues one step of the active rows on this device: a prologue, again where more changed than one launch can
-  // carry, then one launch for float rows and one for double. Nothing that is passed needs to live on after it. Row r
-  // of one step is row r of the next: what rests keeps its place. Throws std::runtime_error.
-  void step(const std::vector<Row>& rows, const std::vector<Options>& groups, const std::vector<Sources>& sources,
-            const Queue& queue);
+  // carry, then one launch for float rows and one for double, after one each to measure gradients, if asked. Nothing
+  // that is passed needs to live on after it. Row r of one step is row r of the next: what rests keeps its place.
+  // Throws std::runtime_error.
+  void step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors, const Queue& queue);
 
   // Kernels launched since the plan was made.
   int64_t launches() const {
@@ -43,12 +43,12 @@ class DevicePlan {
     int64_t begin, end;
   };
 
-  void renew(int rows, int groups, int64_t layout_words, const Queue& queue);
+  void renew(const Table& wanted, const Queue& queue);
   void put(int64_t at, const void* words, int count);
   void put(int64_t at, uint64_t word) {
     put(at, &word, 1);
   }
-  void put_row(int r, const Row& row, unsigned used);
+  void put_row(int r, const Row& row, const Options& options);
   void flush(int rows, const Queue& queue);
   void send(Range range, int rows, const Queue& queue);
   template <class... Parameters, class... Arguments>
@@ -63,7 +63,7 @@ class DevicePlan {
   std::vector<std::shared_ptr<void>> captured_;
   cudaStream_t stream_ = nullptr;
   std::vector<uint64_t> image_;  // what the device has, but for its updates
-  int64_t layout_words_ = 0, layout_end_ = 0;
+  int64_t layout_end_ = 0;
   std::vector<Range> changes_;
   int64_t launches_ = 0;
 };

@@ -17,4 +17,12 @@ struct RuleKernels {
 template <class Rule>
 RuleKernels rule_kernels();
 
+// For rows that compute in float and in double.
+struct NormKernels {
+  void (*of_float)(Table, int rows);
+  void (*of_double)(Table, int rows);
+};
+
+NormKernels norm_kernels(Norm kind);
+
 }  // namespace genopt::cuda

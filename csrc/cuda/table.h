@@ -1,14 +1,20 @@
 // The step plan as CUDA kernels see it: one buffer of 64-bit words on the device, in columns.
 //
-//   updates  [row]             the rule's Update, which the prologue derives; all below comes from the host
+//   skip                       not 0: this step is skipped
+//   rows done                  counts rows whose norm is known
+//   scalars  [row]             the rule's Scalars, which the prologue derives; all below comes from the host
 //   sources  [option][group]   an option read on the device: its address, dtype in the top byte; 0: none
-//   options  [option][group]   a double; the last option first, so that lr stands beside the gradients
-//   grads    [row]             the gradient's address, with kFresh; 0: no gradient, the row rests
+//   options  [option][group]   a double; the last option first, so that lr stands beside what follows
+//   control  [ControlWord]
+//   grads    [row]             the gradient's address; 0: the row takes no part
 //   tiles    [row]             tiles of all rows before this one
+//   spans    [row]             spans of all rows before this one
 //   rows     [row]             DeviceRow
+//   firsts   [group]           the group's first row, and after the last group the number of rows
 //   layouts                    of rows that do not lie dense: dims, sizes[dims], strides[operand][dims]
+//   norms                      where gradients are measured, written by kernels alone: see NormColumns
 //
-// What changes at every step (options, grads) stands together: it travels in one launch's arguments.
+// What changes at every step (options, control, grads) stands together: it travels in one launch's arguments.
 #pragma once
 
 #include <cstdint>
@@ -25,49 +31,94 @@ struct DeviceRow {
   int32_t group;
   DType dtype[kOperands];
   DType step_dtype;
-  uint8_t used;     // states in use, as a mask
-  uint8_t strided;  // operands that have strides in the layout, as a mask
-  uint8_t piece;    // elements that a lane holds side by side
-  uint8_t unused[3];
+  uint8_t used;       // as Row::used
+  uint8_t strided;    // operands that have strides in the layout, as a mask
+  uint8_t piece;      // elements that a lane holds side by side
+  uint8_t by_tensor;  // its group clips by tensor
+  uint8_t weighs;     // and by the parameter's norm
 };
 
 constexpr int kRowWords = sizeof(DeviceRow) / 8;
-static_assert(sizeof(DeviceRow) == 10 * 8);
-constexpr int kUpdateWords = kUpdateBytes / 8;
-static_assert(kUpdateBytes % 16 == 0);
+static_assert(sizeof(DeviceRow) % 8 == 0);
+constexpr int kScalarsWords = kScalarsBytes / 8;
+static_assert(kScalarsBytes % 16 == 0);
 
-// Bits of a word in `grads`, beside an address that is a multiple of 2.
-constexpr uint64_t kFresh = 1;  // the row's states were made for this very step
-constexpr uint64_t kEmpty = 2;  // stands for the address where there are no elements
+// Stands for a gradient's address in a row that takes part without: it has no elements, or only its average moves.
+constexpr uint64_t kEmpty = 2;
 constexpr int kDTypeShift = 56;
+
+// Control and DeviceTensors as words: doubles, flags, addresses with the dtype in the top byte.
+enum ControlWord { kMaxNorm, kScale, kNormKind, kGuard, kTensors, kControlWords = kTensors + int{kDeviceTensors} };
 
 // A kernel argument, passed by value.
 struct Table {
   uint64_t* words;
   int32_t groups, rows;
-  int64_t tiles;
+  int64_t tiles, spans;
+  int64_t layout_words, norm_spans;  // that there is room for
+  bool measures;                     // this step
+  bool zeroes;                       // sets gradients to zero
+  bool may_skip;
 
   // Where the columns stand, in words.
-  GENOPT_INLINE int64_t update(int row) const {
-    return int64_t{row} * kUpdateWords;
+  static constexpr int64_t kSkip = 0, kRowsDone = 1, kHeader = 2;
+  GENOPT_INLINE int64_t scalars(int row) const {
+    return kHeader + int64_t{row} * kScalarsWords;
   }
   GENOPT_INLINE int64_t source(int option, int group) const {
-    return update(rows) + int64_t{option} * groups + group;
+    return scalars(rows) + int64_t{option} * groups + group;
   }
   GENOPT_INLINE int64_t option(int option, int group) const {
-    return source(2 * kMaxOptions - 1 - option, group);
+    return source(kMaxOptions + kAllOptions - 1 - option, group);
+  }
+  GENOPT_INLINE int64_t control(int word) const {
+    return source(kMaxOptions + kAllOptions, word);
+  }
+  GENOPT_INLINE int64_t tensor(int kind) const {  // a DeviceTensorKind
+    return control(kTensors) + kind;
   }
   GENOPT_INLINE int64_t grad(int row) const {
-    return source(2 * kMaxOptions, row);
+    return control(kControlWords) + row;
   }
   GENOPT_INLINE int64_t first_tile(int row) const {
     return grad(rows) + row;
   }
+  GENOPT_INLINE int64_t first_span(int row) const {
+    return first_tile(rows) + row;
+  }
   GENOPT_INLINE int64_t row(int row) const {
-    return first_tile(rows) + int64_t{row} * kRowWords;
+    return first_span(rows) + int64_t{row} * kRowWords;
+  }
+  GENOPT_INLINE int64_t first_row(int group) const {
+    return row(rows) + group;
   }
   GENOPT_INLINE int64_t layouts() const {
-    return row(rows);
+    return first_row(groups + 1);
+  }
+  GENOPT_INLINE int64_t norms() const {
+    return layouts() + layout_words;
+  }
+  GENOPT_INLINE int64_t end() const {
+    return norms() + (norm_spans ? 2 * groups + 4 * rows + 2 * norm_spans : 0);
+  }
+};
+
+// The columns of doubles, and of one counter, in which norms are made.
+struct NormColumns {
+  double *group_sums, *group_factors;            // [group]
+  double *row_sums, *row_weights, *row_factors;  // [row]
+  uint64_t* spans_done;                          // [row]
+  double *partials, *weight_partials;            // [span]
+
+  GENOPT_INLINE explicit NormColumns(const Table& table) {
+    group_sums = reinterpret_cast<double*>(table.words + table.norms());
+    group_factors = group_sums + table.groups;
+    row_sums = group_factors + table.groups;
+    row_weights = row_sums + table.rows;
+    row_factors = row_weights + table.rows;
+    spans_done = reinterpret_cast<uint64_t*>(row_factors + table.rows);
+    partials = row_factors + 2 * int64_t{table.rows};
+    weight_partials = partials + table.norm_spans;
   }
 };
 

@@ -20,11 +20,11 @@ namespace genopt::cuda {
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kElements = kTile / kWarp;  // of a lane
 
-// The row of a tile: the last one that starts at or before it. The warp looks at 32 candidates at a time.
-__device__ inline int find_row(const Table& table, int64_t tile, int lane) {
-  const uint64_t* first = table.words + table.first_tile(0);
+// The row of a tile or span: the last one that starts at or before it in its column. The warp looks at 32 candidates
+// at a time.
+__device__ inline int find_row(const uint64_t* first, int rows, int64_t tile, int lane) {
   int low = 0;
-  for (int count = table.rows; count > 1;) {
+  for (int count = rows; count > 1;) {
     const int stride = (count + kWarp - 1) / kWarp;
     const int at = lane * stride;
     const bool starts = at < count && static_cast<int64_t>(first[low + at]) <= tile;
@@ -242,12 +242,47 @@ class LaneOperand {
   bool strided_, whole_;
 };
 
-template <unsigned kUsed, class T, class Update>
-__device__ void apply(const Update& update, LaneOperand<T> (&x)[kOperands]) {
+template <unsigned kUsed, class T, class Scalars>
+__device__ void apply(const Scalars& scalars, LaneOperand<T> (&x)[kOperands]) {
 #pragma unroll
   for (int j = 0; j < kElements; ++j)
-    update.template apply<kUsed>(x[kParam].values[j], x[kGrad].values[j], x[kState].values[j], x[kState + 1].values[j],
-                                 x[kState + 2].values[j]);
+    scalars.update.template apply<kUsed>(x[kParam].values[j], scalars.around.gradient(x[kGrad].values[j]),
+                                         x[kState].values[j], x[kState + 1].values[j], x[kState + 2].values[j]);
+}
+
+// Loads one operand at once, for what is rare or comes late.
+template <class T>
+__device__ void load_whole(LaneOperand<T>& x, const Tile& tile, int operand, void* data, T (*slots)[kThreads]) {
+  x.load(tile, operand, data);
+  x.load_slots(tile, operand, slots);
+  x.decode(slots);
+}
+
+template <class T>
+__device__ void store_whole(LaneOperand<T>& x, const Tile& tile, int operand, T (*slots)[kThreads]) {
+  x.store(tile, slots);
+  x.store_slots(tile, operand, slots);
+}
+
+template <class T>
+__device__ void zero(LaneOperand<T>& grad, const Tile& tile, T (*slots)[kThreads]) {
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) grad.values[j] = T(0);
+  store_whole(grad, tile, kGrad, slots);
+}
+
+// The average of the weights, from p as it has been stored.
+template <class T>
+__device__ void average(const Around<T>& around, LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
+  LaneOperand<T> e;
+  load_whole(e, tile, kAverage, tile.row.data[kAverage], slots);
+  with_codec(tile.row.dtype[kParam], [&](auto codec) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j)
+      e.values[j] =
+          around.average(e.values[j], decltype(codec)::template decode<T>(decltype(codec)::encode(param.values[j])));
+  });
+  store_whole(e, tile, kAverage, slots);
 }
 
 // One warp takes one tile, of rows that compute in T.
@@ -256,53 +291,103 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
   const int lane = threadIdx.x % kWarp;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (tile >= table.tiles) return;
-  const int r = find_row(table, tile, lane);
+  const int r = find_row(table.words + table.first_tile(0), table.rows, tile, lane);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
   if (!grad || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
-  using Update = typename Rule::template Update<T>;
-  const Update update = *reinterpret_cast<const Update*>(table.words + table.update(r));
+  const bool skips = table.may_skip && table.words[Table::kSkip] != 0, rests = (row.used & kRests) != 0;
+  const bool zeroes = table.zeroes && !rests;
+  if (skips && !zeroes) return;
+  auto scalars = *reinterpret_cast<const Scalars<Rule, T>*>(table.words + table.scalars(r));
+  if (table.measures) {
+    const NormColumns norms(table);
+    scalars.around.factor *= static_cast<T>(row.by_tensor ? norms.row_factors[r] : norms.group_factors[row.group]);
+  }
+  if constexpr (requires { scalars.update.is_idle(scalars.around); })
+    if (scalars.update.is_idle(scalars.around)) return;
 
   constexpr int kUsable = kState + static_cast<int>(std::size(Rule::kStates));
   const int64_t start = (tile - static_cast<int64_t>(table.words[table.first_tile(r)])) * kTile;
   const int64_t rest = row.numel - start;
   const Tile here{row, table.words + table.layouts() + row.layout, start, rest < kTile ? static_cast<int>(rest) : kTile,
                   lane};
-  const auto is_used = [&row](int k) { return k < kState || (row.used >> (k - kState) & 1); };
+  const auto loads = [&](int k) { return k == kParam || (!rests && is_used(row.used, k)); };
+  const auto address = [&](int k) { return k == kGrad ? reinterpret_cast<void*>(grad) : row.data[k]; };
+  __shared__ Slots<T, kUsable> slots;
 
   LaneOperand<T> x[kOperands];
+  if (skips) {
+    x[kGrad].load(here, kGrad, address(kGrad));
+    zero(x[kGrad], here, slots.values[kGrad]);
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
-    if (is_used(k)) x[k].load(here, k, k == kGrad ? reinterpret_cast<void*>(grad & ~kFresh) : row.data[k]);
-  __shared__ Slots<T, kUsable> slots;
+    if (loads(k)) x[k].load(here, k, address(k));
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
-    if (is_used(k)) x[k].load_slots(here, k, slots.values[k]);
+    if (loads(k)) x[k].load_slots(here, k, slots.values[k]);
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
-    if (is_used(k)) x[k].decode(slots.values[k]);
-  [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
-    ((row.used == kMasks ? apply<kMasks>(update, x) : void()), ...);
-  }(typename Rule::Masks{});
+    if (loads(k)) x[k].decode(slots.values[k]);
+  if (!rests) {
+    [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
+      ((row.used % kWithAverage == kMasks ? apply<kMasks>(scalars, x) : void()), ...);
+    }(typename Rule::Masks{});
 #pragma unroll
-  for (int k = 0; k < kUsable; ++k)
-    if (k != kGrad && is_used(k)) x[k].store(here, slots.values[k]);
+    for (int k = 0; k < kUsable; ++k)
+      if (k != kGrad && loads(k)) x[k].store(here, slots.values[k]);
 #pragma unroll
-  for (int k = 0; k < kUsable; ++k)
-    if (k != kGrad && is_used(k)) x[k].store_slots(here, k, slots.values[k]);
+    for (int k = 0; k < kUsable; ++k)
+      if (k != kGrad && loads(k)) x[k].store_slots(here, k, slots.values[k]);
+  }
+  if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
+  if (zeroes) zero(x[kGrad], here, slots.values[kGrad]);
 }
 
-__device__ inline double read_number(const void* address, DType dtype) {
-  return with_codec(dtype, [address](auto codec) {
+__device__ inline double read_number(uint64_t word) {
+  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
+  return with_codec(static_cast<DType>(word >> kDTypeShift), [word](auto codec) {
     using Codec = decltype(codec);
-    return Codec::template decode<double>(*static_cast<const typename Codec::Stored*>(address));
+    const auto* address = reinterpret_cast<const typename Codec::Stored*>(word & kAddress);
+    return Codec::template decode<double>(*address);
   });
+}
+
+__device__ inline double as_double(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Of all gradients: 1 / micro-batches, and the reciprocal of a loss scale, which torch rounds to float.
+template <class Word>
+__device__ double common_scale(const Table& table, Word word) {
+  const double scale = as_double(word(table.control(kScale)));
+  const uint64_t loss_scale = word(table.tensor(kGradScale));
+  return loss_scale ? scale * static_cast<double>(static_cast<float>(1.0 / read_number(loss_scale))) : scale;
+}
+
+// A group's scale, from the device where it is given there.
+template <class Word>
+__device__ double group_scale(const Table& table, Word word, int group) {
+  const double scale = common_scale(table, word);
+  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
+  const uint64_t given = word(table.tensor(kGroupScales)) & kAddress;
+  return given ? scale * reinterpret_cast<const double*>(given)[group] : scale;
+}
+
+// Adds to a step counter in its own precision, as torch does, and returns it.
+__device__ inline double advance(const DeviceRow& row, float by) {
+  if (!row.step) return 0;
+  if (row.step_dtype == DType::kFloat64) return *static_cast<double*>(row.step) += by;
+  return *static_cast<float*>(row.step) += by;
 }
 
 // Writes `payload` into the table; then, for the first `rows` rows, advances the step counters and
 // derives their scalars. What may be in the payload is read from there: the table has it only later.
 template <class Rule, int kWords>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     prologue(const __grid_constant__ Table table, const __grid_constant__ Payload<kWords> payload, int rows) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < payload.count) table.words[payload.at + i] = payload.words[i];
@@ -312,39 +397,42 @@ __global__ void __launch_bounds__(kThreads)
     return travels ? payload.words[at - payload.at] : table.words[at];
   };
   const int r = static_cast<int>(i);
-  const uint64_t grad = word(table.grad(r));
-  if (!grad) return;
+  const uint64_t found_inf = word(table.tensor(kFoundInf));
+  const bool skips = found_inf && read_number(found_inf) != 0;
+  if (i == 0) {
+    table.words[Table::kSkip] = skips;
+    table.words[Table::kRowsDone] = 0;
+  }
+  if (table.measures) {
+    const NormColumns norms(table);
+    norms.spans_done[r] = 0;
+    norms.row_sums[r] = norms.row_weights[r] = 0;
+  }
+  if (!word(table.grad(r))) return;
 
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
-  double t = 0;
-  if (row.step && row.step_dtype == DType::kFloat64) {
-    t = *static_cast<double*>(row.step) += 1.0;
-  } else if (row.step) {
-    t = *static_cast<float*>(row.step) += 1.0f;
-  }
+  // A step that the norm turns out to skip takes this back: see norm.cuh.
+  const double t = advance(row, skips ? 0 : 1);
 
+  const double factor = table.measures ? 1.0 : group_scale(table, word, row.group);
+  double options[kAllOptions];
   constexpr int kCount = static_cast<int>(std::size(Rule::kOptions));
-  double values[kCount];
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const uint64_t source = word(table.source(k, row.group)), bits = word(table.option(k, row.group));
-    memcpy(&values[k], &bits, sizeof bits);
-    constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
-    if (source)
-      values[k] =
-          read_number(reinterpret_cast<const void*>(source & kAddress), static_cast<DType>(source >> kDTypeShift));
+  for (int k = 0; k < kAllOptions; ++k) {
+    options[k] = kUnset;
+    if (k >= kCount && k < kMaxOptions) continue;
+    const uint64_t source = k < kMaxOptions ? word(table.source(k, row.group)) : 0;
+    options[k] = source ? read_number(source) : as_double(word(table.option(k, row.group)));
   }
-  typename Rule::Options options;
-  static_assert(sizeof options == sizeof values);
-  memcpy(&options, values, sizeof options);
-  uint64_t* update = table.words + table.update(r);
-  const bool fresh = (grad & kFresh) != 0;
+  const auto derive = [&]<class T>(T) {
+    Scalars<Rule, T> scalars(options, t);
+    scalars.around.factor *= static_cast<T>(factor);
+    *reinterpret_cast<Scalars<Rule, T>*>(table.words + table.scalars(r)) = scalars;
+  };
   if (row.dtype[kParam] == DType::kFloat64) {
-    *reinterpret_cast<typename Rule::template Update<double>*>(update) =
-        typename Rule::template Update<double>(options, t, fresh);
+    derive(double{});
   } else {
-    *reinterpret_cast<typename Rule::template Update<float>*>(update) =
-        typename Rule::template Update<float>(options, t, fresh);
+    derive(float{});
   }
 }
 

@@ -29,7 +29,7 @@ struct Adagrad {
   struct Update {
     T rate, eps, sign, l2;
 
-    GENOPT_INLINE Update(const Options& o, double t, bool /*fresh*/) {
+    GENOPT_INLINE Update(const Options& o, double t) {
       rate = static_cast<T>(o.lr / (1.0 + (t - 1.0) * o.lr_decay));
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);
@@ -38,7 +38,6 @@ struct Adagrad {
 
     template <unsigned kUsed>
     GENOPT_INLINE void apply(T& p, T g, T& s, T&, T&) const {
-      g = sign * g;
       g = l2 != T(0) ? g + l2 * p : g;
       s = s + g * g;
       p = p - rate * (g / (square_root(s) + eps));

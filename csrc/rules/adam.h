@@ -36,7 +36,7 @@ struct Adam {
     Lerp<T> m_lerp, v_lerp;
     T rate, eps, sign, l2, decay;
 
-    GENOPT_INLINE Update(const Options& o, double t, bool /*fresh*/) {
+    GENOPT_INLINE Update(const Options& o, double t) {
       const double correction = square_root(1.0 - power(o.beta2, t));
       m_lerp = Lerp<T>(1.0 - o.beta1);
       v_lerp = Lerp<T>(1.0 - o.beta2);
@@ -49,7 +49,6 @@ struct Adam {
 
     template <unsigned kUsed>
     GENOPT_INLINE void apply(T& p, T g, T& m, T& v, T& v_max) const {
-      g = sign * g;
       g = l2 != T(0) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);

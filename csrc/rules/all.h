@@ -5,16 +5,17 @@
 
 #include "adagrad.h"
 #include "adam.h"
+#include "around.h"
+#include "none.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
 namespace genopt {
 
-using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad>;
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, None>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 3;
-constexpr int kMaxOptions = 8;
 
 // Calls visit.template operator()<Rule, index>() for every rule.
 template <class Visit, int kIndex = 0>

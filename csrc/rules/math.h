@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -46,6 +47,21 @@ GENOPT_INLINE T finite(T x) {
 template <class T>
 GENOPT_INLINE T average_square(T average, T g, const Lerp<T>& lerp) {
   return lerp(finite(average), finite(g * g));
+}
+
+// States that a first gradient sets rather than changes begin as -0.0, which no update leaves: it adds +0.0 to what it
+// stores. So "not yet set" lasts through skipped steps, checkpoints and CUDA graphs without a flag beside the state.
+template <class T>
+GENOPT_INLINE bool is_unset(T x) {
+  if constexpr (sizeof(T) == 8) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits == uint64_t{1} << 63;
+  } else {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits == uint32_t{1} << 31;
+  }
 }
 
 // The larger one; NaN in either argument gives NaN (a plain maximum may lose it).

@@ -38,7 +38,7 @@ struct RMSprop {
     Lerp<T> lerp;
     T eps, sign, l2, momentum;
 
-    GENOPT_INLINE Update(const Options& o, double /*t*/, bool /*fresh*/) {
+    GENOPT_INLINE Update(const Options& o, double /*t*/) {
       rate = o.lr;
       lerp = Lerp<T>(1.0 - o.alpha);
       eps = static_cast<T>(o.eps);
@@ -49,7 +49,6 @@ struct RMSprop {
 
     template <unsigned kUsed>
     GENOPT_INLINE void apply(T& p, T g, T& s, T& b, T& c) const {
-      g = sign * g;
       g = l2 != T(0) ? g + l2 * p : g;
       s = average_square(s, g, lerp);
       T variance = s;

@@ -2,7 +2,7 @@
 // (Sutskever et al., 2013, with lr outside of the buffer). With b the momentum buffer:
 //
 //   g <- g + w p
-//   b <- momentum b + (1 - dampening) g        at a parameter's first step: b <- g
+//   b <- momentum b + (1 - dampening) g        b <- g where b is not yet set (-0.0: see math.h)
 //   p <- p - lr (nesterov ? g + momentum b : b)
 #pragma once
 
@@ -31,25 +31,26 @@ struct Sgd {
   // alone would cost more accuracy than all else together.
   template <class T>
   struct Update {
-    double rate, momentum, g_weight, sign, l2, nesterov, fresh;  // the last two: 0 or 1, see Lerp
+    double rate, momentum, g_weight, l2, nesterov;  // the last: 0 or 1, see Lerp
+    T sign;
 
-    GENOPT_INLINE Update(const Options& o, double /*t*/, bool is_fresh) {
+    GENOPT_INLINE Update(const Options& o, double /*t*/) {
       rate = o.lr;
       momentum = o.momentum;
       g_weight = 1.0 - o.dampening;
-      sign = o.maximize != 0 ? -1.0 : 1.0;
+      sign = o.maximize != 0 ? T(-1) : T(1);
       l2 = o.weight_decay;
       nesterov = o.nesterov != 0 ? 1.0 : 0.0;
-      fresh = is_fresh ? 1.0 : 0.0;
     }
 
     template <unsigned kUsed>
     GENOPT_INLINE void apply(T& p, T grad, T& buffer, T&, T&) const {
-      double g = sign * static_cast<double>(grad);
+      double g = static_cast<double>(grad);
       g = l2 != 0.0 ? g + l2 * static_cast<double>(p) : g;
       if constexpr (kUsed == kWithMomentum) {
-        const double b = fresh != 0.0 ? g : momentum * static_cast<double>(buffer) + g_weight * g;
-        buffer = static_cast<T>(b);
+        const double old = static_cast<double>(buffer);
+        const double b = is_unset(old) ? g : momentum * old + g_weight * g;
+        buffer = static_cast<T>(b) + T(0);
         g = nesterov != 0.0 ? g + momentum * b : b;
       }
       p = descend(p, rate, g);

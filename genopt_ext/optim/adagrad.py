@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from .optimizer import FusedOptimizer, Range
+from .optimizer import FusedOptimizer, Range, StepOptions
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -29,6 +30,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: refused; use :class:`torch.optim.Adagrad`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
+        step_options: what every class has besides: :class:`StepOptions`.
 
     State per parameter, under torch's names and made by the constructor: ``step`` (0-dim float32) and
     ``sum``, in the parameter's shape and dtype.
@@ -63,9 +65,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str = "auto",
+        **step_options: Unpack[StepOptions],
     ) -> None:
         self._begin(
             backend,
+            step_options,
             lr=lr,
             lr_decay=lr_decay,
             weight_decay=weight_decay,
@@ -85,7 +89,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_capturable(capturable)
+        self._set_options(step_options, capturable=capturable)
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:
@@ -96,5 +100,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         return {name: group[name] for name in ("lr", "lr_decay", "eps", "weight_decay", "maximize")}
 
     def _initial_value(self, param: Tensor, name: str) -> complex:
+        if name != "sum":
+            return super()._initial_value(param, name)
         value = self.defaults["initial_accumulator_value"]
         return complex(value, value) if param.is_complex() else value

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from .optimizer import FusedOptimizer, Range
+from .optimizer import FusedOptimizer, Range, StepOptions
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -29,6 +30,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: refused; use :class:`torch.optim.Adam`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
+        step_options: what every class has besides: :class:`StepOptions`.
 
     State per parameter, under torch's names: ``step`` (0-dim float32), ``exp_avg``, ``exp_avg_sq`` and,
     with ``amsgrad``, ``max_exp_avg_sq``, in the parameter's shape and dtype.
@@ -63,8 +65,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str = "auto",
+        **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable)
+        self._begin(
+            backend, step_options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable
+        )
         super().__init__(
             params,
             lr,
@@ -79,6 +84,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        self._set_options(step_options)
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:
@@ -113,8 +119,11 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable)
+        self._begin(
+            backend, step_options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable
+        )
         # Past Adam.__init__ to torch.optim.AdamW's, which sets decoupled_weight_decay.
         super(Adam, self).__init__(
             params,
@@ -129,3 +138,4 @@ class AdamW(Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self._set_options(step_options)

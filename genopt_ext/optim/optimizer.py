@@ -7,15 +7,19 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, clip, reference
+
+if TYPE_CHECKING:
+    from ..in_backward import InBackward
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Range:
     at_least: float | None = 0.0
     below: float | None = None
     items: int = 0  # > 0: a tuple of so many
+    finite: bool = True
 
     def check(self, where: str, name: str, value: Any) -> None:
         """Raises TypeError or ValueError, in torch's words and with what is allowed."""
@@ -47,17 +52,64 @@ class Range:
         low = "" if self.at_least is None else f" >= {self.at_least:g}"
         high = "" if self.below is None else f" < {self.below:g}"
         inside = (self.at_least is None or number >= self.at_least) and (self.below is None or number < self.below)
-        if not (math.isfinite(number) and inside):
+        if not (inside and (math.isfinite(number) or not (self.finite or math.isnan(number)))):
             allowed = " and".join(filter(None, (low, high)))
-            raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be a finite number{allowed}")
+            kind = "a finite number" if self.finite else "a number"
+            raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be {kind}{allowed}")
 
 
-FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "maximize", "nesterov")
+FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "maximize", "nesterov", "skip_nonfinite")
+
+
+class StepOptions(TypedDict, total=False):
+    """What every class takes beside torch's arguments, as keywords. Each is left out unless it is given.
+
+    All of it happens inside the step's own passes over memory; ``.grad`` stays as it is. A group's own value, also of
+    ``max_grad_norm``, takes the place of the one given here.
+
+    Attributes:
+        max_grad_norm: scales all gradients such that the norm of all together is at most this, as
+            :func:`torch.nn.utils.clip_grad_norm_` before the step. A group with a value of its own is clipped by its
+            own norm, and left out of the others'. Infinity clips nothing, and tells ``opt.grad_norm``.
+        clip_per_param: the same with each parameter's own norm.
+        agc: adaptive gradient clipping (Brock et al., `arXiv 2102.06171 <https://arxiv.org/abs/2102.06171>`_) of each
+            parameter: its gradient's norm is at most this times the weight's norm, which counts as at least 1e-3. At
+            most one of these three.
+        clip_grad_value: limits each element of the scaled gradient.
+        ema_decay: keeps a moving average of the weights in ``state[p]["ema"]`` (float32 for 16-bit parameters), equal
+            to :class:`torch.optim.swa_utils.AveragedModel` with this decay, updated after every step. In [0, 1). See
+            :meth:`FusedOptimizer.swap_ema`.
+        skip_nonfinite: a step whose gradients hold NaN or infinity changes nothing, and is counted in
+            ``opt.skipped_steps``; nothing waits for the device.
+    """
+
+    max_grad_norm: float | None
+    clip_per_param: float | None
+    agc: float | None
+    clip_grad_value: float | None
+    ema_decay: float | None
+    skip_nonfinite: bool
+
+
+NORM_CLIPS = ("max_grad_norm", "clip_per_param", "agc")
+GROUP_OPTIONS = {
+    "max_grad_norm": Range("max_grad_norm value", finite=False),
+    "clip_per_param": Range("clip_per_param value"),
+    "agc": Range("agc value"),
+    "clip_grad_value": Range("clip_grad_value value"),
+    "ema_decay": Range("ema_decay value", below=1.0),
+}
 
 SERVED = {"cpu", "cuda"}  # device types that have kernels
 
 # A parameter and where it stands: (group index, index in the group, the parameter).
 Place = tuple[int, int, Tensor]
+
+# What the native plan could not take: rows, groups, overlaps, devices. See csrc/torch_plan.h.
+Refusal = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int]]
+
+# Calls the native plan with the rows to leave out, and what it is told besides.
+NativeStep = Callable[[Sequence[int], dict[str, Any]], "Refusal | None"]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -69,7 +121,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     ranges: ClassVar[dict[str, Range]]
 
     backend: str = "auto"
+    skip_nonfinite: bool = False
+    _max_grad_norm: float | None = None
     _plan: Any = None
+    _results: dict[str, Tensor] | None = None  # what a step writes beside the parameters, on their device
+    _zeroes = False  # the running step zeroes gradients
+    _checks = False  # the running step finds infinities for a GradScaler
+    _swapped = False
+    _in_backward: InBackward | None = None  # while genopt_ext.step_in_backward is on
+    _opt_called: bool = False  # torch.optim.lr_scheduler's: whether a step was taken
+    _micro_batches: int = 0
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:
@@ -82,13 +143,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _initial_value(self, param: Tensor, name: str) -> complex:
-        return 0.0
+        # -0.0 says "not yet set": see csrc/rules/math.h.
+        value = -0.0 if name in ("ema", "momentum_buffer") else 0.0
+        return complex(value, value) if param.is_complex() else value
 
-    # GradScaler must unscale and skip by itself, also with fused=True, for which torch's constructors
-    # announce a step that does both.
+    # Asked by GradScaler: with fused=True it hands over its scale and what it found, and neither unscales nor skips.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return False
+        if self._in_backward is not None:
+            self._in_backward._refuse_grad_scaler()
+        return any(group.get("fused") for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, announced: bool) -> None:
@@ -96,24 +160,66 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Options
 
-    def _begin(self, backend: str, **options: Any) -> None:
+    def _begin(self, backend: str, step_options: StepOptions, **options: Any) -> None:
         """The start of every constructor: checks before torch's constructor changes anything."""
-        self._check_options(type(self).__name__, options)
+        where = type(self).__name__
+        for name in step_options:
+            if name not in StepOptions.__annotations__:
+                raise TypeError(f"{where}.__init__() got an unexpected keyword argument '{name}'")
+        self._check_options(where, {**options, **step_options})
         _backend.resolve(backend)
         self.backend = backend
 
-    def _set_capturable(self, capturable: bool) -> None:
-        """For classes whose torch constructor has no ``capturable``; groups have the key only where it is set."""
-        self._check_options(type(self).__name__, {"capturable": capturable})
-        if capturable:
-            self.defaults["capturable"] = True
-            for group in self.param_groups:
-                group.setdefault("capturable", True)
+    def _set_options(self, step_options: StepOptions, **more: Any) -> None:
+        """The end of every constructor: options that torch's lacks. Groups have a key only where it is set."""
+        self._check_options(type(self).__name__, more)
+        given: dict[str, Any] = {**step_options, **more}
+        self.max_grad_norm = given.pop("max_grad_norm", None)
+        self.skip_nonfinite = bool(given.pop("skip_nonfinite", False))
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        self.defaults.update(given)
+        for group in self.param_groups:
+            self._set_defaults(group)
+
+    def _set_defaults(self, group: dict[str, Any]) -> None:
+        clips_alone = any(group.get(name) is not None for name in NORM_CLIPS)
+        for name, value in self.defaults.items():
+            if name not in group and name != "params":
+                group[name] = None if clips_alone and name in NORM_CLIPS else value
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The bound for the norm of all gradients together; may be set between steps."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, bound: float | None) -> None:
+        self._check_options(type(self).__name__, {"max_grad_norm": bound})
+        self._max_grad_norm = None if bound is None else float(bound)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step, unclipped: 0-dim, on the parameters' device.
+
+        None before the first step that computes it: one with a clip by norm, or with ``skip_nonfinite``.
+        """
+        return None if self._results is None else self._results["grad_norm"]
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``skip_nonfinite`` has skipped: 0-dim int64, on the parameters' device."""
+        return self._results_on(None)["skipped_steps"]
 
     def _check_options(self, where: str, options: dict[str, Any]) -> None:
         for name, allowed in self.ranges.items():
             if name in options:
                 allowed.check(where, name, options[name])
+        for name, allowed in GROUP_OPTIONS.items():
+            if options.get(name) is not None:
+                allowed.check(where, name, options[name])
+        norms = [name for name in NORM_CLIPS if options.get(name) is not None]
+        if len(norms) > 1:
+            raise ValueError(f"{where}: {' and '.join(norms)} clip by a norm each; give only one of them")
         for name in FLAGS:
             if name in options and not isinstance(options[name], (bool, int)):
                 raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
@@ -132,6 +238,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: as the constructor.
         """
+        if isinstance(param_group, dict):
+            self._set_defaults(param_group)
         super().add_param_group(param_group)
         i = len(self.param_groups) - 1
         try:
@@ -142,6 +250,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}: {self._name((i, k, p))}: parameters must be floating-point "
                         f"or complex, got {p.dtype}; leave it out: [p for p in params if p.is_floating_point()]"
                     )
+            if self._in_backward is not None:
+                self._in_backward._add_groups((i,))
         except (TypeError, ValueError):
             del self.param_groups[i]
             raise
@@ -149,7 +259,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Checkpoints, pickle and deepcopy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        own = {name: getattr(self, name) for name in ("backend", "skip_nonfinite", "_max_grad_norm")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for i, group in enumerate(state.get("param_groups", ())):
@@ -174,11 +285,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
             loaded.update(final)
 
+        before = self.param_groups
         handle = self.register_load_state_dict_pre_hook(keep)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        # Options that the checkpoint knows nothing of stay as they are.
+        for old, new in zip(before, self.param_groups, strict=True):
+            clips = any(new.get(name) is not None for name in NORM_CLIPS)
+            for name in (*GROUP_OPTIONS, "capturable", "fused"):
+                if name in old and name not in new and not (clips and name in NORM_CLIPS):
+                    new[name] = old[name]
         saved_params = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(saved_params, params, strict=True):
@@ -210,23 +328,46 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._swapped:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the averaged weights are in the model; leave swap_ema() first"
+            )
+        if self._micro_batches and any(p.grad is not None for _, _, p in self._places()):
+            self.accumulate()
+        arguments = self._arguments(None)
         if self._resolved == "reference":
-            rows = [r for r, (_, _, p) in enumerate(self._places()) if p.grad is not None]
-            self._settle(rows, range(len(self.param_groups)), ())
-            return loss
-        if self._plan is None:
-            assert _backend.native is not None
-            # Later, only what the plan can not take is looked at in Python.
-            for i, group in enumerate(self.param_groups):
-                self._check_group(i, group)
-            for place in self._places():
-                if place[2].grad is not None:
-                    self._check(place)
-            self._plan = _backend.native.Plan(self.rule, self._resolved)
-        refusal = self._plan.step(self.param_groups, self.state, (), ())
-        if refusal is not None:
-            self._settle(*refusal)
+            places = self._places()
+            rows = [r for r, place in enumerate(places) if self._takes_part(place)]
+            self._settle((rows, range(len(self.param_groups)), (), ()), arguments, places, self._step_natively)
+        else:
+            if self._plan is None:
+                self._plan = self._make_plan(range(len(self.param_groups)), self._places())
+            refusal = self._step_natively((), arguments)
+            if refusal is not None:
+                self._settle(refusal, arguments, self._places(), self._step_natively)
+        self._micro_batches = 0
         return loss
+
+    def step_and_zero_(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As :meth:`step`, and sets gradients to zero in the same pass, in their own memory; also in a skipped step.
+
+        For loops that keep gradient memory, as ``zero_grad(set_to_none=False)`` after every step.
+        """
+        self._zeroes = True
+        try:
+            return self.step(closure)
+        finally:
+            self._zeroes = False
+
+    def _step_scaled(self, scale: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """A step with gradients that are ``scale`` times too large; also tells whether one was not finite (0 or 1)."""
+        self.grad_scale, self._checks = scale, True
+        try:
+            result = self.step(*args, **kwargs)
+        finally:
+            del self.grad_scale
+            self._checks = False
+        return result, self._results_on(None)["nonfinite"]
 
     @property
     def _resolved(self) -> str:
@@ -235,62 +376,305 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _places(self) -> list[Place]:
         return [(i, k, p) for i, group in enumerate(self.param_groups) for k, p in enumerate(group["params"])]
 
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        """What the step takes as the parameter's gradient: what was accumulated, or ``.grad``."""
+        return self._gathered.get(p) if self._micro_batches else p.grad
+
+    def _takes_part(self, place: Place) -> bool:
+        i, _, p = place
+        averages = self.param_groups[i].get("ema_decay") is not None
+        return self._gradient(p) is not None or (averages and (p.requires_grad or "ema" in self.state.get(p, {})))
+
+    def _make_plan(self, groups: Sequence[int], places: list[Place]) -> Any:
+        assert _backend.native is not None
+        # Later, only what the plan can not take is looked at in Python.
+        for i in groups:
+            self._check_group(i, self.param_groups[i])
+        for place in places:
+            if self._gradient(place[2]) is not None:
+                self._check(place)
+        return _backend.native.Plan(self.rule, self._resolved)
+
+    def _step_natively(self, skipped: Sequence[int], arguments: dict[str, Any]) -> Refusal | None:
+        refusal: Refusal | None = self._plan.step(self.param_groups, self.state, skipped, **arguments)
+        return refusal
+
+    def _arguments(self, device: torch.device | None) -> dict[str, Any]:
+        """What the native plan is told of this step beside the groups; what it writes is made on ``device``."""
+        arguments: dict[str, Any] = {}
+        if self._micro_batches:
+            arguments.update(
+                grads=[self._gathered.get(p) for _, _, p in self._places()], scale=1.0 / self._micro_batches, zero=True
+            )
+        elif self._zeroes:
+            arguments.update(zero=True)
+        if self._max_grad_norm is not None:
+            arguments.update(max_norm=self._max_grad_norm)
+        if self.skip_nonfinite or self._checks:
+            arguments.update(guard=True)
+        clips = any(group.get(name) is not None for group in self.param_groups for name in NORM_CLIPS)
+        if clips or self._max_grad_norm is not None or "guard" in arguments:
+            results = self._results_on(device)
+            arguments.update(grad_norm=[results["grad_norm"]], measure=True)
+            if self.skip_nonfinite:
+                arguments.update(skipped_steps=[results["skipped_steps"]])
+            if self._checks:
+                arguments.update(nonfinite=[results["nonfinite"]])
+        # GradScaler sets these for one step.
+        for name in ("grad_scale", "found_inf"):
+            given = getattr(self, name, None)
+            if given is not None:
+                t = given if isinstance(given, Tensor) else torch.tensor(float(given))
+                arguments[name] = [t if device is None else t.to(device)]
+        return arguments
+
+    def _results_on(self, device: torch.device | None) -> dict[str, Tensor]:
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if self._results is None or (device is not None and self._results["grad_norm"].device != device):
+            where = device or (first.device if first is not None else torch.device("cpu"))
+            precise = first is not None and reference.compute_dtype(first) == torch.float64
+            old = self._results
+            self._results = {
+                "grad_norm": torch.zeros((), dtype=torch.float64 if precise else torch.float32, device=where),
+                "nonfinite": torch.zeros((), dtype=torch.float32, device=where),
+                "skipped_steps": torch.zeros((), dtype=torch.int64, device=where),
+            }
+            if old is not None:
+                self._results["skipped_steps"].copy_(old["skipped_steps"])
+        return self._results
+
     @torch.no_grad()
-    def _settle(self, rows: Sequence[int], groups: Sequence[int], overlaps: Sequence[tuple[int, int]]) -> None:
+    def _settle(self, refusal: Refusal, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
         """Takes the step that the native plan could not take as it is.
 
-        Raises for what is wrong with ``rows`` (indices into :meth:`_places`), ``groups`` or ``overlaps``;
-        else makes missing state and steps, rows that kernels do not serve with the reference.
+        Raises for what is wrong with the refused rows (indices into ``places``), groups or overlaps; else makes
+        missing state and steps with ``step``, rows that kernels do not serve with the reference.
         """
-        places = self._places()
+        rows, groups, overlaps, _ = refusal
         for i in groups:
             self._check_group(i, self.param_groups[i])
         self._check_overlaps(places, overlaps)
-        fresh = [r for r in rows if self._check(places[r])]
+        missing = {r: names for r in rows if (names := self._check(places[r]))}
         away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
-        if (fresh or away) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if (missing or away) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{type(self).__name__}.step: state has to be made or moved before a CUDA graph captures a step, else "
                 "every replay would do it again; take one step before the capture"
             )
-        made = self._make_state([places[r] for r in fresh])
-        for r, state in zip(fresh, made, strict=True):
+        made = self._make_state([(places[r], names) for r, names in missing.items()])
+        for r, state in zip(missing, made, strict=True):
             self.state[places[r][2]].update(state)
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
         by_reference: Sequence[int] = rows
         if self._resolved != "reference":
-            refusal = self._plan.step(self.param_groups, self.state, fresh, ())
-            if refusal is None:
+            again = step((), arguments)
+            if again is None:
                 return
-            by_reference, _, overlaps = refusal
+            by_reference, _, overlaps, _ = again
             self._check_overlaps(places, overlaps)
-            self._tell_reference(places[by_reference[0]])
-            self._plan.step(self.param_groups, self.state, set(fresh) - set(by_reference), by_reference)
+            if by_reference:
+                self._tell_reference(places[by_reference[0]])
+        self._step_apart(by_reference, arguments, places, step)
+
+    def _step_apart(
+        self, by_reference: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
+    ) -> None:
+        """A step on several devices, or with rows ``by_reference``: what they share is decided here and told to each.
+
+        Where kernels serve all rows, nothing waits for a device.
+        """
+        active = [(r, g) for r, (_, _, p) in enumerate(places) if (g := self._gradient(p)) is not None]
+        devices = list({g.device: None for _, g in active})
+        apart = set(by_reference)
+        if not active and arguments.get("measure"):  # the norm of nothing
+            self._results_on(None)["grad_norm"].zero_()
+            arguments = {}
+        home = devices[0] if devices else torch.device("cpu")
+        if self._resolved != "reference" and len(devices) <= 1 and not apart:
+            refusal = step((), self._arguments(home) if active else {})
+            assert refusal is None, refusal
+            return
+        arguments = {**arguments, **self._arguments(home)} if arguments else {}
+        scale, group_scales, found = self._decide(places, active, apart, home, arguments)
+        if self._resolved != "reference" and len(apart) < len(places):
+            native: dict[str, Any] = {name: arguments[name] for name in ("grads", "zero", "scale") if name in arguments}
+            native.update(group_scales=[group_scales.to(d) for d in devices])
+            if "grad_scale" in arguments:
+                native.update(grad_scale=[arguments["grad_scale"][0].to(d) for d in devices])
+            if found is not None:
+                native.update(found_inf=[found.to(d) for d in devices])
+            refusal = step(by_reference, native)
+            assert refusal is None, refusal
+        if not apart:
+            return
+        skips = found is not None and bool(found)
         for r in by_reference:
             i, _, p = places[r]
-            group = self.param_groups[i]
-            assert p.grad is not None
+            group, g = self.param_groups[i], self._gradient(p)
+            if not skips:
+                self._step_by_reference(p, g, group, scale * group_scales[i].item())
+            if g is not None and arguments.get("zero"):
+                g.zero_()
+
+    def _step_by_reference(self, p: Tensor, g: Tensor | None, group: dict[str, Any], scale: float) -> None:
+        state: dict[str, Any] = self.state.get(p, {})
+        if g is not None:
             options = {name: float(value) for name, value in self.rule_options(group).items()}
-            reference.step(self.rule, p, p.grad, self.state.get(p, {}), self.state_names(group), r in fresh, **options)
+            norms = [
+                math.sqrt(reference.measure(t, p).item()) for t in ((g, p) if self._clips_by_tensor(group) else ())
+            ]
+            if norms:
+                scale *= clip.tensor_coefficient(group, norms[0] * scale, norms[1])
+            value = group.get("clip_grad_value")
+            names = self.state_names(group)
+            reference.step(self.rule, p, g, state, names, factor=scale, clip_value=value, **options)
+        if group.get("ema_decay") is not None and "ema" in state:
+            reference.average(p, state["ema"], float(group["ema_decay"]))
+
+    @staticmethod
+    def _clips_by_tensor(group: dict[str, Any]) -> bool:
+        return group.get("clip_per_param") is not None or group.get("agc") is not None
+
+    def _decide(
+        self,
+        places: list[Place],
+        active: list[tuple[int, Tensor]],
+        apart: set[int],
+        home: torch.device,
+        arguments: dict[str, Any],
+    ) -> tuple[float, Tensor, Tensor | None]:
+        """What ``Plan::decide`` (``csrc/plan.cpp``) does, for rows anywhere.
+
+        Returns:
+            The scale of all gradients where it is known here, the factor of each group's (float64, on ``home``), and
+            whether to skip (0-dim, or None: not asked).
+        """
+        scale, scale_tensor = arguments.get("scale", 1.0), torch.ones((), dtype=torch.float64, device=home)
+        if "grad_scale" in arguments:
+            scale_tensor = arguments["grad_scale"][0].to(home).double().reciprocal().float().double()
+            if apart:
+                scale *= scale_tensor.item()
+        whole = scale_tensor * arguments.get("scale", 1.0)
+        factors = torch.ones(len(self.param_groups), dtype=torch.float64, device=home)
+        found = arguments["found_inf"][0].to(home) != 0 if "found_inf" in arguments else None
+        if arguments.get("measure"):
+            everything = self._resolved == "reference"
+            zero = torch.zeros((), dtype=torch.float64, device=home)
+            sums = [zero] * len(self.param_groups)
+            native: dict[int, list[Tensor]] = {}
+            for r, g in active:
+                i, _, p = places[r]
+                if everything or r in apart:
+                    sums[i] = sums[i] + reference.measure(g, p).to(home)
+                else:
+                    native.setdefault(i, []).append(g)
+            for i, grads in native.items():
+                sums[i] = sums[i] + clip.sum_of_squares(grads, home)
+            total, shared = zero, zero
+            for group, each in zip(self.param_groups, sums, strict=True):
+                total = total + each
+                shared = shared if any(group.get(name) is not None for name in NORM_CLIPS) else shared + each
+            norm = total.sqrt() * whole
+            self._results_on(home)["grad_norm"].copy_(norm)
+            if arguments.get("guard"):
+                nonfinite = ~torch.isfinite(norm)
+                found = nonfinite if found is None else found | nonfinite
+                self._results_on(home)["nonfinite"].copy_(nonfinite)
+                if self.skip_nonfinite:
+                    self._results_on(home)["skipped_steps"].add_(nonfinite)
+            for i, group in enumerate(self.param_groups):
+                own, bound = group.get("max_grad_norm"), self._max_grad_norm
+                if own is not None:
+                    factors[i] = clip.coefficient(float(own), sums[i].sqrt() * whole)
+                elif bound is not None and not self._clips_by_tensor(group):
+                    factors[i] = clip.coefficient(bound, shared.sqrt() * whole)
+        return scale, factors, found if found is None else found.float()
 
     def _step_is_away(self, p: Tensor) -> bool:
         step = self.state.get(p, {}).get("step")
         return isinstance(step, Tensor) and step.device != p.device and {p.device.type, step.device.type} <= SERVED
 
-    def _make_state(self, places: list[Place]) -> list[dict[str, Tensor]]:
-        made: list[dict[str, Tensor]] = [{} for _ in places]
-        if self.has_step:
-            # A device's step counters are views of one buffer: they stay together in memory.
-            devices = [p.device if p.is_cuda else torch.device("cpu") for _, _, p in places]
-            counters = {d: iter(torch.zeros(devices.count(d), device=d).unbind()) for d in set(devices)}
-            for state, device in zip(made, devices, strict=True):
-                state["step"] = next(counters[device])
-        for state, (i, _, p) in zip(made, places, strict=True):
-            for name in self.state_names(self.param_groups[i]):
-                state[name] = torch.full_like(p, self._initial_value(p, name), memory_format=torch.preserve_format)
+    def _make_state(self, missing: list[tuple[Place, list[str]]]) -> list[dict[str, Tensor]]:
+        made: list[dict[str, Tensor]] = [{} for _ in missing]
+        # A device's step counters are views of one buffer: they stay together in memory.
+        devices = [p.device if p.is_cuda else torch.device("cpu") for (_, _, p), names in missing if "step" in names]
+        counters = {d: iter(torch.zeros(devices.count(d), device=d).unbind()) for d in set(devices)}
+        for state, ((_, _, p), names) in zip(made, missing, strict=True):
+            for name in names:
+                if name == "step":
+                    state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
+                else:
+                    narrow = name == "ema" and not p.is_complex() and p.element_size() < 4
+                    value, dtype = self._initial_value(p, name), torch.float32 if narrow else p.dtype
+                    state[name] = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)
         return made
+
+    # What goes around the step
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def swap_ema(self) -> Iterator[None]:
+        """Puts the averaged weights into the model, and takes them back at the end, also after an exception.
+
+        Parameters that have no average yet stay as they are.
+
+        Raises:
+            RuntimeError: no group has ``ema_decay``, or the averages are in the model already.
+        """
+        where = f"{type(self).__name__}.swap_ema"
+        if self._swapped:
+            raise RuntimeError(f"{where}: the averaged weights are in the model already")
+        if all(group.get("ema_decay") is None for group in self.param_groups):
+            raise RuntimeError(f"{where}: no averages are kept; construct the optimizer with ema_decay=")
+        pairs = [(p, self.state[p]["ema"]) for _, _, p in self._places() if "ema" in self.state.get(p, {})]
+        kept = [p.clone() for p, _ in pairs]
+        self._swapped = True
+        try:
+            for p, e in pairs:
+                p.copy_(torch.where(reference.is_unset(e), p.to(e.dtype), e))
+            with torch.enable_grad():
+                yield
+        finally:
+            self._swapped = False
+            for (p, _), old in zip(pairs, kept, strict=True):
+                p.copy_(old)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Adds every ``.grad`` to a buffer of the optimizer's own, in one native call, and sets it to None.
+
+        Buffers are float32 for 16-bit gradients, so that the sum of many micro-batches loses nothing to their
+        rounding. :meth:`step` then takes the mean over the calls, a ``.grad`` that it finds counting as one more.
+
+        Raises:
+            RuntimeError: the optimizer steps in backward.
+        """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.accumulate: step_in_backward() steps each parameter at once, so there is "
+                "nothing to accumulate; remove its hooks first"
+            )
+        if "_buffers" not in self.__dict__:
+            self._buffers: dict[Tensor, Tensor] = {}
+        if not self._micro_batches:
+            self._gathered: dict[Tensor, Tensor] = {}  # of parameters that had a gradient in one micro-batch at least
+        params = [p for _, _, p in self._places() if p.grad is not None]
+        for p in params:
+            if p not in self._gathered:
+                if p not in self._buffers or not self._fits(self._buffers[p], p):
+                    wide = p.dtype if p.is_complex() or p.element_size() >= 4 else torch.float32
+                    self._buffers[p] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+                self._gathered[p] = self._buffers[p]
+        clip.add_([self._gathered[p] for p in params], [p.grad for p in params])
+        self._micro_batches += 1
+        for p in params:
+            p.grad = None
+
+    @staticmethod
+    def _fits(buffer: Tensor, p: Tensor) -> bool:
+        return buffer.shape == p.shape and buffer.device == p.device
 
     def _tell_reference(self, place: Place) -> None:
         p = place[2]
@@ -325,11 +709,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "wrong; list only one of them, or give them memory of their own with .clone()"
             )
 
-    def _check(self, place: Place) -> bool:
-        """Whether the row's state is to be made; raises where the row can not be served."""
+    def _check(self, place: Place) -> list[str]:
+        """The row's states that are to be made; raises where the row can not be served."""
         i, _, p = place
-        g, group = p.grad, self.param_groups[i]
-        assert g is not None
+        g, group = self._gradient(p), self.param_groups[i]
+        if g is None:  # only an average moves; it begins with the others'
+            return [] if "ema" in self.state.get(p, {}) else ["ema"]
 
         def refuse(problem: str, fix: str) -> None:
             raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {problem}; {fix}")
@@ -341,7 +726,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(f"parameter is {p.layout}, expected torch.strided", "store it dense")
         if g.shape != p.shape:
             refuse(f"gradient has shape {list(g.shape)}, parameter {list(p.shape)}", "clear gradients with zero_grad()")
-        if g.dtype != p.dtype:
+        if g.dtype != p.dtype and not self._micro_batches:
             refuse(f"gradient is {g.dtype}, parameter is {p.dtype}", f"cast the gradient to {p.dtype}")
         if g.device != p.device:
             refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
@@ -351,19 +736,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse("parameter is an inference tensor", "make it outside of torch.inference_mode()")
         if group.get("capturable") and p.device.type == "cpu":
             refuse("capturable=True, but it is on cpu, where there are no graphs to capture", "use capturable=False")
-        return self._check_state(refuse, p, self.state.get(p, {}), self.state_names(group))
+        missing = self._check_state(refuse, p, self.state.get(p, {}), self.state_names(group))
+        if group.get("ema_decay") is not None and self.state.get(p, {}).get("ema") is None:
+            missing.append("ema")
+        return missing
 
-    def _check_state(self, refuse: Callable[[str, str], None], p: Tensor, state: Any, names: list[str]) -> bool:
+    def _check_state(self, refuse: Callable[[str, str], None], p: Tensor, state: Any, names: list[str]) -> list[str]:
         if not isinstance(state, dict):
             refuse(f"its state is {type(state).__name__}, expected dict", "delete it to start anew")
         wanted = (["step"] if self.has_step else []) + names
         absent = [name for name in wanted if state.get(name) is None]
         if len(absent) == len(wanted):
-            return bool(wanted)
+            return wanted
         if absent:
             fix = f"add torch.zeros_like(parameter) as state['{absent[0]}'], or delete its state to start anew"
             refuse(f"its state has {sorted(state)} but no '{absent[0]}', which the group's options ask for", fix)
-        for name in names:
+        for name in [*names, *(["ema"] if state.get("ema") is not None else [])]:
             t = state[name]
             if not isinstance(t, Tensor) or t.shape != p.shape:
                 got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
@@ -378,4 +766,4 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"state 'step' is {step!r}, expected a 0-dim float32 tensor",
                 "replace it with torch.tensor(float(step))",
             )
-        return False
+        return []

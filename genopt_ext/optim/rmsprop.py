@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from .optimizer import FusedOptimizer, Range
+from .optimizer import FusedOptimizer, Range, StepOptions
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -31,6 +32,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: refused; use :class:`torch.optim.RMSprop`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
+        step_options: what every class has besides: :class:`StepOptions`.
 
     State per parameter, under torch's names: ``step`` (0-dim float32), ``square_avg`` and, as options
     ask, ``momentum_buffer`` and ``grad_avg``, in the parameter's shape and dtype.
@@ -63,10 +65,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: bool = False,
         differentiable: bool = False,
         *,
+        fused: bool | None = None,
         backend: str = "auto",
+        **step_options: Unpack[StepOptions],
     ) -> None:
         self._begin(
             backend,
+            step_options,
             lr=lr,
             alpha=alpha,
             eps=eps,
@@ -87,6 +92,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             maximize=maximize,
             differentiable=differentiable,
         )
+        self._set_options(step_options, fused=fused)
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:

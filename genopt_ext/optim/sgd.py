@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from .optimizer import FusedOptimizer, Range
+from .optimizer import FusedOptimizer, Range, StepOptions
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -29,6 +30,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: refused; use :class:`torch.optim.SGD`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
+        step_options: what every class has besides: :class:`StepOptions`.
 
     State per parameter, under torch's name: ``momentum_buffer``, in the parameter's shape and dtype.
 
@@ -62,9 +64,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str = "auto",
+        **step_options: Unpack[StepOptions],
     ) -> None:
         self._begin(
             backend,
+            step_options,
             lr=lr,
             momentum=momentum,
             dampening=dampening,
@@ -83,7 +87,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_capturable(capturable)
+        self._set_options(step_options, capturable=capturable)
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:

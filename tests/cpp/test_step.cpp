@@ -9,9 +9,8 @@ static void run(const RuleInfo& info, const std::vector<Options>& groups, std::v
   for (int step = 0; step < steps; ++step) {
     plan.rows.clear();
     for (Tensor& t : tensors) plan.rows.push_back(t.row(1));
-    plan.prepare(cpu::kernel_table());
+    cpu::step(plan, threads);
     CHECK(plan.total_tiles() >= 3 * 128, plan.total_tiles());  // kTilesPerThread: all threads have work
-    cpu::run(plan, threads);
   }
 }
 

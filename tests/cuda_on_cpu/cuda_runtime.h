@@ -2,9 +2,9 @@
 // sanitizers see every access. It has what they use and no more: anything else does not compile.
 //
 // A block's threads are fibers. A warp's 32 lanes run one after the other, each until it ends or reaches a
-// collective (__ballot_sync); when all have, the collective is computed and they go on. Lanes that disagree
-// on whether they reach one are an error, as on a GPU. Blocks and warps run in order: races between them are
-// not seen here. A kernel runs when it is launched, or when the graph that captured it is.
+// collective (__ballot_sync, __syncwarp); when all have, the collective is computed and they go on. Lanes that
+// disagree on whether they reach one are an error, as on a GPU. Blocks and warps run in order: races between them
+// are not seen here. A kernel runs when it is launched, or when the graph that captured it is.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +34,19 @@ struct alignas(16) uint4 {
 
 extern dim3 threadIdx, blockIdx;
 unsigned __ballot_sync(unsigned mask, bool predicate);
+inline void __syncwarp() {
+  __ballot_sync(~0u, false);
+}
+inline void __threadfence() {
+}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address += value;
+  return old;
+}
+inline double __ldcg(const double* address) {
+  return *address;
+}
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }

@@ -1,0 +1,193 @@
+// The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
+// that of cpu/walk.h and cpu/run.cpp: places of a tile in turn, then by halves; spans of a row in 32 sums in turn, then
+// by halves; rows of a group, then groups, in turn. Whoever is last adds up, so one launch does it all.
+#include "walk.cuh"
+
+namespace genopt::cuda {
+namespace {
+
+// What a block's warps add up in.
+using Places = double[kWarps][kTile];
+
+// The first `count` places by halves, into the first. All lanes call it.
+template <class M>
+__device__ double by_halves(double* places, int count, int lane) {
+#pragma unroll 1
+  for (int half = count / 2; half >= 1; half /= 2) {
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < half; i += kWarp) places[i] = M::join(places[i], places[i + half]);
+  }
+  __syncwarp();
+  const double result = places[0];
+  __syncwarp();
+  return result;
+}
+
+// One span of an operand.
+template <class M, class T>
+__device__ double measure(const Table& table, const DeviceRow& row, int operand, void* data, int64_t first_tile,
+                          int lane, double* places, Slots<T, 2>& slots) {
+  double sums[kElements] = {};
+  const uint64_t* layout = table.words + table.layouts() + row.layout;
+  const int64_t end = row.numel < (first_tile + kSpan) * kTile ? row.numel : (first_tile + kSpan) * kTile;
+  const auto tile_at = [&](int64_t start) {
+    const int64_t rest = end - start;
+    return Tile{row, layout, start, rest <= 0 ? 0 : rest < kTile ? static_cast<int>(rest) : kTile, lane};
+  };
+#pragma unroll 1
+  for (int64_t start = first_tile * kTile; start < end; start += 2 * kTile) {
+    const Tile tiles[] = {tile_at(start), tile_at(start + kTile)};  // two loads under way at once
+    LaneOperand<T> x[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) x[i].load(tiles[i], operand, data);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x[i].load_slots(tiles[i], operand, slots.values[i]);
+      x[i].decode(slots.values[i]);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) sums[j] = M::join(sums[j], M::of(static_cast<double>(x[i].values[j])));
+    }
+  }
+  const Tile any = tile_at(0);
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) places[any.element(j)] = sums[j];
+  return by_halves<M>(places, kTile, lane);
+}
+
+// The spans of a row.
+template <class M>
+__device__ double join_spans(const double* spans, int64_t count, int lane, double* places) {
+  double sum = 0;
+  for (int64_t i = lane; i < count; i += kWarp) sum = M::join(sum, __ldcg(spans + i));
+  places[lane] = sum;
+  return by_halves<M>(places, kWarp, lane);
+}
+
+// Whether this warp is the last of `count` to arrive at a counter. What lane 0 wrote before is then seen by the last.
+__device__ bool arrives_last(uint64_t* counter, int64_t count, int lane) {
+  bool last = false;
+  if (lane == 0) {
+    __threadfence();
+    last = atomicAdd(reinterpret_cast<unsigned*>(counter), 1u) + 1 == static_cast<unsigned>(count);
+    __threadfence();
+  }
+  return __ballot_sync(~0u, last) != 0;
+}
+
+__device__ void write_number(uint64_t word, double x) {
+  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
+  if (!word) return;
+  with_codec(static_cast<DType>(word >> kDTypeShift), [word, x](auto codec) {
+    using Codec = decltype(codec);
+    *reinterpret_cast<typename Codec::Stored*>(word & kAddress) = Codec::encode(x);
+  });
+}
+
+// What Plan::decide does on the host, by one warp.
+template <class M>
+__device__ void decide(const Table& table, int lane) {
+  const NormColumns norms(table);
+  const auto word = [&](int64_t at) { return table.words[at]; };
+  const auto options_of = [&](int group, double* options) {
+    for (int k = kMaxOptions; k < kAllOptions; ++k) options[k] = as_double(word(table.option(k, group)));
+  };
+  double options[kAllOptions];
+#pragma unroll 1
+  for (int g = lane; g < table.groups; g += kWarp) {
+    double sum = 0;
+    const int64_t end = static_cast<int64_t>(word(table.first_row(g + 1)));
+    for (int64_t r = static_cast<int64_t>(word(table.first_row(g))); r < end; ++r)
+      sum = M::join(sum, __ldcg(norms.row_sums + r));
+    norms.group_sums[g] = sum;
+  }
+  __threadfence();
+  __syncwarp();
+  double total = 0, shared = 0;
+#pragma unroll 1
+  for (int g = 0; g < table.groups; ++g) {
+    const double sum = __ldcg(norms.group_sums + g);
+    options_of(g, options);
+    total = M::join(total, sum);
+    if (!clips_alone(options)) shared = M::join(shared, sum);
+  }
+  const auto kind = static_cast<Norm>(word(table.control(kNormKind)));
+  const double scale = common_scale(table, word);
+  const double norm = norm_of(kind, total) * scale;
+  shared = norm_of(kind, shared) * scale;
+  const double max_norm = as_double(word(table.control(kMaxNorm)));
+  const bool external = word(table.tensor(kGroupScales)) != 0;
+#pragma unroll 1
+  for (int g = lane; g < table.groups; g += kWarp) {
+    options_of(g, options);
+    const double own = norm_of(kind, norms.group_sums[g]) * scale;
+    norms.group_factors[g] =
+        group_scale(table, word, g) * (external ? 1 : group_coefficient(options, max_norm, own, shared));
+  }
+  const bool found = !is_finite(norm), skipped = word(Table::kSkip) != 0;
+  const bool skips = found && word(table.control(kGuard)) != 0;
+#pragma unroll 1
+  for (int r = lane; r < table.rows; r += kWarp) {
+    if (!word(table.grad(r))) continue;
+    const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+    if (row.by_tensor) {
+      options_of(row.group, options);
+      const double factor = group_scale(table, word, row.group);
+      norms.row_factors[r] = factor * tensor_coefficient(options, norm_of(kind, __ldcg(norms.row_sums + r)) * factor,
+                                                         norm_of(kind, __ldcg(norms.row_weights + r)));
+    }
+    if (skips && !skipped) advance(row, -1);  // which the prologue had advanced
+  }
+  __syncwarp();  // all lanes have read what lane 0 writes now
+  if (lane != 0) return;
+  if (skips) table.words[Table::kSkip] = 1;
+  write_number(word(table.tensor(kGradNorm)), norm);
+  write_number(word(table.tensor(kNonFinite)), found);
+  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
+  const uint64_t counter = word(table.tensor(kSkippedSteps)) & kAddress;
+  if (counter && skips) ++*reinterpret_cast<int64_t*>(counter);
+}
+
+// Of rows that compute in T. `rows`: how many rows there are to measure, in float and double together.
+template <class M, class T>
+__global__ void __launch_bounds__(kThreads, 4) norm(const __grid_constant__ Table table, int rows) {
+  __shared__ Places all_places;
+  __shared__ Slots<T, 2> slots;
+  const int lane = threadIdx.x % kWarp;
+  double* const places = all_places[threadIdx.x / kWarp];
+  const int64_t span = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (rows == 0 && span == 0) decide<M>(table, lane);
+  if (span >= table.spans) return;
+  const int r = find_row(table.words + table.first_span(0), table.rows, span, lane);
+  const uint64_t grad = table.words[table.grad(r)];
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  if (!grad || row.used & kRests || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
+
+  const NormColumns norms(table);
+  const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);
+  const int64_t count = (row.numel + kSpan * kTile - 1) / (kSpan * kTile);
+  const int64_t first_tile = (span - first) * kSpan;
+  // The gradient, then the parameter where its norm is wanted too: in one rolled loop, for the registers' sake.
+  const int operands = row.weighs ? 2 : 1;
+#pragma unroll 1
+  for (int i = 0; i < operands; ++i) {
+    void* const data = i == 0 ? reinterpret_cast<void*>(grad) : row.data[kParam];
+    const double sum = measure<M, T>(table, row, i == 0 ? kGrad : kParam, data, first_tile, lane, places, slots);
+    if (lane == 0) (i == 0 ? norms.partials : norms.weight_partials)[span] = sum;
+  }
+  if (!arrives_last(norms.spans_done + r, count, lane)) return;
+#pragma unroll 1
+  for (int i = 0; i < operands; ++i) {
+    const double sum = join_spans<M>((i == 0 ? norms.partials : norms.weight_partials) + first, count, lane, places);
+    if (lane == 0) (i == 0 ? norms.row_sums : norms.row_weights)[r] = sum;
+  }
+  if (arrives_last(table.words + Table::kRowsDone, rows, lane)) decide<M>(table, lane);
+}
+
+}  // namespace
+
+NormKernels norm_kernels(Norm kind) {
+  return with_measure(kind, []<class M>(M) { return NormKernels{norm<M, float>, norm<M, double>}; });
+}
+
+}  // namespace genopt::cuda

@@ -1,0 +1,46 @@
+// No optimizer: a gradient is moved through what every step does around its rule (around.h), as clipping alone and
+// accumulation want it. With p the target and g the gradient, `add` 0 or 1:
+//
+//   p <- add p + g
+#pragma once
+
+#include "math.h"
+
+namespace genopt {
+
+struct None {
+  static constexpr const char* kName = "none";
+  static constexpr bool kHasStep = false;
+  static constexpr const char* kStates[] = {"none"};
+  using Masks = StateMasks<0b0>;
+
+  static constexpr OptionName kOptions[] = {{"add"}};
+  struct Options {
+    double add;
+  };
+
+  static unsigned used_states(const Options&) {
+    return 0b0;
+  }
+
+  template <class T>
+  struct Update {
+    T add, sign;
+
+    GENOPT_INLINE Update(const Options& o, double /*t*/) : add(static_cast<T>(o.add)), sign(1) {
+    }
+
+    // Whether an element would stay as it is, where p is g: clipping leaves it alone then.
+    template <class Around>
+    GENOPT_INLINE bool is_idle(const Around& around) const {
+      return add == T(0) && around.factor == T(1) && around.limit > std::numeric_limits<T>::max();
+    }
+
+    template <unsigned kUsed>
+    GENOPT_INLINE void apply(T& p, T g, T&, T&, T&) const {
+      p = add != T(0) ? p + g : g;
+    }
+  };
+};
+
+}  // namespace genopt

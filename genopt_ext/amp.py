@@ -1,0 +1,40 @@
+"""Automatic mixed precision: a GradScaler that looks for infinities in the step's own pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+
+from .optim.optimizer import FusedOptimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    """:class:`torch.amp.GradScaler`, whose scale evolves in the same way, with one pass less for our optimizers.
+
+    torch's checks all gradients for infinities in a pass of its own that reads and writes them, before the step
+    unscales or clips. With an optimizer of :mod:`genopt_ext.optim` the pass that measures their norm tells it too.
+    After ``unscale_``, and for other optimizers, everything is as with torch's.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """As torch's: steps with unscaled gradients, or not at all where one is not finite.
+
+        Raises:
+            RuntimeError: called twice since the last ``update()``, or with a closure.
+        """
+        if not (isinstance(optimizer, FusedOptimizer) and self._enabled) or "closure" in kwargs:
+            return super().step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)]
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if state["stage"] is not OptState.READY or not has_gradients:
+            return super().step(optimizer, *args, **kwargs)
+        self._check_scale_growth_tracker("step")
+        scale = self._get_scale_async()
+        assert scale is not None
+        # As torch: a scale that the user has set counts too.
+        result, found = optimizer._step_scaled(scale * getattr(optimizer, "grad_scale", 1), *args, **kwargs)
+        state["found_inf_per_device"] = {found.device: found}
+        state["stage"] = OptState.STEPPED
+        return result

@@ -1,0 +1,272 @@
+"""Gradient clipping: drop-ins for ``torch.nn.utils``, and what the optimizers' own clipping shares with them.
+
+Gradients are read once, and written only where clipping really changes them. The norm is summed in double in a fixed
+order: the same bits for every number of threads and run after run. Nothing waits for a GPU, except with
+``error_if_nonfinite=True``. Tensor subclasses such as DTensor and sparse gradients go through torch's own functions,
+and p-norms other than 1, 2 and infinity through torch operations in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import utils as _torch
+
+from . import _backend, reference
+
+NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/rules/around.h
+
+_TensorOrTensors = Tensor | Iterable[Tensor]
+_NARROW = (torch.float16, torch.bfloat16)
+
+_of_this_thread = threading.local()
+
+
+def _plan() -> Any:
+    """A plan of this thread's own: a step in another thread must not disturb what it keeps."""
+    if not hasattr(_of_this_thread, "plan"):
+        assert _backend.native is not None
+        _of_this_thread.plan = _backend.native.Plan("none", "auto")
+    return _of_this_thread.plan
+
+
+def _run(targets: list[Tensor], grads: list[Any], options: dict[str, Any], **arguments: Any) -> bool:
+    """One native pass over tensors of one device; False: they can not be served, and nothing was changed."""
+    if _backend.resolve("auto") == "reference":
+        return False
+    group = {"params": targets, "add": 0.0, **options}
+    return _plan().step([group], {}, (), grads=grads, **arguments) is None
+
+
+def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        found.setdefault(t.device, []).append(t)
+    return found
+
+
+def _listed(tensors: _TensorOrTensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _number(where: str, name: str, value: Any, above: bool = False) -> float:
+    try:
+        number = float("x") if isinstance(value, (str, bytes)) and value != "inf" else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r}") from None
+    if not (number > 0 if above else number >= 0):
+        raise ValueError(f"{where}: {name} must be a number {'>' if above else '>='} 0, got {value}")
+    return number
+
+
+def coefficient(bound: float, norm: Tensor) -> Tensor:
+    """What clipping to ``bound`` multiplies with: ``clip_coefficient`` in ``csrc/rules/around.h``."""
+    return torch.ones_like(norm) if math.isinf(bound) else (bound / (norm + 1e-6)).clamp(max=1.0)
+
+
+def tensor_coefficient(group: dict[str, Any], norm: float, weight_norm: float) -> float:
+    """For a group that clips each tensor: ``tensor_coefficient`` in ``csrc/rules/around.h``."""
+    if group.get("clip_per_param") is not None:
+        return float(coefficient(float(group["clip_per_param"]), torch.tensor(norm, dtype=torch.float64, device="cpu")))
+    bound = float(group["agc"]) * max(weight_norm, 1e-3)
+    return bound / norm if norm > bound else 1.0
+
+
+def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
+    """The norm (of :data:`NORMS`) of the tensors on each device, in float64; None where only torch serves them."""
+    found = []
+    for device, here in _by_device(tensors).items():
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if not _run(here, list(here), {}, norm=NORMS[norm], measure=True, only_measure=True, grad_norm=[total]):
+            if not all(_is_plain(t) for t in here):
+                return None
+            join = reference.join_of(norm)
+            for t in here:
+                total = join(total, reference.measure(t, t, norm))
+            total = total.sqrt() if norm == 2 else total
+        found.append(total)
+    return found
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
+
+
+def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
+    """In float64, on the first tensor's device; None where only torch serves the tensors."""
+    # The kernels take a complex number as two: right for squares alone.
+    real = [t.abs() if t.is_complex() and norm != 2 else t for t in tensors]
+    norms = _norms(real, norm if norm in NORMS else math.inf)
+    if norms is None:
+        return None
+    home = tensors[0].device
+    together = torch.stack([n.to(home) for n in norms])
+    if norm in NORMS:
+        return torch.linalg.vector_norm(together, norm) if len(norms) > 1 else norms[0]
+    # Relative to the largest, so that no power leaves the range of float64.
+    largest = together.max()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    parts = [(t.double() / scale.to(t.device)).abs().pow(norm).sum().to(home) for t in real]
+    return scale * torch.stack(parts).sum().pow(1 / norm)
+
+
+def _is_precise(tensors: Iterable[Tensor]) -> bool:
+    return any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+
+
+def sum_of_squares(grads: list[Tensor], home: torch.device) -> Tensor:
+    """Of strided tensors on any devices, as a 0-dim float64 tensor on ``home``."""
+    norms = _norms(grads, 2.0)
+    assert norms is not None
+    return torch.stack([n.to(home) for n in norms]).square().sum()
+
+
+def add_(targets: list[Tensor], grads: list[Any]) -> None:
+    """Adds ``grads`` to ``targets``, which may be of a wider dtype, in one pass for each device."""
+    for device in _by_device(targets):
+        here = [i for i, t in enumerate(targets) if t.device == device]
+        there = [targets[i] for i in here], [grads[i] for i in here]
+        if not _run(*there, {"add": 1.0}):
+            for t, g in zip(*there, strict=True):
+                t.add_(g)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: _TensorOrTensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all tensors together, as :func:`torch.nn.utils.get_total_norm`.
+
+    Args:
+        tensors: on any devices, of any floating-point dtypes.
+        norm_type: any number above 0, also infinity.
+        error_if_nonfinite: raise if the norm is NaN or infinite; waits for the device.
+        foreach: accepted; every pass covers all tensors at once.
+
+    Returns:
+        0-dim, on the first tensor's device; float64 if a tensor is, else float32: the norm of 16-bit gradients need
+        not fit into 16 bits.
+
+    Raises:
+        RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first tensor.
+        TypeError, ValueError: ``norm_type`` is no number above 0.
+    """
+    norm = _number("get_total_norm", "norm_type", norm_type, above=True)
+    listed = _listed(tensors)
+    if not listed:
+        return torch.tensor(0.0)
+    total = _total_norm(listed, norm)
+    if total is None:
+        total = _torch.get_total_norm([t.float() if t.dtype in _NARROW else t for t in listed], norm, False, foreach)
+    elif not _is_precise(listed):
+        total = total.float()
+    if error_if_nonfinite and not math.isfinite(total):
+        where = next((i for i, t in enumerate(listed) if not torch.isfinite(t).all()), None)
+        first = "all are finite, but not their norm" if where is None else f"the first is parameter {where}"
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            f"clipped ({first}). To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    return total
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: _TensorOrTensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    """Scales gradients by ``max_norm / total_norm`` where that is below 1, as the function of torch.nn.utils.
+
+    Args:
+        parameters: those without gradient are passed over.
+        max_norm: at least 0.
+        total_norm: 0-dim, of all gradients.
+        foreach: accepted; every pass covers all tensors at once.
+
+    Raises:
+        TypeError, ValueError: ``max_norm`` is no number, or below 0.
+    """
+    bound = _number("clip_grads_with_norm_", "max_norm", max_norm)
+    factor = coefficient(bound, torch.as_tensor(total_norm).double()).reshape(1)
+    for device, here in _by_device(p.grad for p in _listed(parameters) if p.grad is not None).items():
+        if not _run(here, list(here), {}, group_scales=[factor.to(device)]):
+            own = factor.to(device).squeeze()
+            for g in here if device.type != "cpu" or own != 1 else ():
+                g.mul_(own)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: _TensorOrTensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scales gradients such that the norm of all together is at most ``max_norm``, as the function of torch.nn.utils.
+
+    Args:
+        parameters: those without gradient are passed over.
+        max_norm: at least 0; infinity scales nothing.
+        norm_type: any number above 0, also infinity.
+        error_if_nonfinite: raise if the norm is NaN or infinite, and leave all gradients as they were; waits for the
+            device.
+        foreach: accepted; every pass covers all tensors at once.
+
+    Returns:
+        The norm before, as :func:`get_total_norm`.
+
+    Raises:
+        RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first parameter.
+        TypeError, ValueError: ``max_norm`` is below 0 or no number, ``norm_type`` no number above 0.
+    """
+    bound = _number("clip_grad_norm_", "max_norm", max_norm)
+    norm = _number("clip_grad_norm_", "norm_type", norm_type, above=True)
+    listed = _listed(parameters)
+    grads = [p.grad for p in listed if p.grad is not None]
+    at_once = norm in NORMS and (norm == 2 or not any(g.is_complex() for g in grads))
+    if at_once and not error_if_nonfinite and len({g.device for g in grads}) == 1:
+        dtype = torch.float64 if _is_precise(grads) else torch.float32
+        total = torch.empty((), dtype=dtype, device=grads[0].device)
+        if _run(grads, list(grads), {}, max_norm=bound, norm=NORMS[norm], grad_norm=[total]):
+            return total
+    if error_if_nonfinite:  # by its place among all parameters, with a gradient or without
+        everything = [torch.zeros(0) if p.grad is None else p.grad for p in listed]
+        total = get_total_norm(everything, norm, True, foreach) if grads else get_total_norm([], norm)
+    else:
+        total = get_total_norm(grads, norm, False, foreach)
+    clip_grads_with_norm_(listed, bound, total, foreach)
+    return total
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: _TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
+    """Limits every element of the gradients to [-clip_value, clip_value], as the function of torch.nn.utils.
+
+    Args:
+        parameters: those without gradient are passed over.
+        clip_value: at least 0.
+        foreach: accepted; every pass covers all tensors at once.
+
+    Raises:
+        TypeError, ValueError: ``clip_value`` is no number, or below 0; complex gradients, which have no order.
+    """
+    limit = _number("clip_grad_value_", "clip_value", clip_value)
+    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
+    if any(g.is_complex() for g in grads):
+        raise TypeError("clip_grad_value_: gradients must be real to have an order; clip complex ones by their norm")
+    for device, here in _by_device(grads).items():
+        # On a CPU a first look costs less than writing what does not change.
+        look = dict(norm=NORMS[math.inf], measure=True) if device.type == "cpu" else {"scale": 1.0}
+        if not _run(here, list(here), {"clip_grad_value": limit}, **look):
+            for g in here:
+                if device.type != "cpu" or not (g.abs() <= limit).all():
+                    g.clamp_(-limit, limit)

@@ -1,0 +1,224 @@
+"""The optimizer in backward: each parameter is stepped as soon as its gradient is complete, and the gradient freed.
+
+After torch's tutorial "How to save memory by fusing the optimizer step into the backward pass"
+(https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html), with one optimizer
+instead of one for each parameter. The step itself is in ``optim/optimizer.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .optim.optimizer import FusedOptimizer, Place, Refusal
+
+TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
+
+
+def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
+    """Lets ``backward()`` step each parameter of ``optimizer`` once its gradient is complete, and free the gradient.
+
+    Gradients then never are in memory all at once. Numbers, state, checkpoints and learning rate schedulers
+    are those of ``optimizer.step()``; options are read from ``param_groups`` at every step::
+
+        opt = optim.AdamW(model.parameters(), lr=3e-4)
+        step_in_backward(opt)
+        for batch in batches:
+            model(batch).backward()
+            scheduler.step()
+
+    ``optimizer.step()`` may still be called. It steps what has a gradient then: parameters whose gradient was set
+    by hand, and those without a hook, which did not require gradients when this was called or when their
+    group was added. Only there do the optimizer's step hooks and an overridden ``step`` run. Groups added later
+    are stepped in backward too.
+
+    What it can not go with:
+
+    - Accumulation: every ``backward()`` is a step, so two of them in a row are two steps, and a gradient that is
+      there before ``backward()`` is part of the sum that is stepped. The same holds for a parameter used in several
+      segments of reentrant checkpointing, each of which is a backward of its own: pass ``use_reentrant=False``. A
+      second ``backward()`` through a graph kept with ``retain_graph=True`` is one more step, or an error
+      of autograd's where that graph saved a parameter that the first one has changed.
+    - Clipping by a norm over all gradients, which needs all of them at once.
+    - :class:`torch.amp.GradScaler`: gradients would be stepped with their scale. Its ``step()`` raises, but
+      that is after one step was taken: use bfloat16, which needs no scaler.
+    - Wrappers that average gradients, such as ``DistributedDataParallel``: the hook sees the local gradient.
+    - Other hooks that read gradients after ``backward()``, or that were registered after these: they find None.
+    - Backward passes of ``torch.compile``, as far as memory goes: one call returns all gradients of a graph.
+    - Parameters that share memory: across parameters it is not looked for, and a step of one may change what the
+      backward of another still needs.
+
+    Args:
+        optimizer: one of :mod:`genopt_ext.optim`. The hooks do not keep it alive: where it is deleted
+            without :meth:`InBackward.remove`, the next ``backward()`` warns and takes them off.
+
+    Returns:
+        The handle that takes the hooks off again; also a context manager.
+
+    Raises:
+        TypeError: the optimizer is not one of :mod:`genopt_ext.optim`.
+        RuntimeError: it is stepped in backward already.
+        ValueError: ``max_grad_norm`` is set, or a parameter is no leaf, is listed twice or is stepped in backward by
+            another optimizer. Nothing is changed then.
+
+    ``backward()`` raises what ``optimizer.step()`` would, and ValueError where ``max_grad_norm`` has been set since.
+    The parameter that the message names, its gradient and its state are then as they were; those whose gradients
+    were complete before have been stepped.
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(
+            f"step_in_backward: expected an optimizer of genopt_ext.optim, got {kind}; take the class of the same name "
+            f"from there, or follow torch's recipe with one optimizer for each parameter: {TUTORIAL}"
+        )
+    if optimizer._in_backward is not None:
+        raise RuntimeError(
+            f"step_in_backward: this {type(optimizer).__name__} is stepped in backward already; call remove() on the "
+            "first handle before"
+        )
+    handle = InBackward(optimizer)
+    handle._add_groups(range(len(optimizer.param_groups)))
+    optimizer._in_backward = handle
+    return handle
+
+
+class InBackward:
+    """The handle of :func:`step_in_backward`; as a context manager, it ends with :meth:`remove`."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        # Parameters hold hooks, which hold this: a strong reference would be a cycle.
+        self._optimizer = weakref.ref(optimizer)
+        self._handles: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Takes the hooks off: gradients stay, and ``optimizer.step()`` steps again. Twice is once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._in_backward is self:
+            optimizer._in_backward = None
+
+    def __enter__(self) -> InBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _add_groups(self, groups: Collection[int]) -> None:
+        """Hooks the parameters of ``groups`` (indices), or raises before the first."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        for i in groups:
+            _refuse_norm(optimizer, i)
+        places = [place for place in optimizer._places() if place[0] in groups and place[2].requires_grad]
+        seen: set[Tensor] = set()
+        for place in places:
+            p = place[2]
+            where = f"step_in_backward: {optimizer._name(place)}"
+            if not p.is_leaf:
+                raise ValueError(
+                    f"{where} is no leaf but the result of {p.grad_fn}, so its gradient is not accumulated; give the "
+                    "optimizer the parameter that it was computed from, or .detach().requires_grad_()"
+                )
+            if p in seen:
+                raise ValueError(f"{where} is listed twice; list each parameter once")
+            seen.add(p)
+            for hook in list((p._post_accumulate_grad_hooks or {}).values()):
+                if not isinstance(hook, _Hook):
+                    continue
+                if hook.owner._optimizer() is not None:
+                    raise ValueError(f"{where} is stepped in backward by another optimizer; call remove() there before")
+                hook.owner.remove()
+        for i, k, p in places:
+            self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, i, k)))
+
+    @staticmethod
+    def _refuse_grad_scaler() -> None:
+        raise RuntimeError(
+            "step_in_backward: GradScaler can not go with it: backward() has stepped with gradients that were scaled "
+            "already; start again without a scaler, in bfloat16, or without step_in_backward"
+        )
+
+
+class _Hook:
+    """Steps the parameter that it is registered on. It holds neither the parameter nor its optimizer."""
+
+    __slots__ = ("at", "owner", "plan")
+
+    def __init__(self, owner: InBackward, i: int, k: int) -> None:
+        self.owner = owner
+        self.at = i, k
+        self.plan: Any = None
+
+    def __call__(self, p: Tensor) -> None:
+        optimizer = self.owner._optimizer()
+        if optimizer is None:
+            self.owner.remove()
+            warnings.warn(
+                "genopt_ext: the optimizer given to step_in_backward has been deleted, so backward() does not step any "
+                "more; keep a reference to it, or call remove() before it is deleted",
+                stacklevel=2,
+            )
+            return
+        place = self._find(optimizer, p)
+        if place is None or p.grad is None:
+            return
+        _refuse_norm(optimizer, place[0])
+        self._step(optimizer, place)
+        optimizer._opt_called = True  # what learning rate schedulers look at
+        p.grad = None
+
+    def _step(self, optimizer: FusedOptimizer, place: Place) -> None:
+        i, _, p = place
+
+        # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
+        def natively(skipped: Sequence[int], arguments: dict[str, Any]) -> Refusal | None:
+            group = {**optimizer.param_groups[i], "params": [p]}
+            refusal: Refusal | None = self.plan.step([group], {p: optimizer.state.get(p)}, skipped, **arguments)
+            return refusal
+
+        # Resolved once: it takes as long as the step of a small parameter, and GENOPT_BACKEND is for a whole run.
+        if (optimizer._resolved if self.plan is None else optimizer.backend) == "reference":
+            optimizer._settle(((0,), (i,), (), ()), {}, [place], natively)
+            return
+        if self.plan is None:
+            self.plan = optimizer._make_plan((i,), [place])
+        refusal = natively((), {})
+        if refusal is not None:
+            rows, groups, overlaps, devices = refusal
+            optimizer._settle((rows, (i,) if groups else (), overlaps, devices), {}, [place], natively)
+
+    def _find(self, optimizer: FusedOptimizer, p: Tensor) -> Place | None:
+        """Where ``p`` stands now; None: no more in the optimizer, which leaves it alone."""
+        i, k = self.at
+        groups = optimizer.param_groups
+        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
+            places = (place for place in optimizer._places() if place[2] is p)
+            i, k, _ = next(places, (-1, -1, p))
+            if i < 0:
+                return None
+            self.at = i, k
+        return i, k, p
+
+
+def _refuse_norm(optimizer: FusedOptimizer, i: int) -> None:
+    if optimizer.skip_nonfinite:
+        raise ValueError(
+            f"step_in_backward: {type(optimizer).__name__}: skip_nonfinite looks at all gradients before the step, "
+            "while in backward each is freed when it is complete; set it to False, or call step() instead"
+        )
+    norm = optimizer.param_groups[i].get("max_grad_norm")
+    norm = optimizer.max_grad_norm if norm is None else norm
+    if norm is not None:
+        raise ValueError(
+            f"step_in_backward: {type(optimizer).__name__}: group {i}: max_grad_norm is {norm}, and a norm over all "
+            "gradients needs all of them at once, while in backward each is freed when it is complete; set it to None "
+            "and clip each parameter by itself (clip_per_param, agc, clip_grad_value), or call step() instead"
+        )

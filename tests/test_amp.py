@@ -1,0 +1,417 @@
+"""Gradient scalers: unscaling, clipping and skipping in the step's own passes, and torch's scale, step by step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DEVICE,
+    FIRST,
+    NATIVE,
+    STATEFUL,
+    Case,
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    randn,
+)
+from recipe import SCALES, Recipe
+
+import genopt_ext
+from genopt_ext import _backend, optim
+
+NAN, INF = float("nan"), float("inf")
+SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
+SGD = Case("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5))
+FACTORS = dict(growth_factor=4.0, backoff_factor=0.25, growth_interval=2)
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=["torch", "ours"])
+def make_scaler(request):
+    def make(init_scale=1024.0, **more):
+        scaler = genopt_ext.GradScaler if request.param == "ours" else torch.amp.GradScaler
+        return started(scaler(DEVICE, init_scale=init_scale, **{**FACTORS, **more}))
+
+    return make
+
+
+def started(scaler):
+    scaler.scale(torch.zeros(()))  # which makes its tensors
+    return scaler
+
+
+def set_grads(params, step, scale, bad=None):
+    """``scale`` times gradients whose size changes from step to step; an element of them ``bad``."""
+    for i, p in enumerate(params):
+        p.grad = randn(p.shape, 1000 * (step + 1) + i, p.dtype) * SCALES[step % len(SCALES)] * scale
+    if bad is not None:
+        params[0].grad[-1] = bad
+
+
+def take(opt, params, scaler, bads, first=0):
+    """Scaled steps; the scale after each."""
+    scales = []
+    for step, bad in enumerate(bads, first):
+        set_grads(params, step, scaler.get_scale(), bad)
+        scaler.step(opt)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+def saved_state(opt, params):
+    return [p.detach().clone() for p in params], [
+        {n: t.clone() for n, t in opt.state.get(p, {}).items() if t is not None} for p in params
+    ]
+
+
+def assert_unchanged(opt, params, saved):
+    for p, old, state in zip(params, *saved, strict=True):
+        assert_same_bits(p.detach(), old)
+        now = opt.state.get(p, {})
+        assert "step" not in now or now["step"] == state.get("step", 0)
+        for name, t in state.items():
+            assert_same_bits(now[name], t, name)
+
+
+@pytest.mark.parametrize("name", optim.OURS)
+def test_who_unscales(name):
+    """fused=True announces it to GradScaler, copies included."""
+    make = getattr(optim, name)
+    for fused in (True, False, None):
+        opt = make(parameters([(3,)]), fused=fused)
+        for o in (opt, copy.deepcopy(opt)):
+            assert bool(getattr(o, "_step_supports_amp_scaling", False)) == bool(fused)
+
+
+WIDE = [dict(max_grad_norm=10.0), {}, dict(agc=0.2, clip_grad_value=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "wide"), [(c, w) for c in CASES for w in (WIDE if c in STATEFUL[2:4] else WIDE[:1])], ids=str
+)
+def test_scaled_steps(case, wide, make_scaler, backend):
+    """What unscale_, torch's clipping and torch's step give; the skipped first step and a later one included."""
+    params = parameters(SHAPES)
+    recipe = Recipe(case, [{"params": params}], **wide)
+    opt = case.ours(params, fused=True, backend=backend, **wide)
+    scaler = make_scaler()
+    for step, bad in enumerate([INF, None, None, NAN, None]):
+        set_grads(params, step, scaler.get_scale(), bad)
+        recipe.step(scaler.get_scale(), bad is not None)
+        grads = [(p.grad, p.grad.clone()) for p in params]
+        scaler.step(opt)
+        scaler.update()
+        for p, (grad, old) in zip(params, grads, strict=True):
+            assert p.grad is grad
+            assert_same_bits(grad, old)
+        if bad is None:
+            recipe.assert_followed_by(opt, (case, wide, step))
+        else:
+            assert_unchanged(opt, params, saved_state(opt, params))
+            for p, q in recipe.pairs():
+                torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
+    assert scaler.get_scale() == 1024.0 / 4 * 4 / 4
+    assert not hasattr(opt, "found_inf") or opt.found_inf is None
+
+
+@pytest.mark.parametrize("wide", [{}, dict(max_grad_norm=10.0), dict(clip_per_param=1.0)], ids=str)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_the_ordinary_path_gives_the_same(case, wide, make_scaler, backend):
+    """For scales that are powers of two, to the bit."""
+    opts, scales = [], []
+    for fused in (True, None):
+        params = parameters(SHAPES)
+        opt = case.ours(params, fused=fused, backend=backend, **wide)
+        scales.append(take(opt, params, make_scaler(), [INF, None, None, NAN, None, None, None]))
+        opts.append(opt)
+    assert_same_state(*opts, (case, wide))
+    assert scales[0] == scales[1]
+    if wide.get("max_grad_norm"):
+        assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
+
+
+@pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_same_bits_from_the_reference(case, dtype, make_scaler):
+    """Also for a scale that is no power of two. torch's unscale_ refuses fp16; the step serves it."""
+    opts, scales = [], []
+    for backend in (NATIVE, "reference"):
+        params = parameters([(n,) for n in (257, 1, 7, 0)] + [(40, 30)], dtype)
+        opt = case.ours(params, fused=True, max_grad_norm=10.0, ema_decay=0.9, backend=backend)
+        scales.append(take(opt, params, make_scaler(37.0), [INF, None, None, NAN, None]))
+        opts.append(opt)
+    assert_same_state(*opts, (case, dtype))
+    assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
+    assert scales[0] == scales[1]
+
+
+def test_grad_norm_is_of_unscaled_gradients(make_scaler, backend):
+    params = parameters(SHAPES)
+    opt = SGD.ours(params, fused=True, max_grad_norm=1.0, backend=backend)
+    scaler = make_scaler(2.0**16)
+    set_grads(params, 0, 1.0)
+    truth = torch.nn.utils.get_total_norm([p.grad.double() for p in params]).item()
+    set_grads(params, 0, scaler.get_scale())
+    scaler.step(opt)
+    assert opt.grad_norm.item() == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
+def test_any_found_inf_skips(case, trained, backend):
+    """Not only 1, on the first step too; and what follows goes as if the step had not been."""
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    options = dict(fused=True, ema_decay=0.9, max_grad_norm=5.0, backend=backend)
+    if case.name == "SGD":
+        options.update(momentum=0.9, dampening=0.5, lr=0.1)
+        case = Case("SGD")
+    opt, plain = case.ours(params, **options), case.ours(others, **options)
+    if trained:
+        for o, ps in ((opt, params), (plain, others)):
+            set_grads(ps, 0, 1.0)
+            o.step()
+    before = saved_state(opt, params)
+    for value in (1.0, 2.0, 0.5, -1.0, 1e-30, NAN, INF):
+        set_grads(params, 1, 8.0)
+        opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(value)
+        opt.step_and_zero_() if value == INF else opt.step()
+        assert_unchanged(opt, params, before)
+    assert all((p.grad == 0).all() for p in params)
+    opt.found_inf = torch.tensor(0.0)
+    set_grads(params, 2, 8.0)
+    opt.step()
+    del opt.grad_scale, opt.found_inf
+    set_grads(others, 2, 1.0)
+    plain.step()
+    set_grads(params, 3, 1.0)
+    opt.step()
+    set_grads(others, 3, 1.0)
+    plain.step()
+    assert_same_state(opt, plain, case)
+
+
+BADS = [None, None, INF, None, None, None, NAN, -INF, None, None, None, None, None]
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("init_scale", [1024.0, 3.0, 2.0**16])
+def test_the_scale_evolves_as_torchs(init_scale, fused, make_scaler, backend):
+    theirs = parameters(SHAPES)
+    torch_scaler = started(torch.amp.GradScaler(DEVICE, init_scale=init_scale, **FACTORS))
+    expected = take(torch.optim.SGD(theirs, foreach=False), theirs, torch_scaler, BADS)
+    params = parameters(SHAPES)
+    scaler = make_scaler(init_scale)
+    assert take(optim.SGD(params, fused=fused, backend=backend), params, scaler, BADS) == expected
+    assert scaler.state_dict() == torch_scaler.state_dict()
+    assert len(set(expected)) > 2
+    for p, q in zip(params, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("where", range(5))
+def test_infinities_anywhere_and_large_finite_gradients(where, fused, make_scaler, backend):
+    """An infinity in any tensor backs the scale off; a sum of squares that overflows does not."""
+    shapes = [(300,), (7, 5), (), (4099,), (2, 3, 40)]
+    params = parameters(shapes)
+    opt = optim.SGD(params, lr=1e-40, fused=fused, max_grad_norm=1.0, backend=backend)
+    scaler = make_scaler(4.0, growth_interval=100)
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 0, 4.0)
+    params[where].grad.view(-1)[-1] = INF
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 1.0
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), old)
+    for p in params:
+        p.grad = torch.full_like(p, 3e38)
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 1.0
+
+
+def test_subclass_and_arguments():
+    assert issubclass(genopt_ext.GradScaler, torch.amp.GradScaler)
+    ours = started(genopt_ext.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
+    theirs = started(torch.amp.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
+    assert ours.state_dict() == theirs.state_dict()
+    ours.load_state_dict({**theirs.state_dict(), "scale": 64.0})
+    assert ours.get_scale() == 64.0
+
+
+def test_a_disabled_scaler_only_steps(backend):
+    for scaler in (genopt_ext.GradScaler, torch.amp.GradScaler):
+        params, others = parameters(SHAPES), parameters(SHAPES)
+        opt, plain = SGD.ours(params, fused=True, backend=backend), SGD.ours(others, backend=backend)
+        off = scaler(DEVICE, enabled=False)
+        for step in range(2):
+            set_grads(params, step, 1.0)
+            off.unscale_(opt)
+            off.step(opt)
+            off.update()
+            set_grads(others, step, 1.0)
+            plain.step()
+        assert_same_state(opt, plain)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_unscale_by_the_user(fused, make_scaler, backend):
+    """Unscaled once, not twice; an infinity that unscale_ found skips."""
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt = SGD.ours(params, fused=fused, max_grad_norm=20.0, backend=backend)
+    plain = SGD.ours(others, max_grad_norm=20.0, backend=backend)
+    scaler = make_scaler()
+    scales = []
+    for step, bad in enumerate([NAN, None, INF, None, None]):
+        set_grads(params, step, scaler.get_scale(), bad)
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(params, 40.0)
+        with pytest.raises(RuntimeError, match="already been called"):
+            scaler.unscale_(opt)
+        before = saved_state(opt, params)
+        scaler.step(opt)
+        with pytest.raises(RuntimeError, match="already been called"):
+            scaler.step(opt)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        if bad is not None:
+            assert_unchanged(opt, params, before)
+        else:
+            set_grads(others, step, 1.0)
+            torch.nn.utils.clip_grad_norm_(others, 40.0)
+            plain.step()
+    assert_same_state(opt, plain)
+    assert scales == [256.0, 256.0, 64.0, 64.0, 256.0]
+
+
+@pytest.mark.skipif(_backend.native is None, reason="the kernels' own norm pass")
+def test_our_scaler_needs_no_pass_of_its_own(monkeypatch):
+    """With fused=True torch's check reads no gradient; with torch's scaler it does."""
+    passes = []
+    theirs = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def counted(*args):
+        passes.append(1)
+        return theirs(*args)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", counted)
+    for scaler, count in ((genopt_ext.GradScaler, 0), (torch.amp.GradScaler, 3)):
+        passes.clear()
+        params = parameters(SHAPES)
+        opt = SGD.ours(params, fused=True, max_grad_norm=1.0, backend=NATIVE)
+        take(opt, params, started(scaler(DEVICE, init_scale=8.0, **FACTORS)), [None, INF, None])
+        assert len(passes) == count
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_two_optimizers_and_one_scaler(fused, make_scaler, backend):
+    """An overflow in one skips that one; the scale backs off once."""
+    params = [parameters(SHAPES), parameters(SHAPES, seed=50), parameters(SHAPES, seed=90)]
+    opts = [SGD.ours(params[0], fused=fused, backend=backend), optim.AdamW(params[1], fused=fused, backend=backend)]
+    opts.append(torch.optim.SGD(params[2], foreach=False))
+    scaler = make_scaler(64.0)
+    for bad in range(3):
+        before = [saved_state(o, ps) for o, ps in zip(opts, params, strict=True)]
+        scale = scaler.get_scale()
+        for i, ps in enumerate(params):
+            set_grads(ps, bad, scale, INF if i == bad else None)
+        for o in opts:
+            scaler.step(o)
+        scaler.update()
+        assert scaler.get_scale() == scale / 4
+        for i, (o, ps) in enumerate(zip(opts, params, strict=True)):
+            if i == bad:
+                assert_unchanged(o, ps, before[i])
+            else:
+                assert (ps[0].detach() != before[i][0][0]).all()
+
+
+def test_some_and_no_gradients(make_scaler, backend):
+    params = parameters(SHAPES)
+    recipe = Recipe(SGD, [{"params": params}], max_grad_norm=1.0)
+    opt = SGD.ours(params, fused=True, max_grad_norm=1.0, backend=backend)
+    scaler = make_scaler(8.0)
+    for step in range(2):
+        set_grads(params, step, 8.0)
+        params[step].grad = None
+        recipe.step(8.0)
+        scaler.step(opt)
+        recipe.assert_followed_by(opt)
+        scaler._per_optimizer_states.clear()  # as update() does, without another scale
+    before = saved_state(opt, params)
+    for p in params:
+        p.grad = None
+    # torch's scaler hands the number 0 over then.
+    opt.grad_scale, opt.found_inf = scaler._get_scale_async(), 0
+    opt.step()
+    del opt.grad_scale, opt.found_inf
+    assert_unchanged(opt, params, before)
+
+
+def test_gradient_scale_of_the_users_own(make_scaler, backend):
+    """torch multiplies the scale with an optimizer.grad_scale that is set."""
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt, plain = SGD.ours(params, fused=True, backend=backend), SGD.ours(others, backend=backend)
+    scaler = make_scaler(8.0)
+    opt.grad_scale = torch.tensor(4.0)
+    set_grads(params, 0, 32.0)
+    scaler.step(opt)
+    set_grads(others, 0, 1.0)
+    plain.step()
+    assert_same_state(opt, plain)
+
+
+def test_skip_nonfinite_beside_a_scaler(make_scaler, backend):
+    """Both skip: once, and what follows is right."""
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt = SGD.ours(params, fused=True, skip_nonfinite=True, ema_decay=0.5, backend=backend)
+    plain = SGD.ours(others, ema_decay=0.5, backend=backend)
+    scaler = make_scaler()
+    take(opt, params, scaler, [INF, NAN])
+    assert scaler.get_scale() == 64.0
+    take(opt, params, scaler, [None, None], first=2)
+    for step in (2, 3):
+        set_grads(others, step, 1.0)
+        plain.step()
+    assert_same_state(opt, plain)
+
+
+def test_a_training_loop(make_scaler):
+    """autocast, scaler, clipping: the loss that torch's loop has."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 50), torch.nn.Tanh(), torch.nn.Linear(50, 2))
+    twin = copy.deepcopy(model)
+    x, y = randn((64, 6), 0), randn((64, 2), 1)
+    losses = []
+    for net, ours in ((model, True), (twin, False)):
+        scaler = make_scaler(256.0) if ours else started(torch.amp.GradScaler(DEVICE, init_scale=256.0, **FACTORS))
+        opt = (
+            optim.AdamW(net.parameters(), lr=0.01, fused=True, max_grad_norm=0.1)
+            if ours
+            else torch.optim.AdamW(net.parameters(), lr=0.01, foreach=False)
+        )
+        for _ in range(8):
+            opt.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16):
+                out = net(x)
+            loss = (out.float() - y).square().mean()
+            scaler.scale(loss).backward()
+            if not ours:
+                scaler.unscale_(opt)
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            scaler.step(opt)
+            scaler.update()
+            losses.append(loss.item())
+    assert losses[:8] == pytest.approx(losses[8:], rel=1e-2)
+    assert losses[7] < losses[0]

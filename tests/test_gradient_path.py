@@ -1,0 +1,838 @@
+"""Clipping, skipping, zeroing and accumulating inside the step, against torch's functions before torch's step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cases import (
+    CASES,
+    DEVICE,
+    FIRST,
+    NATIVE,
+    SIZES,
+    STATEFUL,
+    Case,
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    randn,
+)
+from hypothesis import given, settings
+from recipe import KINDS, OPTIONS, SCALES, Recipe, double
+
+import genopt_ext
+from genopt_ext import _backend, optim
+from genopt_ext.optim.optimizer import StepOptions
+
+NAN, INF = float("nan"), float("inf")
+SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
+SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
+
+# Limits between the norms that SCALES give, so that some steps are clipped and others are not.
+WIDE = [
+    dict(max_grad_norm=10.0),
+    dict(clip_grad_value=0.5),
+    dict(clip_per_param=5.0),
+    dict(agc=0.2),
+    dict(max_grad_norm=10.0, clip_grad_value=0.3),
+    dict(agc=0.2, clip_grad_value=0.05),
+    dict(max_grad_norm=10.0, skip_nonfinite=True, ema_decay=0.7),
+]
+SEVERAL = [{}, dict(max_grad_norm=0.5), dict(agc=0.15), dict(clip_per_param=2.0, clip_grad_value=0.2)]
+# agc=0.1 would let the weight decay of 0.1 cancel a scalar's gradient, and RMSprop magnify what rounding leaves.
+
+
+def set_grads(params, step, skip=lambda i: False):
+    """As cases.set_grads, of a size that changes from step to step, and other strides."""
+    for i, p in enumerate(params):
+        grad = randn(p.shape, 1000 * (step + 1) + i, p.dtype) * SCALES[step % len(SCALES)]
+        if p.dim() > 1 and (step + i) % 2:
+            grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+        p.grad = None if skip(i) else grad
+
+
+def spoil(p, k, value):
+    """Sets the ``k``-th element of the gradient, whatever its strides."""
+    p.grad[tuple(int(i) for i in torch.unravel_index(torch.tensor(k), p.shape))] = value
+
+
+def come_and_go(step):
+    return lambda i: (i + step) % 4 == 3
+
+
+def grouped(params, per_group):
+    """One group for each entry, each with every so many parameters."""
+    return [{"params": params[i :: len(per_group)], **own} for i, own in enumerate(per_group)]
+
+
+def follow(case, per_group, wide, steps=4, dtype=torch.float32, backend="auto", tolerance=2e-5, shapes=SHAPES):
+    params = parameters(shapes * len(per_group), dtype)
+    groups = grouped(params, per_group)
+    recipe = Recipe(case, groups, **wide)
+    opt = case.ours(groups, backend=backend, **wide)
+    for step in range(steps):
+        set_grads(params, step, come_and_go(step))
+        recipe.step()
+        opt.step()
+        recipe.assert_followed_by(opt, (case, per_group, wide, step), tolerance)
+    return opt, params
+
+
+def state_is_same(opt, params, saved):
+    old_params, old_state = saved
+    for p, old in zip(params, old_params, strict=True):
+        assert_same_bits(p.detach(), old)
+    for p, old in zip(params, old_state, strict=True):
+        now = opt.state.get(p, {})
+        for name, t in now.items():
+            if old is None or name not in old:  # made by a step that was skipped
+                assert name != "step" or t.item() == 0
+            else:
+                assert_same_bits(t, old[name], name)
+        assert old is None or set(old) <= set(now)
+
+
+def saved_state(opt, params):
+    return [p.detach().clone() for p in params], [
+        {n: t.clone() for n, t in opt.state[p].items()} if p in opt.state else None for p in params
+    ]
+
+
+@pytest.mark.parametrize("name", optim.OURS)
+def test_options_are_keyword_only(name):
+    assert {*OPTIONS, "skip_nonfinite"} == set(StepOptions.__annotations__)
+    # Where none is set, groups have torch's keys and no others.
+    unset = {option: None for option in OPTIONS}
+    ours = getattr(optim, name)(parameters([(3,)]), skip_nonfinite=False, **unset).state_dict()["param_groups"]
+    assert set(ours[0]) == set(getattr(torch.optim, name)(parameters([(3,)])).state_dict()["param_groups"][0])
+
+
+@pytest.mark.parametrize(
+    ("case", "wide"), [(c, w) for c in CASES for w in (WIDE if c in STATEFUL else WIDE[4:])], ids=str
+)
+def test_as_torch_clips_and_steps(case, wide):
+    follow(case, [{}], wide)
+
+
+@pytest.mark.parametrize("wide", [{}, *WIDE[:5]], ids=str)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_groups_with_their_own_limits(case, wide):
+    follow(case, SEVERAL, wide)
+
+
+@pytest.mark.parametrize("wide", WIDE, ids=str)
+def test_float64_and_complex(wide):
+    follow(SGD, [{}], wide, dtype=torch.float64, tolerance=1e-6)  # factors may be fp32
+    if "clip_grad_value" not in wide:
+        follow(SGD, [{}], wide, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize("wide", WIDE, ids=str)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+def test_16_bit_parameters(dtype, rounding, wide):
+    """After one step; a clipped gradient is not rounded on its way: the parameter is, once."""
+    for scale in (1.0, 50.0):
+        params = parameters(SHAPES, dtype)
+        for i, p in enumerate(params):
+            p.data *= 1e-3  # the step is large beside it
+            p.grad = randn(p.shape, 100 + i, dtype) * scale
+        recipe = Recipe(Case("SGD", dict(lr=1.0)), [{"params": params}], **wide)
+        opt = optim.SGD(params, lr=1.0, **wide)
+        recipe.step()
+        opt.step()
+        for p, q in recipe.pairs():
+            torch.testing.assert_close(double(p), double(q), rtol=rounding * 1.01, atol=1e-6)
+
+
+def test_limits_do_something():
+    """What the other tests compare is not what a step without limits gives."""
+    for wide in WIDE:
+        results = []
+        for options in (wide, {}):
+            params = parameters(SHAPES)
+            opt = SGD.ours(params, **options)
+            set_grads(params, 1)
+            opt.step()
+            results.append(torch.cat([p.detach().flatten() for p in params]))
+        assert (results[0] - results[1]).abs().max() > 0.1, wide
+
+
+@pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
+class TestSameBits:
+    def run(self, case, per_group, wide, dtype, shapes=None):
+        opts = []
+        shapes = shapes or [(n,) for n in SIZES] + [(3, 5, 7), ()]
+        for backend in (NATIVE, "reference"):
+            params = parameters(shapes * len(per_group), dtype)
+            opt = case.ours(grouped(params, per_group), backend=backend, **wide)
+            for step in range(4):
+                set_grads(params, step, come_and_go(step))
+                if wide.get("skip_nonfinite") and step == 2:
+                    params[4].grad[-1] = NAN  # has one at this step
+                if step == 3:  # the mean of three
+                    opt.accumulate()
+                    set_grads(params, 4)
+                    opt.accumulate()
+                    set_grads(params, 5, come_and_go(step))
+                opt.step_and_zero_() if step % 2 else opt.step()
+                assert not step % 2 or all((p.grad == 0).all() for p in params if p.grad is not None)
+            opts.append(opt)
+        assert_same_state(*opts, (case, per_group, wide, dtype))
+        for name in ("grad_norm", "skipped_steps"):
+            ours, reference = (getattr(opt, name) for opt in opts)
+            if wide.get({"grad_norm": "max_grad_norm", "skipped_steps": "skip_nonfinite"}[name]):
+                assert_same_bits(ours, reference, name)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("wide", WIDE, ids=str)
+    def test_options(self, wide, dtype):
+        for case in (CASES[6], SGD):
+            self.run(case, [{}], wide, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_all_at_once(self, case, dtype):
+        wide = dict(max_grad_norm=10.0, clip_grad_value=0.5, skip_nonfinite=True, ema_decay=0.9)
+        self.run(case, SEVERAL, wide, dtype, [(n,) for n in (1, 257, 7, 0)] + [(40, 30), (1031,)])
+
+
+def test_same_bits_for_every_thread_count_and_run():
+    opts = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            params = parameters([(200_003,), (300, 7), *[(64,)] * 20])
+            opt = SGD.ours(grouped(params, [{}, dict(agc=0.1)]), max_grad_norm=5.0, ema_decay=0.5)
+            for step in range(2):
+                set_grads(params, step)
+                opt.step()
+            opts.append(opt)
+    finally:
+        torch.set_num_threads(threads)
+    for other in opts[1:]:
+        assert_same_state(opts[0], other)
+        assert_same_bits(opts[0].grad_norm, other.grad_norm)
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("wide", WIDE, ids=str)
+def test_gradients_are_left_as_they_were(wide, backend):
+    params = parameters(SHAPES)
+    opt = SGD.ours(params, backend=backend, **wide)
+    for step in range(3):
+        set_grads(params, step)
+        before = [(p.grad, p.grad.clone(), p.grad._version) for p in params]
+        opt.step()
+        for p, (grad, old, version) in zip(params, before, strict=True):
+            assert p.grad is grad and grad._version == version
+            assert_same_bits(grad, old)
+
+
+def test_grad_norm(backend):
+    """Of all groups, unclipped, of the last step; its own tensor, on the device."""
+    params = parameters(SHAPES * 4)
+    opt = SGD.ours(grouped(params, SEVERAL), max_grad_norm=1.0, backend=backend)
+    assert opt.grad_norm is None and opt.max_grad_norm == 1.0
+    norms = []
+    for step in range(3):
+        set_grads(params, step, come_and_go(step))
+        truth = torch.nn.utils.get_total_norm([double(p.grad) for p in params if p.grad is not None])
+        opt.step()
+        norms.append(opt.grad_norm)
+        assert opt.grad_norm.shape == () and opt.grad_norm.device.type == DEVICE
+        assert opt.grad_norm.is_floating_point() and not opt.grad_norm.requires_grad
+        torch.testing.assert_close(opt.grad_norm.double(), truth.to(opt.grad_norm.device), rtol=1e-6, atol=0)
+    plain = SGD.ours(parameters(SHAPES), backend=backend)
+    plain.step()
+    assert plain.grad_norm is None and plain.max_grad_norm is None
+
+
+def test_only_limits_that_are_infinite_measure(backend):
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt, plain = SGD.ours(params, max_grad_norm=INF, backend=backend), SGD.ours(others, backend=backend)
+    for step in range(2):
+        set_grads(params, step)
+        set_grads(others, step)
+        opt.step()
+        plain.step()
+    assert_same_state(opt, plain)
+    assert opt.grad_norm.isfinite() and opt.grad_norm > 0
+
+
+def test_max_grad_norm_may_change_between_steps(backend):
+    params = parameters(SHAPES)
+    groups = [{"params": params}]
+    recipe = Recipe(SGD, groups, max_grad_norm=5.0)
+    opt = SGD.ours(groups, max_grad_norm=5.0, backend=backend)
+    for step, limit in enumerate((5.0, 0.5, None, 0, 20.0, 1)):
+        opt.max_grad_norm = recipe.wide["max_grad_norm"] = limit
+        set_grads(params, step)
+        recipe.step()
+        opt.step()
+        recipe.assert_followed_by(opt, limit)
+
+
+@pytest.mark.parametrize("option", [*KINDS, "clip_grad_value"])
+def test_group_options_may_change_between_steps(option, backend):
+    params = parameters(SHAPES * 2)
+    groups = grouped(params, [{option: 5.0}, {}])
+    recipe = Recipe(SGD, groups)
+    opt = SGD.ours(groups, backend=backend)
+    for step, (i, value) in enumerate([(0, 0.5), (1, 0.3), (0, 7.0), (1, 2.0)]):
+        set_grads(params, step)
+        opt.param_groups[i][option] = recipe.own[i][option] = value
+        recipe.step()
+        opt.step()
+        recipe.assert_followed_by(opt, (option, value))
+
+
+@pytest.mark.parametrize("option", [*KINDS, "clip_grad_value"])
+def test_zero_gradients_and_zero_limits(option, backend):
+    for value in (1.0, 0.0):
+        params = parameters(SHAPES)
+        before = [p.detach().clone() for p in params]
+        opt = optim.SGD(params, lr=1.0, backend=backend, **{option: value})
+        for grads in ([torch.zeros_like(p) for p in params], [randn(p.shape, 5) for p in params]):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            opt.step()
+            if value and (grads[0] != 0).any():
+                assert all((p.detach() != old).any() for p, old in zip(params, before, strict=True) if p.numel())
+            else:
+                for p, old in zip(params, before, strict=True):
+                    assert_same_bits(p.detach(), old)
+
+
+def test_agc_of_small_and_zero_weights(backend):
+    """The weight's norm counts as 1e-3 where it is smaller."""
+    params = [torch.nn.Parameter(torch.full((300,), v)) for v in (0.0, 1e-9, 1e-3, 1.0)]
+    recipe = Recipe(SGD, [{"params": params}], agc=0.01)
+    opt = SGD.ours(params, agc=0.01, backend=backend)
+    set_grads(params, 0)
+    recipe.step()
+    opt.step()
+    recipe.assert_followed_by(opt, tolerance=1e-6)
+    moved = params[0].detach().double().norm().item()
+    assert moved == pytest.approx(0.1 * 0.01 * 1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("option", KINDS)
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 60000.0), (torch.float32, 1e30)], ids=str)
+def test_large_finite_gradients(option, dtype, value, backend):
+    params = [torch.nn.Parameter(torch.ones(4099, dtype=dtype)), torch.nn.Parameter(torch.ones(7, dtype=dtype))]
+    recipe = Recipe(Case("SGD", dict(lr=1.0)), [{"params": params}], **{option: 20.0}, skip_nonfinite=True)
+    opt = optim.SGD(params, lr=1.0, backend=backend, **{option: 20.0}, skip_nonfinite=True)
+    for p in params:
+        p.grad = torch.full_like(p, value)
+    recipe.step()
+    opt.step()
+    for p, q in recipe.pairs():
+        torch.testing.assert_close(double(p), double(q), rtol=1e-3, atol=1e-6)
+        assert (p != 1).all()
+    assert int(opt.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nonfinite_gradients_that_are_not_skipped(value, backend):
+    """As after torch's clip_grad_norm_: NaN everywhere, or zero beside an infinity."""
+    params = parameters([(300,), (7,)])
+    recipe = Recipe(Case("SGD", dict(lr=1.0)), [{"params": params}], max_grad_norm=1.0)
+    opt = optim.SGD(params, lr=1.0, max_grad_norm=1.0, backend=backend)
+    set_grads(params, 0)
+    params[1].grad[3] = value
+    recipe.step()
+    opt.step()
+    recipe.assert_followed_by(opt)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_skip_nonfinite(case, first, value, backend):
+    """A skipped step leaves everything as it was, and those after it go as if it had not been."""
+    options = dict(skip_nonfinite=True, ema_decay=0.9, max_grad_norm=10.0, backend=backend)
+    params, others = parameters(SHAPES * 2), parameters(SHAPES * 2)
+    opt = case.ours(grouped(params, [{}, dict(agc=0.1)]), **options)
+    plain = case.ours(grouped(others, [{}, dict(agc=0.1)]), **options)
+    good = [0, 1, 2] if first else [0, 1]
+    if not first:
+        for o, ps in ((opt, params), (plain, others)):
+            set_grads(ps, 3)
+            o.step()
+    before = saved_state(opt, params)
+    for n, (where, k) in enumerate([(0, 299), (9, 17), (7, 0)]):
+        set_grads(params, 7 + n)
+        spoil(params[where], k, value)
+        opt.step()
+        state_is_same(opt, params, before)
+        assert int(opt.skipped_steps) == n + 1
+        assert not opt.grad_norm.isfinite()
+    count = opt.skipped_steps
+    assert count.shape == () and not count.is_floating_point() and count.device.type == DEVICE
+    for step in good:
+        for o, ps in ((opt, params), (plain, others)):
+            set_grads(ps, step)
+            o.step()
+    assert int(opt.skipped_steps) == 3 and int(plain.skipped_steps) == 0
+    assert_same_state(opt, plain, case)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("option", [{}, dict(max_grad_norm=1.0), dict(agc=0.1), dict(clip_grad_value=1.0)], ids=str)
+def test_any_nonfinite_element_is_found_and_no_finite_one(option, dtype, backend):
+    """Clamping an infinity first would hide it; a square or a sum that overflows is no infinity."""
+    if dtype.is_complex and "clip_grad_value" in option:
+        return
+    params = parameters([(1031,), (5,), ()], dtype)
+    opt = optim.SGD(params, lr=1e-3, skip_nonfinite=True, backend=backend, **option)
+    skipped = 0
+    for which, k in [(0, 0), (0, 255), (0, 256), (0, 1030), (1, 4), (2, 0)]:
+        for value in (NAN, INF, -INF):
+            for i, p in enumerate(params):
+                p.grad = randn(p.shape, i, dtype)
+            spoil(params[which], k, value)
+            opt.step()
+            skipped += 1
+            assert int(opt.skipped_steps) == skipped, (which, k, value)
+    large = torch.finfo(dtype).max / 2 if dtype != torch.float64 else 1e150  # whose square is one
+    for p in params:
+        p.grad = torch.full_like(p, large)
+    opt.step()
+    assert int(opt.skipped_steps) == skipped
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_step_and_zero(case, backend):
+    """The numbers of step(), and afterwards the same gradient tensors, zero."""
+    options = dict(skip_nonfinite=True, max_grad_norm=10.0, backend=backend)
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt, plain = case.ours(params, **options), case.ours(others, **options)
+    for step in range(4):
+        for ps in (params, others):
+            set_grads(ps, step, come_and_go(step))
+            if step == 2:
+                ps[0].grad[5] = NAN
+        grads = [(p.grad, p.grad if p.grad is None else p.grad._version) for p in params]
+        opt.step_and_zero_()
+        plain.step()
+        for p, (grad, version) in zip(params, grads, strict=True):
+            assert p.grad is grad
+            assert grad is None or ((grad == 0).all() and (grad._version > version or not grad.numel()))
+    assert int(opt.skipped_steps) == 1
+    assert_same_state(opt, plain, case)
+
+
+def test_step_and_zero_writes_only_the_gradient(backend):
+    base = randn((40, 30), 0)
+    kept = base.clone()
+    p = torch.nn.Parameter(torch.zeros(40, 10))
+    p.grad = base[:, ::3]
+    optim.SGD([p], lr=0.1, backend=backend).step_and_zero_()
+    kept[:, ::3] = 0
+    assert_same_bits(base, kept)
+
+
+def test_step_and_zero_is_a_step_to_hooks_and_schedulers(backend):
+    params = parameters([(5,)])
+    opt = optim.SGD(params, lr=0.1, backend=backend)
+    scheduler = optim.lr_scheduler.StepLR(opt, 1)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    set_grads(params, 0)
+    opt.step_and_zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_accumulate(case, backend):
+    """The mean, by the number of calls also where a parameter had no gradient in some; clipped by its norm."""
+    params = parameters(SHAPES)
+    groups = [{"params": params}]
+    recipe = Recipe(case, groups, max_grad_norm=3.0)
+    opt = case.ours(groups, max_grad_norm=3.0, backend=backend)
+    draw = 0
+    for calls, last in [(2, False), (3, True), (1, False), (0, True), (4, False), (1, True)]:
+        for _ in range(calls):
+            set_grads(params, draw, lambda i, draw=draw: (i + draw) % 3 == 0)
+            draw += 1
+            recipe.accumulate()
+            assert opt.accumulate() is None
+            assert all(p.grad is None for p in params)
+        if last:
+            set_grads(params, draw)
+            draw += 1
+        recipe.step()
+        opt.step()
+        recipe.assert_followed_by(opt, (case, calls, last))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_accumulating_does_not_round(dtype, backend):
+    """Summed in bf16 or fp16, the small ones would be lost beside the large one."""
+    p = torch.nn.Parameter(torch.zeros(300, dtype=dtype))
+    opt = optim.SGD([p], lr=1.0, backend=backend)
+    values = [8.0, *[0.01] * 15]
+    for v in values:
+        p.grad = torch.full_like(p, v)
+        opt.accumulate()
+    opt.step()
+    each = torch.tensor(values, dtype=dtype).double().mean()
+    assert_same_bits(p.detach(), (-each).to(dtype).expand(300))
+
+
+def test_accumulating_complex_gradients(backend):
+    """Right or refused, but no imaginary part is lost."""
+    p = parameters([(30,)], torch.complex64)[0]
+    recipe = Recipe(SGD, [{"params": [p]}])
+    opt = SGD.ours([p], backend=backend)
+    for step in range(2):
+        set_grads([p], step)
+        recipe.accumulate()
+        try:
+            opt.accumulate()
+        except (TypeError, ValueError, RuntimeError):
+            return
+    recipe.step()
+    opt.step()
+    recipe.assert_followed_by(opt)
+
+
+def test_accumulated_gradients_of_a_skipped_step_are_gone(backend):
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt = SGD.ours(params, skip_nonfinite=True, backend=backend)
+    plain = SGD.ours(others, backend=backend)
+    set_grads(params, 0)
+    params[0].grad[7] = INF
+    opt.accumulate()
+    set_grads(params, 1)
+    opt.accumulate()
+    opt.step()
+    assert int(opt.skipped_steps) == 1
+    for o, ps in ((opt, params), (plain, others)):
+        for step in (2, 3):
+            set_grads(ps, step)
+            o.accumulate()
+        o.step_and_zero_()
+    assert int(opt.skipped_steps) == 1
+    assert_same_state(opt, plain)
+
+
+def test_accumulate_takes_what_backward_gives():
+    """A loop with backward() is the same as one large batch."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    twin = copy.deepcopy(model)
+    x = randn((12, 6), 0)
+    opt = optim.AdamW(model.parameters(), max_grad_norm=0.1)
+    plain = torch.optim.AdamW(twin.parameters(), foreach=False)
+    for _ in range(3):
+        for part in x.chunk(4):
+            model(part).square().mean().backward()
+            opt.accumulate()
+        opt.step()
+        plain.zero_grad()
+        twin(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_closures(backend):
+    params = parameters(SHAPES)
+    recipe = Recipe(SGD, [{"params": params}], max_grad_norm=1.0)
+    opt = SGD.ours(params, max_grad_norm=1.0, backend=backend)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        set_grads(params, 1)
+        recipe.step()
+        return 5.0
+
+    assert opt.step(closure) == 5.0
+    recipe.assert_followed_by(opt)
+
+
+@pytest.mark.parametrize(
+    "option", [dict(max_grad_norm=1.0), dict(agc=0.1, skip_nonfinite=True, ema_decay=0.9)], ids=str
+)
+def test_without_any_gradient(option, backend):
+    for params in (parameters(SHAPES), parameters([(0,)])):
+        opt = SGD.ours(params, backend=backend, **option)
+        before = [p.detach().clone() for p in params]
+        opt.step()
+        opt.accumulate()
+        opt.step()
+        opt.step_and_zero_()
+        assert opt.grad_norm is None or opt.grad_norm.item() == 0
+        for p, old in zip(params, before, strict=True):
+            assert_same_bits(p.detach(), old)
+
+
+def test_many_parameters():
+    params = [torch.nn.Parameter(t) for t in torch.ones(5000, 3).unbind()]
+    opt = optim.SGD(grouped(params, [dict(clip_per_param=0.1), {}]), lr=1.0, max_grad_norm=1.0)
+    for p in params:
+        p.grad = torch.ones(3)
+    opt.step()
+    torch.testing.assert_close(opt.grad_norm.item(), 15000**0.5)
+    for i, n in ((0, 0.1 / 3**0.5), (1, 7500**-0.5)):
+        rows = torch.stack([p.detach() for p in params[i::2]])
+        torch.testing.assert_close(rows, torch.full_like(rows, 1 - n))
+
+
+def test_a_refused_step_changes_nothing(backend):
+    params = parameters(SHAPES)
+    opt = SGD.ours(params, max_grad_norm=1.0, skip_nonfinite=True, ema_decay=0.9, backend=backend)
+    set_grads(params, 0)
+    opt.step()
+    before, norm = saved_state(opt, params), opt.grad_norm.clone()
+    set_grads(params, 1)
+    params[4].data = randn((3,), 0)
+    moved = saved_state(opt, params)
+    for step in (opt.step, opt.step_and_zero_):
+        with pytest.raises(RuntimeError, match="group 0 parameter 4"):
+            step()
+        state_is_same(opt, params, moved)
+        assert all((p.grad != 0).any() for p in params if p.grad.numel())
+    assert_same_bits(opt.grad_norm, norm)
+    state_is_same(opt, params[:4], (before[0][:4], before[1][:4]))
+
+
+# Arguments
+
+BAD = [NAN, -1.0, "0.1", 1j, [0.1], torch.tensor([0.1, 0.1]), torch.tensor(NAN, device="cpu")]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", optim.OURS)
+def test_bad_options(name, option):
+    make = getattr(optim, name)
+    for value in [*BAD, *([1.0, 1.5, INF, -0.1] if option == "ema_decay" else [])]:
+        with pytest.raises((TypeError, ValueError), match=option):
+            make(parameters([(2,)]), **{option: value})
+        with pytest.raises((TypeError, ValueError), match=f"group 0.*{option}"):
+            make([{"params": parameters([(2,)]), option: value}])
+        opt = make(parameters([(2,)]))
+        with pytest.raises((TypeError, ValueError), match=f"group 1.*{option}"):
+            opt.add_param_group({"params": parameters([(2,)]), option: value})
+        assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_bad_options_between_steps(option, backend):
+    for trained in (False, True):
+        for value in [*BAD, *([1.0, -0.1] if option == "ema_decay" else [])]:
+            params = parameters([(7,), (3,)])
+            opt = SGD.ours(params, backend=backend)
+            set_grads(params, 0)
+            if trained:
+                opt.step()
+            before = saved_state(opt, params)
+            opt.param_groups[0][option] = value
+            for step in (opt.step, opt.step_and_zero_):
+                with pytest.raises((TypeError, ValueError), match=f"group 0.*{option}"):
+                    step()
+            state_is_same(opt, params, before)
+            assert (params[0].grad != 0).all()
+            del opt.param_groups[0][option]
+            opt.step()
+
+
+def test_bad_max_grad_norm_between_steps(backend):
+    for value in BAD:
+        params = parameters([(7,), (3,)])
+        opt = SGD.ours(params, max_grad_norm=1.0, backend=backend)
+        set_grads(params, 0)
+        opt.step()
+        before = saved_state(opt, params)
+        with pytest.raises((TypeError, ValueError), match="max_grad_norm"):
+            opt.max_grad_norm = value
+            opt.step()
+        state_is_same(opt, params, before)
+        opt.max_grad_norm = 2.0
+        opt.step()
+
+
+@pytest.mark.parametrize("name", optim.OURS)
+def test_one_way_to_clip_in_one_place(name):
+    make = getattr(optim, name)
+    pairs = [{a: 1.0, b: 1.0} for a in KINDS for b in KINDS if a < b] + [{k: 1.0 for k in KINDS}]
+    for both in pairs:
+        message = "|".join(both)
+        with pytest.raises(ValueError, match=message):
+            make(parameters([(2,)]), **both)
+        with pytest.raises(ValueError, match=message):
+            make([{"params": parameters([(2,)]), **both}])
+        opt = make(parameters([(2,)]))
+        with pytest.raises(ValueError, match=message):
+            opt.add_param_group({"params": parameters([(2,)]), **both})
+        assert len(opt.param_groups) == 1
+        # One for all and another for a group are two places.
+        (a, x), (b, y) = list(both.items())[:2]
+        make([{"params": parameters([(2,)]), a: x}, {"params": parameters([(2,)])}], **{b: y})
+    for value in ("yes", 1.5, None):
+        with pytest.raises(TypeError, match="skip_nonfinite"):
+            make(parameters([(2,)]), skip_nonfinite=value)
+
+
+# Copies and checkpoints
+
+ALL = dict(max_grad_norm=10.0, clip_grad_value=0.5, skip_nonfinite=True, ema_decay=0.9)
+
+
+def run_on(opt, params, steps):
+    for step in steps:
+        set_grads(params, step)
+        if step % 3 == 2:
+            params[0].grad[0] = NAN
+        opt.step()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("wide", [*WIDE, ALL], ids=str)
+def test_copies_keep_their_options(wide, how, backend):
+    params = parameters(SHAPES * 4)
+    opt = SGD.ours(grouped(params, SEVERAL), backend=backend, **wide)
+    steps = range(3) if wide.get("skip_nonfinite") else range(2)
+    run_on(opt, params, steps)
+    twin = how(opt)
+    assert twin.max_grad_norm == opt.max_grad_norm
+    theirs = [p for group in twin.param_groups for p in group["params"]]
+    ours = [p for group in opt.param_groups for p in group["params"]]
+    before = saved_state(twin, theirs)
+    run_on(opt, ours, (3, 4))
+    state_is_same(twin, theirs, before)
+    run_on(twin, theirs, (3, 4))
+    assert_same_state(opt, twin, wide)
+    if wide.get("skip_nonfinite"):
+        run_on(twin, theirs, (5,))
+        assert int(twin.skipped_steps) > 0
+
+
+@pytest.mark.parametrize(("case", "wide"), [(c, ALL) for c in STATEFUL] + [(SGD, w) for w in WIDE], ids=str)
+def test_checkpoints(case, wide, backend):
+    """Saved, loaded into a new optimizer of the same options, and on: as if nothing had happened."""
+    params = parameters(SHAPES * 4)
+    opt = case.ours(grouped(params, SEVERAL), backend=backend, **wide)
+    run_on(opt, params, range(2))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = case.ours(grouped(resumed, SEVERAL), backend=backend, **wide)
+    other.load_state_dict(loaded)
+    assert other.max_grad_norm == opt.max_grad_norm
+    assert_same_state(opt, other, wide)
+    for o, ps in ((opt, params), (other, resumed)):
+        run_on(o, ps, (3, 4))
+    assert_same_state(opt, other, wide)
+
+
+@pytest.mark.parametrize("theirs", [True, False], ids=["torch", "ours"])
+@pytest.mark.parametrize(("case", "wide"), [(c, ALL) for c in FIRST.values()] + [(SGD, w) for w in WIDE], ids=str)
+def test_old_checkpoints_leave_the_options_on(case, wide, theirs):
+    """A checkpoint from before these options does not switch off what the constructor was given."""
+    params = parameters(SHAPES * 2)
+    old = (case.torch if theirs else case.ours)(grouped(params, [{}, {}]))
+    run_on(old, params, range(2))
+    per_group = [{}, dict(agc=0.1)]
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    groups = grouped(resumed, per_group)
+    recipe = Recipe(case, groups, **wide)
+    recipe.opt.load_state_dict(old.state_dict())
+    opt = case.ours(groups, **wide)
+    opt.load_state_dict(old.state_dict())
+    for step in (3, 4):
+        set_grads(resumed, step)
+        recipe.step()
+        opt.step()
+        recipe.assert_followed_by(opt, (case, wide))
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_checkpoints_load_into_torch(case):
+    params = parameters(SHAPES)
+    opt = case.ours(params, **ALL)
+    run_on(opt, params, range(2))
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = case.torch(resumed)
+    other.load_state_dict(opt.state_dict())
+    set_grads(resumed, 3)
+    other.step()
+
+
+# All together
+
+NUMBERS = st.sampled_from([0.01, 0.3, 2.0, 20.0])
+
+
+@st.composite
+def place(draw, whole):
+    kind = draw(st.sampled_from([None, *KINDS]))
+    options = {kind: draw(NUMBERS)} if kind else {}
+    if draw(st.booleans()):
+        options["clip_grad_value"] = draw(NUMBERS)
+    if whole and draw(st.booleans()):
+        options["ema_decay"] = draw(st.sampled_from([0.0, 0.3, 0.6, 0.999]))
+    return options
+
+
+ACTIONS = ["step", "zero", "accumulate", "nan", "inf", "raise", "none"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from(CASES),
+    wide=place(True),
+    per_group=st.lists(place(False), min_size=1, max_size=3),
+    shapes=st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), min_size=1, max_size=3),
+    actions=st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=6),
+    backend=st.sampled_from(["auto", "reference"]),
+)
+def test_fuzzed(case, wide, per_group, shapes, actions, backend):
+    params = parameters(shapes * len(per_group))
+    groups = grouped(params, per_group)
+    wide["skip_nonfinite"] = True
+    recipe = Recipe(case, groups, **wide)
+    opt = case.ours(groups, backend=backend, **wide)
+    for step, action in enumerate(actions):
+        set_grads(params, step, come_and_go(step) if action != "none" else lambda i: True)
+        if action == "raise" and "max_grad_norm" in wide:
+            opt.max_grad_norm = recipe.wide["max_grad_norm"] = 2 * opt.max_grad_norm
+        for p in params:
+            if action in ("nan", "inf") and p.grad is not None and p.numel():
+                spoil(p, p.numel() - 1, float(action))
+                break
+        if action == "accumulate":
+            recipe.accumulate()
+            opt.accumulate()
+            assert all(p.grad is None for p in params)
+            continue
+        recipe.step()
+        opt.step_and_zero_() if action == "zero" else opt.step()
+        assert action != "zero" or all((p.grad == 0).all() for p in params if p.grad is not None)
+        recipe.assert_followed_by(opt, (action, step), 1e-4)
+
+
+def test_exports():
+    for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_", "GradScaler"):
+        assert name in genopt_ext.__all__ and callable(getattr(genopt_ext, name))

@@ -1,0 +1,557 @@
+"""step_in_backward: the same bits as backward and step, with gradients that are freed one by one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    FIRST,
+    STATEFUL,
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    randn,
+    set_grads,
+    train,
+)
+from genopt_ext.optim.lr_scheduler import ExponentialLR
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from genopt_ext import optim, step_in_backward
+
+SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
+
+
+def loss(params, step):
+    """Its gradients depend on the parameters and on the step, and have no zeros."""
+    terms = [(p * randn(p.shape, 1000 * (step + 1) + i, p.dtype) + p * p * 0.5).sum() for i, p in enumerate(params)]
+    return torch.stack([t.real if t.is_complex() else t for t in terms]).sum()
+
+
+def groups(params):
+    """Two groups, of which the second has options of its own."""
+    return [{"params": params[:3]}, {"params": params[3:], "lr": 0.02, "weight_decay": 0.05}]
+
+
+def backward_and_step(opt, params, steps=3, first=0):
+    for step in range(first, first + steps):
+        opt.zero_grad()
+        loss(params, step).backward()
+        opt.step()
+
+
+def backward(params, steps=3, first=0):
+    for step in range(first, first + steps):
+        loss(params, step).backward()
+        assert all(p.grad is None for p in params)
+
+
+def both(case, shapes=SHAPES, dtype=torch.float32, **more):
+    """(optimizer, parameters) for backward and step, and for step_in_backward."""
+    pairs = []
+    for _ in range(2):
+        params = parameters(shapes, dtype)
+        pairs.append((case.ours(groups(params), **more), params))
+    return pairs
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_with_a_scheduler_and_a_checkpoint_in_the_middle(case, dtype):
+    (usual, params), (opt, stepped) = both(case, dtype=dtype)
+    step_in_backward(opt)
+    schedulers = [ExponentialLR(usual, 0.5), ExponentialLR(opt, 0.5)]
+    for step in range(4):
+        backward_and_step(usual, params, 1, step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backward(stepped, 1, step)
+            for scheduler in schedulers:
+                scheduler.step()
+        if step == 1:
+            file = io.BytesIO()
+            torch.save(opt.state_dict(), file)
+            file.seek(0)
+            opt.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(usual, opt, (case, dtype))
+    assert not torch.equal(stepped[0], parameters(SHAPES, dtype)[0])
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_same_bits_with_the_reference(case):
+    (usual, params), (opt, stepped) = both(case, backend="reference")
+    step_in_backward(opt)
+    backward_and_step(usual, params)
+    backward(stepped)
+    assert_same_state(usual, opt, case)
+    opt.backend = "auto"
+    backward(stepped, 1, 3)
+    opt.backend = "reference"
+    backward(stepped, 1, 4)
+    backward_and_step(usual, params, 2, 3)
+    assert_same_state(usual, opt, case)
+
+
+def test_a_parameter_that_kernels_do_not_serve():
+    class Odd(torch.Tensor):
+        pass
+
+    results = []
+    for in_backward in (False, True):
+        params = [nn.Parameter(randn((5,), 0).as_subclass(Odd)), nn.Parameter(randn((5,), 1))]
+        opt = optim.AdamW(params)
+        if in_backward:
+            step_in_backward(opt)
+            backward(params)
+        else:
+            backward_and_step(opt, params)
+        results.append(opt)
+    assert_same_state(*results)
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_a_checkpoint_goes_to_torch_and_back(case):
+    pairs = both(case)
+    step_in_backward(pairs[1][0])
+    for (opt, params), in_backward in zip(pairs, (False, True), strict=True):
+
+        def train_on(steps, first, opt=opt, params=params, in_backward=in_backward):
+            if in_backward:
+                backward(params, steps, first)
+            else:
+                backward_and_step(opt, params, steps, first)
+
+        train_on(3, 0)
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        theirs = case.torch(groups(copies))
+        theirs.load_state_dict(copy.deepcopy(opt.state_dict()))
+        backward_and_step(theirs, copies, 1, 3)
+        with torch.no_grad():
+            for p, q in zip(params, copies, strict=True):
+                p.copy_(q)
+        opt.load_state_dict(theirs.state_dict())
+        train_on(1, 4)
+    assert_same_state(pairs[0][0], pairs[1][0], case)
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_options_and_state_are_read_at_every_step(case):
+    (usual, params), (opt, stepped) = both(case)
+    step_in_backward(opt)
+    for step in range(3):
+        backward_and_step(usual, params, 1, step)
+        backward(stepped, 1, step)
+        for o in (usual, opt):
+            o.param_groups[step % 2].update(lr=0.03 * (step + 1), maximize=step == 1)
+            for state in o.state.values():
+                state.update({name: t.clone() * 0.5 for name, t in state.items() if name != "step"})
+    assert_same_state(usual, opt, case)
+
+
+def test_step_rests_and_steps_gradients_set_by_hand():
+    (usual, params), (opt, stepped) = both(FIRST["AdamW"])
+    step_in_backward(opt)
+    calls = []
+    opt.register_step_post_hook(lambda *_: calls.append(1))
+    backward_and_step(usual, params)
+    backward(stepped)
+    assert not calls
+    opt.step()
+    assert calls
+    assert_same_state(usual, opt)
+    train(usual, params, 1)
+    train(opt, stepped, 1)
+    assert_same_state(usual, opt)
+
+
+def test_a_closure_steps_once():
+    (usual, params), (opt, stepped) = both(FIRST["Adam"])
+    step_in_backward(opt)
+
+    def closure():
+        value = loss(stepped, 0)
+        value.backward()
+        return value
+
+    value = opt.step(closure)
+    assert value.item() == loss(params, 0).item()
+    backward_and_step(usual, params, 1)
+    assert_same_state(usual, opt)
+
+
+def test_remove():
+    (usual, params), (opt, stepped) = both(FIRST["AdamW"])
+    handle = step_in_backward(opt)
+    assert opt._in_backward is handle
+    backward(stepped, 1)
+    handle.remove()
+    handle.remove()
+    assert opt._in_backward is None and not any(p._post_accumulate_grad_hooks for p in stepped)
+    loss(stepped, 1).backward()
+    assert all(p.grad is not None for p in stepped)
+    opt.step()
+    opt.zero_grad()
+    with step_in_backward(opt) as again:
+        handle.remove()
+        assert opt._in_backward is again
+        backward(stepped, 1, 2)
+    assert opt._in_backward is None
+    backward_and_step(opt, stepped, 1, 3)
+    backward_and_step(usual, params, 4)
+    assert_same_state(usual, opt)
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_a_group_added_later_is_stepped_too(case):
+    (usual, params), (opt, stepped) = both(case)
+    handle = step_in_backward(opt)
+    backward_and_step(usual, params, 1)
+    backward(stepped, 1)
+    for o, ps in ((usual, params), (opt, stepped)):
+        extra = parameters([(33,), (4,)], seed=9)
+        o.add_param_group({"params": extra, "lr": 0.1})
+        ps += extra
+    backward_and_step(usual, params, 2, 1)
+    backward(stepped, 2, 1)
+    assert_same_state(usual, opt, case)
+    handle.remove()
+    assert not any(p._post_accumulate_grad_hooks for p in stepped)
+
+
+def test_groups_that_move():
+    params = parameters([(4,), (5,), (6,)])
+    opt = optim.SGD([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
+    step_in_backward(opt)
+    before = [p.detach().clone() for p in params]
+    del opt.param_groups[0]
+    sum(p.sum() for p in params).backward()
+    # What has left the optimizer is left alone.
+    assert_same_bits(params[0].detach(), before[0])
+    assert params[0].grad is not None
+    for p, old, lr in zip(params[1:], before[1:], (0.2, 0.3), strict=True):
+        torch.testing.assert_close(p.detach(), old - lr)
+        assert p.grad is None
+
+
+def test_a_shared_parameter_is_stepped_once():
+    results = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        model[4].weight = model[0].weight
+        opt = optim.AdamW(model.parameters(), lr=0.1)
+        if in_backward:
+            step_in_backward(opt)
+        for step in range(3):
+            value = model(randn((5, 8), step)).square().sum()
+            value.backward()
+            if not in_backward:
+                opt.step()
+                opt.zero_grad()
+        results.append(opt)
+        assert opt.state[model[0].weight]["step"] == 3
+    assert_same_state(*results)
+
+
+def test_checkpointed_layers():
+    """Their forward runs again within backward: it must read parameters that are not stepped yet."""
+    results = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        layers[2].weight = layers[0].weight
+        opt = optim.AdamW(layers.parameters(), lr=0.1)
+        if in_backward:
+            step_in_backward(opt)
+        for step in range(3):
+            x = randn((5, 8), step)
+            for layer in layers:
+                x = checkpoint(lambda x, layer=layer: layer(x).tanh(), x, use_reentrant=False)
+            x.square().sum().backward()
+            if not in_backward:
+                opt.step()
+                opt.zero_grad()
+        results.append(opt)
+    assert_same_state(*results)
+
+
+def test_two_backwards_are_two_steps_or_autograds_error():
+    p = nn.Parameter(torch.ones(3))
+    opt = optim.SGD([p], lr=0.5)
+    step_in_backward(opt)
+    p.sum().backward()
+    p.sum().backward()
+    assert (p == 0).all()
+    value = (p * p).sum()
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def chain(depth=12, width=64):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+
+
+def test_at_most_one_gradient_is_alive():
+    most = {}
+    for in_backward in (False, True):
+        model = chain()
+        opt = optim.AdamW(model.parameters())
+        alive, counts = set(), []
+
+        def count(grad, alive=alive, counts=counts):
+            # Of gradients that backward makes; the tensor object stands for its memory.
+            alive.add(id(grad))
+            weakref.finalize(grad, alive.discard, id(grad))
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: count(p.grad))
+            p.register_post_accumulate_grad_hook(lambda _, counts=counts, alive=alive: counts.append(len(alive)))
+        if in_backward:
+            step_in_backward(opt)
+        model(randn((4, 64), 0)).sum().backward()
+        most[in_backward] = max(counts)
+    assert most == {False: 12, True: 1}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what torch allocates on the CPU")
+def test_peak_memory_is_lower_by_the_gradients():
+    depth, width = 12, 64
+    peaks = []
+    for in_backward in (False, True):
+        model = chain(depth, width)
+        opt = optim.SGD(model.parameters(), lr=0.1)
+        if in_backward:
+            step_in_backward(opt)
+        x = randn((1, width), 0)
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            model(x).sum().backward()
+            opt.step()
+        now = peak = 0
+        for event in profile.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
+        peaks.append(peak)
+    one = width * width * 4
+    assert peaks[0] >= depth * one
+    assert peaks[1] <= peaks[0] - (depth - 2) * one
+
+
+def test_nothing_is_kept_alive():
+    gc.disable()
+    try:
+        model = chain(2)
+        opt = optim.AdamW(model.parameters())
+        handle = step_in_backward(opt)
+        model(randn((4, 64), 0)).sum().backward()
+        refs = [weakref.ref(opt), weakref.ref(model[0].weight), weakref.ref(handle)]
+        del model, opt, handle
+        assert [ref() for ref in refs] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_deleted_optimizer():
+    model = chain(2)
+    step_in_backward(optim.AdamW(model.parameters()))
+    with pytest.warns(UserWarning, match="optimizer given to step_in_backward has been deleted.*keep a reference"):
+        model(randn((4, 64), 0)).sum().backward()
+    assert all(p.grad is not None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    # Another one on the same parameters takes its place without a word.
+    model.zero_grad()
+    step_in_backward(optim.AdamW(model.parameters()))
+    opt = optim.AdamW(model.parameters())
+    step_in_backward(opt)
+    model(randn((4, 64), 0)).sum().backward()
+    assert all(p.grad is None and len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_a_copy_has_no_hooks(case, how):
+    (_, _), (opt, stepped) = both(case)
+    step_in_backward(opt)
+    backward(stepped, 1)
+    twin, copied = how((opt, stepped))
+    assert twin._in_backward is None
+    backward(stepped, 1, 1)
+    backward_and_step(twin, copied, 1, 1)
+    assert_same_state(opt, twin, case)
+    step_in_backward(twin)
+    backward(stepped, 1, 2)
+    twin.zero_grad()
+    backward(copied, 1, 2)
+    assert_same_state(opt, twin, case)
+
+
+def test_frozen_parameters_are_left_to_step():
+    params = parameters([(4,), (5,)])
+    params[0].requires_grad_(False)
+    opt = optim.SGD(params, lr=1.0)
+    step_in_backward(opt)
+    before = params[0].detach().clone()
+    params[1].sum().backward()
+    assert_same_bits(params[0].detach(), before)
+    params[0].requires_grad_(True)
+    (params[0].sum() + params[1].sum()).backward()
+    assert params[0].grad is not None and params[1].grad is None
+    opt.step()
+    assert_same_bits(params[0].detach(), before - 1)
+
+
+# Refused
+
+
+def test_other_optimizers_are_refused():
+    with pytest.raises(TypeError, match="got torch.optim.adamw.AdamW; .*torch's recipe.*pytorch.org/tutorials"):
+        step_in_backward(torch.optim.AdamW(parameters([(2,)])))
+    with pytest.raises(TypeError, match="got builtins.NoneType"):
+        step_in_backward(None)
+
+
+def test_twice_is_refused():
+    opt = optim.Adam(parameters([(2,)]))
+    handle = step_in_backward(opt)
+    with pytest.raises(RuntimeError, match=r"Adam is stepped in backward already; call remove\(\)"):
+        step_in_backward(opt)
+    handle.remove()
+    step_in_backward(opt)
+
+
+def test_wrong_parameters_are_refused_before_any_hook():
+    fine = parameters([(2,)])[0]
+    no_leaf = fine * 2
+    no_leaf.retain_grad()
+    taken = parameters([(3,)])[0]
+    other = optim.SGD([taken], lr=0.1)
+    step_in_backward(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of duplicates
+        twice = optim.SGD([fine, fine], lr=0.1)
+    for opt, message in (
+        (
+            optim.SGD([fine, no_leaf], lr=0.1),
+            r"group 0 parameter 1 .*is no leaf but .*MulBackward0.*detach",
+        ),
+        (optim.SGD([fine, taken], lr=0.1), r"group 0 parameter 1 .*by another optimizer; call remove\(\) there"),
+        (twice, "group 0 parameter 1 .*listed twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step_in_backward(opt)
+        assert not fine._post_accumulate_grad_hooks and opt._in_backward is None
+
+
+@pytest.mark.parametrize("where", ["optimizer", "group"])
+def test_a_global_norm_is_refused(where):
+    params = parameters([(2,), (3,)])
+    opt = optim.AdamW([{"params": [p]} for p in params])
+
+    def set_norm(value):
+        if where == "optimizer":
+            opt.max_grad_norm = value
+        else:
+            opt.param_groups[1]["max_grad_norm"] = value
+
+    set_norm(1.0)
+    message = "AdamW: group [01]: max_grad_norm is 1.0, and a norm over all.*clip_per_param, agc, clip_grad_value"
+    with pytest.raises(ValueError, match=message):
+        step_in_backward(opt)
+    assert opt._in_backward is None and not any(p._post_accumulate_grad_hooks for p in params)
+    set_norm(None)
+    step_in_backward(opt)
+    set_norm(1.0)
+    before = params[1].detach().clone()
+    with pytest.raises(ValueError, match=message):
+        params[1].sum().backward()
+    assert_same_bits(params[1].detach(), before)
+    assert params[1].grad is not None and not opt.state
+
+
+def test_a_refused_group_is_not_added():
+    opt = optim.SGD(parameters([(2,)]), lr=0.1)
+    step_in_backward(opt)
+    extra = parameters([(3,)], seed=1)
+    with pytest.raises(ValueError, match="group 1: max_grad_norm is 0.5"):
+        opt.add_param_group({"params": extra, "max_grad_norm": 0.5})
+    assert len(opt.param_groups) == 1 and not extra[0]._post_accumulate_grad_hooks
+
+
+def test_a_grad_scaler_is_refused():
+    p = parameters([(3,)])[0]
+    opt = optim.AdamW([p])
+    handle = step_in_backward(opt)
+    scaler = torch.amp.GradScaler(DEVICE)
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(RuntimeError, match="GradScaler can not go with it.*bfloat16"):
+        scaler.step(opt)
+    handle.remove()
+    scaler = torch.amp.GradScaler(DEVICE)
+    scaler.scale(p.sum()).backward()
+    scaler.step(opt)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_an_error_leaves_the_parameter_and_its_state(case, backend):
+    params = parameters([(4,), (5,)])
+    opt = case.ours([{"params": [p]} for p in params], backend=backend)
+    step_in_backward(opt)
+    for started in (False, True):
+        if started:
+            backward(params, 1)
+        before = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in params]
+        opt.param_groups[1]["lr"] = float("nan")
+        with pytest.raises(ValueError, match="group 1: Invalid learning rate: nan"):
+            params[1].sum().backward()
+        opt.param_groups[1]["lr"] = before[0]["param_groups"][1]["lr"]
+        params[1].grad = None
+        if started:
+            name = opt.state_names(opt.param_groups[1])[0]
+            kept = opt.state[params[1]][name]
+            opt.state[params[1]][name] = kept[:2]
+            with pytest.raises(RuntimeError, match=rf"group 1 parameter 0 .*state '{name}' has shape \[2\]"):
+                params[1].sum().backward()
+            assert params[1].grad is not None
+            opt.state[params[1]][name] = kept
+            params[1].grad = None
+        for p, old in zip(params, before[1], strict=True):
+            assert_same_bits(p.detach(), old)
+        now = opt.state_dict()
+        assert now["state"].keys() == before[0]["state"].keys()
+        for key, state in before[0]["state"].items():
+            for name, t in state.items():
+                assert_same_bits(now["state"][key][name], t)
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    model = nn.Embedding(4, 3, sparse=True)
+    opt = optim.AdamW(model.named_parameters())
+    step_in_backward(opt)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="group 0 parameter 0 .'weight'.*does not support sparse gradients"):
+            model(torch.tensor([1, 2])).sum().backward()
+        assert model.weight.grad.is_sparse and not opt.state
+
+
+def test_a_gradient_that_was_there_is_part_of_the_step():
+    """What the docstring says of accumulation."""
+    p = nn.Parameter(torch.zeros(3))
+    opt = optim.SGD([p], lr=1.0)
+    step_in_backward(opt)
+    set_grads([p], 0)
+    kept = p.grad.clone()
+    p.sum().backward()
+    assert_same_bits(p.detach(), -(kept + 1))
