@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import genopt_ext
 from genopt_ext import optim
 
 Shape = tuple[int, ...]
@@ -29,7 +30,11 @@ GPT2: list[Shape] = [
 
 @dataclass(frozen=True)
 class Case:
-    """``arrays`` tensors as large as the parameters are read in a step, of which ``written`` are written."""
+    """``arrays`` tensors as large as the parameters are read in a step, of which ``written`` are written.
+
+    ``clip``: the norm of all gradients is clipped before, one array more to read. ``ema``: the weights' average is
+    kept. ``optimizer`` may be ``clip_grad_norm_``, which then is all there is.
+    """
 
     name: str
     optimizer: str
@@ -39,6 +44,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     kwargs: dict[str, Any] = field(default_factory=dict)
     cold: bool = False
+    clip: float | None = None
+    ema: float | None = None
 
     @property
     def elements(self) -> int:
@@ -46,19 +53,26 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        return self.elements * self.dtype.itemsize * (self.arrays + self.written)
+        return self.elements * self.dtype.itemsize * (self.arrays + self.written + (self.clip is not None))
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """Options that only our classes have."""
+        given = {"max_grad_norm": self.clip, "ema_decay": self.ema}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def cases(scale: float) -> list[Case]:
     """The table; ``scale`` shrinks the one-tensor cases from 64M elements."""
     large = ((max(4096, int((1 << 26) * scale)),),)
     gpt2 = tuple(shape if scale >= 1 else (max(1, int(math.prod(shape) * scale)),) for shape in GPT2)
+    name = "GPT-2" + (f" x{scale:g}" if scale < 1 else "")
     million = f"{large[0][0] / 2**20:.3g}M"
     momentum, centered = {"momentum": 0.9}, {"centered": True, "momentum": 0.9}
     small, tiny = ((1024,),) * 2000, ((64,),) * 20000
     return [
         Case(f"AdamW {million}", "AdamW", large, 4, 3),
-        Case("AdamW GPT-2" + (f" x{scale:g}" if scale < 1 else ""), "AdamW", gpt2, 4, 3),
+        Case("AdamW " + name, "AdamW", gpt2, 4, 3),
         Case(f"AdamW bf16 {million}", "AdamW", large, 4, 3, torch.bfloat16),
         Case("AdamW 2000x1024", "AdamW", small, 4, 3),
         Case("AdamW 2000x1024 cold", "AdamW", small, 4, 3, cold=True),
@@ -71,6 +85,11 @@ def cases(scale: float) -> list[Case]:
         Case("SGD momentum 2000x1024", "SGD", small, 3, 2, kwargs=momentum),
         Case(f"Adagrad {million}", "Adagrad", large, 3, 2),
         Case("Adagrad 2000x1024", "Adagrad", small, 3, 2),
+        Case("AdamW clipped " + name, "AdamW", gpt2, 4, 3, clip=1.0),
+        Case("AdamW clipped 2000x1024", "AdamW", small, 4, 3, clip=1.0),
+        Case("AdamW clipped 20000x64", "AdamW", tiny, 4, 3, clip=1.0),
+        Case("clip_grad_norm_ " + name, "clip_grad_norm_", gpt2, 1, 0),
+        Case(f"AdamW EMA {million}", "AdamW", large, 5, 4, ema=0.999),
     ]
 
 
@@ -99,34 +118,61 @@ def floor(case: Case) -> Callable[[], None]:
 
     def run() -> None:
         assert buffers
+        if case.clip is not None:
+            _C.stream(arrays[-1:], nbytes, threads)
         _C.stream(arrays, nbytes, threads)
 
     return run
 
 
+def stepping(case: Case, variant: str | None) -> Callable[[], Any]:
+    """The whole step of one subject; ``variant``: torch's; None: ours."""
+    params = parameters(case)
+    if case.optimizer == "clip_grad_norm_":  # with a bound that no norm reaches, so that nothing is written
+        clip: Any = torch.nn.utils.clip_grad_norm_ if variant else genopt_ext.clip_grad_norm_
+        return lambda: clip(params, 1e9)
+    if variant is None:
+        return getattr(optim, case.optimizer)(params, **case.kwargs, **case.ours).step
+    kwargs: dict[str, Any] = {"lr": torch.tensor(1e-3)} if variant == "compiled" else {variant: True}
+    foreach = {"foreach": False} if variant == "compiled" else {}
+    opt = getattr(torch.optim, case.optimizer)(params, **kwargs, **foreach, **case.kwargs)
+    step = torch.compile(opt.step) if variant == "compiled" else opt.step
+    averages = [p.detach().clone() for p in params] if case.ema is not None else []
+
+    def run() -> None:
+        if case.clip is not None:
+            torch.nn.utils.clip_grad_norm_(params, case.clip)
+        step()
+        if case.ema is not None:  # as AveragedModel's get_ema_multi_avg_fn
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, params, 1.0 - case.ema)
+
+    return run if case.ours else step
+
+
 def subjects(case: Case, compiled: bool) -> dict[str, Callable[[], Any]]:
     """What takes turns: the floor, ours, and torch's own implementations."""
-    theirs = getattr(torch.optim, case.optimizer)
-    made: dict[str, Callable[[], Any]] = {
-        "floor": floor(case),
-        "genopt_ext": getattr(optim, case.optimizer)(parameters(case), **case.kwargs).step,
-    }
-    if case.optimizer != "RMSprop":
-        made["torch fused"] = theirs(parameters(case), fused=True, **case.kwargs).step
+    made = {"floor": floor(case), "genopt_ext": stepping(case, None)}
+    if case.optimizer not in ("RMSprop", "clip_grad_norm_"):
+        made["torch fused"] = stepping(case, "fused")
     if len(case.shapes) <= 2000:
-        made["torch foreach"] = theirs(parameters(case), foreach=True, **case.kwargs).step
-    if compiled and len(case.shapes) == 1:
-        lr = torch.tensor(1e-3)
-        made["torch compiled"] = torch.compile(theirs(parameters(case), lr=lr, foreach=False, **case.kwargs).step)
+        made["torch foreach"] = stepping(case, "foreach")
+    if compiled and len(case.shapes) == 1 and not case.ours:
+        made["torch compiled"] = stepping(case, "compiled")
     return made
 
 
 def check(case: Case) -> None:
     """The kernels' result is the reference's, bit for bit, on a small copy of the case."""
+    if case.optimizer == "clip_grad_norm_":
+        params = parameters(case, largest=5000)
+        norm = genopt_ext.get_total_norm([p.grad.double() for p in params if p.grad is not None])
+        torch.testing.assert_close(genopt_ext.clip_grad_norm_(params, 1.0).double(), norm, rtol=1e-6, atol=0)
+        return
     results = []
     for backend in ("cpu", "reference"):
         params = parameters(case, largest=5000)
-        opt = getattr(optim, case.optimizer)(params, backend=backend, **case.kwargs)
+        opt = getattr(optim, case.optimizer)(params, backend=backend, **case.kwargs, **case.ours)
         for _ in range(2):
             opt.step()
         results.append(params)

@@ -11,6 +11,7 @@ through the timed part on a CPU with small tensors, to see that it works, and wr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -49,6 +50,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     kwargs: dict[str, Any] = field(default_factory=dict)
     theirs: tuple[str, ...] = ("fused",)
+    clip: bool = False  # by the norm of all gradients
+    scaled: bool = False  # by a GradScaler: ours finds infinities in the norm's pass, torch's in one of its own
 
 
 def cases(scale: float) -> list[Case]:
@@ -65,6 +68,8 @@ def cases(scale: float) -> list[Case]:
         Case("RMSprop 1B", "RMSprop", one, 20, "93 % of copy, 5 x torch", theirs=("foreach",)),
         Case("SGD momentum 1B", "SGD", one, 20, "93 % of copy", kwargs=momentum),
         Case("Adagrad 1B", "Adagrad", one, 20, "93 % of copy", theirs=("foreach", "fused")),
+        Case("AdamW clipped 1B", "AdamW", one, 32, "93 % of copy, 1.2 x torch", clip=True),
+        Case("AdamW clipped, GradScaler 1B", "AdamW", one, 32, "1.4 x torch", clip=True, scaled=True),
         Case("AdamW 1000 x 1024", "AdamW", [elements(1024)] * 1000, 28, "10 x torch"),
         Case("AdamW 10000 x 64", "AdamW", [elements(64)] * 10_000, 28, "10 x torch"),
         Case("AdamW 2000 x 1024", "AdamW", [elements(1024)] * 2000, 28, "host 0.3 ms, 3 launches"),
@@ -121,15 +126,31 @@ def parameters(case: Case, device: str) -> list[torch.nn.Parameter]:
 
 def subject(case: Case, device: str, torchs: str | None) -> tuple[torch.optim.Optimizer, Run]:
     """An optimizer with its state made, and its step. ``torchs``: the variant of torch's; None: ours."""
-    from genopt_ext import optim
+    import genopt_ext
 
     params = parameters(case, device)
-    module: Any = torch.optim if torchs else optim
-    opt = getattr(module, case.optimizer)(params, **case.kwargs, **({torchs: True} if torchs else {}))
+    module: Any = torch.optim if torchs else genopt_ext.optim
+    options = {torchs: True} if torchs else {"max_grad_norm": 1.0} if case.clip else {}
+    opt = getattr(module, case.optimizer)(params, **case.kwargs, **options)
     opt.step()
     if not torchs:
         keep_moments_in_fp32(opt)
-    return opt, opt.step
+    scaler = (torch.amp if torchs else genopt_ext).GradScaler(device, init_scale=1.0) if case.scaled else None
+    if scaler is not None:
+        scaler.scale(torch.zeros((), device=device))  # makes the scale
+
+    def run() -> None:
+        if torchs and scaler is not None:
+            scaler.unscale_(opt)
+        if torchs and case.clip:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if scaler is None:
+            opt.step()
+        else:
+            scaler.step(opt)
+            scaler.update()
+
+    return opt, run if case.clip or scaler is not None else opt.step
 
 
 def keep_moments_in_fp32(opt: torch.optim.Optimizer) -> None:
@@ -142,11 +163,12 @@ def check(case: Case, device: str) -> None:
     """The timed step gives the numbers of the plain-torch reference."""
     from genopt_ext import optim
 
-    few = Case(case.name, case.optimizer, [min(n, 5000) for n in case.shapes[:50]], 0, "", case.dtype, case.kwargs)
+    few = dataclasses.replace(case, shapes=[min(n, 5000) for n in case.shapes[:50]])
     results = []
     for backend in ("auto", "reference"):
         params = parameters(few, device)
-        opt = getattr(optim, case.optimizer)(params, **case.kwargs, backend=backend)
+        clip = {"max_grad_norm": 1.0} if case.clip else {}
+        opt = getattr(optim, case.optimizer)(params, **case.kwargs, **clip, backend=backend)
         for _ in range(3):
             opt.step()
             keep_moments_in_fp32(opt)

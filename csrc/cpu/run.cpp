@@ -65,12 +65,13 @@ const Capability& chosen() {
 constexpr int64_t kTilesPerThread = 128;
 
 // Asks for the first lines of a row a few rows on: a walk over many small tensors would else wait for each.
-void prefetch_ahead(const Plan& plan, int64_t r) {
+void prefetch_ahead(const Plan& plan, int64_t r, unsigned operands) {
   constexpr int64_t kRowsAhead = 3, kBytes = 512;
   if (r + kRowsAhead >= static_cast<int64_t>(plan.rows.size())) return;
   const Row& row = plan.rows[r + kRowsAhead];
   if (row.device != kHost) return;
   for (int k = 0; k < kOperands; ++k) {
+    if (!(operands >> k & 1)) continue;
     const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
     for (int64_t byte = 0; row.data[k] && byte < bytes; byte += 64)
       __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
@@ -78,9 +79,10 @@ void prefetch_ahead(const Plan& plan, int64_t r) {
 }
 
 // Visits pieces [begin, end) of the whole plan: visit(row index, its first piece, its last). `first` says where a row's
-// pieces begin, `count` how many it has.
+// pieces begin, `count` how many it has; `operands` are used, as a mask.
 template <class Count, class Visit>
-void for_range(const Plan& plan, int64_t Row::* first, Count count, int64_t begin, int64_t end, Visit visit) {
+void for_range(const Plan& plan, int64_t Row::* first, Count count, unsigned operands, int64_t begin, int64_t end,
+               Visit visit) {
   const auto& rows = plan.rows;
   // The last row that starts at or before `begin`: rows without pieces share their start with the next.
   auto row = std::upper_bound(rows.begin(), rows.end(), begin,
@@ -89,7 +91,7 @@ void for_range(const Plan& plan, int64_t Row::* first, Count count, int64_t begi
   for (; begin < end; ++row) {
     const int64_t last = std::min(end, (*row).*first + count(*row));
     if (begin >= last) continue;
-    prefetch_ahead(plan, row - rows.begin());
+    prefetch_ahead(plan, row - rows.begin(), operands);
     visit(row - rows.begin(), begin - (*row).*first, last - (*row).*first);
     begin = last;
   }
@@ -144,6 +146,7 @@ int64_t host_spans(const Row& row) {
 
 // A row's spans as one number: 32 sums of every 32nd, as a warp has them, then these by halves.
 double join_spans(const double* spans, int64_t count, Norm norm) {
+  if (count == 1) return spans[0];
   constexpr int kSums = 32;
   double sums[kSums] = {};
   with_measure(norm, [&](auto measure) {
@@ -178,7 +181,7 @@ void measure(Plan& plan, int threads) {
   for (const Options& group : plan.groups) weighs = weighs || group[kAgc] >= 0;
   if (weighs) weights.resize(spans.size());
   in_parallel(plan.total_spans(), kTilesPerThread / kSpan, threads, [&](int64_t begin, int64_t end) {
-    for_range(plan, &Row::first_span, host_spans, begin, end, [&](int64_t r, int64_t first, int64_t last) {
+    for_range(plan, &Row::first_span, host_spans, 1u << kGrad, begin, end, [&](int64_t r, int64_t first, int64_t last) {
       const Row& row = plan.rows[r];
       const SpanKernel kernel = kernels.spans[norm][row.dtype[kParam] == DType::kFloat64];
       for (int64_t span = first; span < last; ++span) {
@@ -198,7 +201,7 @@ void measure(Plan& plan, int threads) {
 void run(const Plan& plan, int threads) {
   const ZeroKernel zero = kernel_table().zero;
   in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
-    for_range(plan, &Row::first_tile, host_tiles, begin, end, [&](int64_t r, int64_t first, int64_t last) {
+    for_range(plan, &Row::first_tile, host_tiles, ~0u, begin, end, [&](int64_t r, int64_t first, int64_t last) {
       const Row& row = plan.rows[r];
       const bool zeroes = plan.control.zero && !(row.used & kRests);
       // What is zeroed is still in the cache.

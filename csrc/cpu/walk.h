@@ -268,7 +268,10 @@ __attribute__((noinline)) void measure_direct(const typename Codec::Stored* x, i
 template <class M, class T>
 double measure(const Row& row, int operand, int64_t span) {
   const int64_t start = span * kSpan * kTile, stop = std::min(start + int64_t{kSpan} * kTile, row.numel);
-  alignas(64) double sums[kTile] = {};
+  int places = kTile;
+  while (places > 1 && places / 2 >= stop - start) places /= 2;  // nothing stands beyond
+  alignas(64) double sums[kTile];
+  std::fill(sums, sums + places, 0.0);
   const auto direct = [&]<class Codec>(Codec) {
     if (!is_direct<Codec>(row, operand)) return false;
     measure_direct<M, Codec>(element<Codec>(row, operand, start), stop - start, sums);
@@ -281,9 +284,7 @@ double measure(const Row& row, int operand, int64_t span) {
       measure_direct<M, Values<T>>(loaded.load(row, operand, at, count, count), count, sums);
     }
   }
-  int half = kTile / 2;
-  while (half > 1 && half >= stop - start) half /= 2;  // nothing stands beyond
-  for (; half >= 1; half /= 2)
+  for (int half = places / 2; half >= 1; half /= 2)
 #pragma GCC ivdep
     for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
   return sums[0];
