@@ -264,6 +264,16 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
 
 
+def _measure_subclass(x: Tensor, norm: float) -> Tensor:
+    """In the subclass's own order of additions: DTensor adds over all devices."""
+    values = x.double()
+    total = values.abs().max() if norm == math.inf else (values.square() if norm == 2 else values.abs()).sum()
+    if hasattr(total, "full_tensor"):
+        whole: Tensor = total.full_tensor()
+        return whole
+    return torch.tensor(total.item(), dtype=torch.float64, device=x.device)
+
+
 @torch.no_grad()
 def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
     """The sum of squares of ``x`` (``norm`` 2), of absolute values (1) or their maximum (infinity), in float64.
@@ -273,6 +283,8 @@ def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
         like: the parameter in whose order in memory the elements are taken.
         norm: 2, 1 or infinity.
     """
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return _measure_subclass(x, norm)
     strides = [*like.stride(), 0] if like.is_complex() else like.stride()
     order = sorted(range(len(strides)), key=lambda d: -strides[d])
     if x.is_complex():

@@ -22,6 +22,7 @@ from cases import (
     train,
 )
 
+import genopt_ext
 from genopt_ext import optim
 
 kernels = pytest.mark.skipif(NATIVE != "cuda", reason="counts launches of CUDA kernels")
@@ -34,12 +35,17 @@ def launches(opt, step):
     return opt._plan.launches - before
 
 
+# All that goes around a step in its own launches.
+PATH = dict(max_grad_norm=0.5, clip_grad_value=0.1, skip_nonfinite=True, ema_decay=0.9)
+
+
 @kernels
+@pytest.mark.parametrize("path", [{}, PATH], ids=["plain", "path"])
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_three_launches_at_most(case):
+def test_three_launches_at_most(case, path):
     """2000 tensors in 100 groups, with new gradients and a scheduler at every step."""
     params = parameters([(1 + i % 300,) for i in range(2000)])
-    opt = case.ours([{"params": params[i::100]} for i in range(100)])
+    opt = case.ours([{"params": params[i::100]} for i in range(100)], **path)
     scheduler = optim.lr_scheduler.ExponentialLR(opt, 0.9)
     train(opt, params, 1)
     for step in range(1, 5):
@@ -106,15 +112,16 @@ def captured(opt):
 
 
 @gpu
+@pytest.mark.parametrize("path", [{}, PATH], ids=["plain", "path"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_graphs_replay_steps(case):
+def test_graphs_replay_steps(case, path):
     """Replays, eager steps beside them, and a learning rate on the device that changes: as without a graph."""
     shapes = [(300,), (7, 5), (), (70_000,)]
     results = []
     for capture in (True, False):
         params = parameters(shapes)
         lr = torch.tensor(0.01)
-        opt = case.ours(params, capturable=True)
+        opt = case.ours(params, capturable=True, **path)
         opt.param_groups[0]["lr"] = lr
         set_grads(params, 0)
         opt.step()
@@ -133,8 +140,15 @@ def test_graphs_replay_steps(case):
             p.grad = grad.mul_(-2)
         run()
         run()
+        fixed[0].fill_(float("nan"))  # skipped, if that is asked
+        run()
+        fixed[0].fill_(0.25)
+        run()
         results.append(opt)
     assert_same_state(*results, case)
+    if path:
+        assert results[0].skipped_steps.item() == results[1].skipped_steps.item() == 1
+        assert_same_bits(results[0].grad_norm, results[1].grad_norm)
 
 
 @gpu
@@ -229,15 +243,15 @@ def test_cpu_and_gpu_parameters_in_one_optimizer(case):
     results = []
     for devices in (("cuda", "cpu", "cuda"), ("cpu", "cpu", "cpu")):
         params = [torch.nn.Parameter(randn((300,), i).to(d)) for i, d in enumerate(devices)]
-        opt = case.ours(params)
+        opt = case.ours(params, max_grad_norm=2.0)
         opt.param_groups[0]["lr"] = lr
         for step in range(3):
             for i, p in enumerate(params):
                 p.grad = randn((300,), 10 * step + i).to(p.device)
             opt.step()
         results.append([p.detach().cpu() for p in params])
-    for a, b in zip(*results, strict=True):
-        assert_same_bits(a, b)
+    for a, b in zip(*results, strict=True):  # the norm's parts meet in another order
+        torch.testing.assert_close(a, b)
 
 
 @gpu
@@ -270,10 +284,11 @@ def test_torch_checkpoint_with_steps_on_the_cpu():
 
 
 @gpu
-def test_no_synchronization():
+@pytest.mark.parametrize("path", [{}, PATH], ids=["plain", "path"])
+def test_no_synchronization(path):
     params = parameters([(300,)] * 50)
     rates = [torch.tensor(0.1), torch.tensor(0.2)]
-    opt = Case("Adam").ours(params, lr=rates[0])
+    opt = Case("Adam").ours(params, lr=rates[0], **path)
     set_grads(params, 0)
     opt.step()
     try:
@@ -282,7 +297,9 @@ def test_no_synchronization():
             torch.cuda.set_sync_debug_mode("error")
         opt.step()
         opt.param_groups[0]["lr"] = rates[1]
-        opt.step()
+        opt.step_and_zero_()
+        genopt_ext.clip_grad_norm_(params, 1.0)
+        genopt_ext.clip_grad_value_(params, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -836,3 +836,81 @@ def test_fuzzed(case, wide, per_group, shapes, actions, backend):
 def test_exports():
     for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_", "GradScaler"):
         assert name in genopt_ext.__all__ and callable(getattr(genopt_ext, name))
+
+
+# Rows that kernels do not serve, beside rows that they do
+
+
+class Odd(torch.Tensor):
+    """A tensor subclass with a dispatch of its own, which the reference serves."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrap(x):
+            return x.inner if isinstance(x, Odd) else x
+
+        args_, kwargs_ = torch.utils._pytree.tree_map(unwrap, (args, kwargs or {}))
+        out = func(*args_, **kwargs_)
+        in_place = func._schema.name.endswith("_")
+        return args[0] if in_place else torch.utils._pytree.tree_map_only(torch.Tensor, Odd, out)
+
+
+@pytest.mark.filterwarnings("ignore:genopt_ext. .*no kernels for Odd")
+@pytest.mark.skipif(_backend.native is None, reason="all is served by the reference then")
+@pytest.mark.parametrize("wide", [*WIDE, {"max_grad_norm": 0.3, "skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_one_norm_over_rows_served_differently(case, wide):
+    """The odd row in the middle, by the reference, steps as a plain one would; so do its neighbours."""
+    if "ema_decay" in wide:
+        wide = {name: value for name, value in wide.items() if name != "ema_decay"}
+    plain, mixed = parameters([(300,), (70,), (5,)]), [p.detach().clone() for p in parameters([(300,), (70,), (5,)])]
+    odd = Odd(mixed[1])
+    opts = [case.ours(plain, **wide), case.ours([mixed[0], odd, mixed[2]], **wide)]
+    for step in range(4):
+        for params in (plain, mixed):
+            set_grads(params, step)
+            if step == 2 and "skip_nonfinite" in wide:
+                params[1].grad[3] = NAN
+        odd.grad = Odd(mixed[1].grad)
+        mixed[1].grad = None
+        for opt in opts:
+            opt.step_and_zero_() if step == 3 else opt.step()
+        for p, q in zip(plain, mixed, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+        if opts[0].grad_norm is not None:
+            torch.testing.assert_close(opts[0].grad_norm, opts[1].grad_norm, equal_nan=True)
+    assert (odd.grad.inner == 0).all() and (mixed[0].grad == 0).all()
+    if "skip_nonfinite" in wide:
+        assert int(opts[0].skipped_steps) == int(opts[1].skipped_steps) == 1
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_dtensors_are_clipped_by_their_global_norm():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo" if DEVICE == "cpu" else "nccl", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(DEVICE, (1,))
+        whole, grad = randn((30, 7), 0), randn((30, 7), 1)
+        p = torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(grad.clone(), mesh, [Shard(0)])
+        q = torch.nn.Parameter(whole.clone())
+        q.grad = grad.clone()
+        opts = [optim.SGD([each], lr=0.5, max_grad_norm=0.3, momentum=0.9) for each in (p, q)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(3):
+                for opt in opts:
+                    opt.step()
+        torch.testing.assert_close(p.full_tensor().detach(), q.detach())
+        torch.testing.assert_close(opts[0].grad_norm, opts[1].grad_norm)
+    finally:
+        torch.distributed.destroy_process_group()
