@@ -412,8 +412,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
             arguments.update(guard=True)
-        clips = any(group.get(name) is not None for group in self.param_groups for name in NORM_CLIPS)
-        if clips or self._max_grad_norm is not None or "guard" in arguments:
+        if arguments.keys() & {"max_norm", "guard"} or any(
+            group.get(name) is not None for group in self.param_groups for name in NORM_CLIPS
+        ):
             results = self._results_on(device)
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
@@ -634,8 +635,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             for p, e in pairs:
                 p.copy_(torch.where(reference.is_unset(e), p.to(e.dtype), e))
-            with torch.enable_grad():
-                yield
+            yield
         finally:
             self._swapped = False
             for (p, _), old in zip(pairs, kept, strict=True):
