@@ -127,18 +127,22 @@ bool Plan::decide() {
   const auto scale_of = [this](int group) {
     return control.scale * (group_scales.empty() ? 1.0 : group_scales[group]);
   };
-  std::vector<double> sums(groups.size());
-  double total = 0, shared = 0;
-  with_measure(control.norm, [&](auto measure) {
-    for (const Row& row : rows)
-      if (row.active && !(row.used & kRests)) sums[row.group] = measure.join(sums[row.group], row.norm);
-    for (size_t g = 0; g < groups.size(); ++g) {
-      total = measure.join(total, sums[g]);
-      if (!clips_alone(groups[g].data())) shared = measure.join(shared, sums[g]);
-    }
-  });
-  total_norm_ = norm_of(control.norm, total) * control.scale;
-  shared = norm_of(control.norm, shared) * control.scale;
+  // By their places among all rows, and those of a group with a norm of its own by their places in it.
+  LaneSums all(control.norm), together(control.norm);
+  std::vector<double> own(groups.size());
+  for (size_t r = 0, first = 0; r < rows.size(); ++r) {
+    if (rows[r].group != rows[first].group) first = r;
+    const double norm = rows[r].active && !(rows[r].used & kRests) ? rows[r].norm : 0;
+    all.add(r, norm);
+    together.add(r, clips_alone(groups[rows[r].group].data()) ? 0 : norm);
+    if (groups[rows[r].group][kMaxGradNorm] < 0 || r != first) continue;
+    LaneSums sums(control.norm);
+    for (size_t i = first; i < rows.size() && rows[i].group == rows[first].group; ++i)
+      sums.add(i - first, rows[i].active && !(rows[i].used & kRests) ? rows[i].norm : 0);
+    own[rows[r].group] = norm_of(control.norm, sums.total()) * control.scale;
+  }
+  total_norm_ = norm_of(control.norm, all.total()) * control.scale;
+  const double shared = norm_of(control.norm, together.total()) * control.scale;
   for (Row& row : rows) {
     if (!row.active || row.device != kHost) continue;
     const double* options = groups[row.group].data();
@@ -147,8 +151,8 @@ bool Plan::decide() {
       row.factor = scale * tensor_coefficient(options, norm_of(control.norm, row.norm) * scale,
                                               norm_of(control.norm, row.weights));
     } else {
-      const double own = norm_of(control.norm, sums[row.group]) * control.scale;
-      row.factor = group_scales.empty() ? scale * group_coefficient(options, control.max_norm, own, shared) : scale;
+      row.factor =
+          group_scales.empty() ? scale * group_coefficient(options, control.max_norm, own[row.group], shared) : scale;
     }
   }
   // Clipping alone leaves what it would not change.

@@ -19,8 +19,36 @@ namespace genopt {
 // in registers, and that will share one int8 scale.
 constexpr int kTile = 256;
 
-// Tiles that make one partial sum of a norm. Its order is fixed: see cpu/walk.h and cuda/norm.cuh.
+// Tiles that make one partial sum of a norm. Its order is fixed: see csrc/README.md.
 constexpr int kSpan = 32;
+
+constexpr int64_t tiles_of(int64_t numel) {
+  return (numel + kTile - 1) / kTile;
+}
+constexpr int64_t spans_of(int64_t numel) {
+  return (tiles_of(numel) + kSpan - 1) / kSpan;
+}
+
+// Numbers added up as a warp does it: 32 sums of every 32nd in turn, then these by halves.
+class LaneSums {
+ public:
+  explicit LaneSums(Norm norm) : norm_(norm) {
+  }
+  void add(int64_t i, double x) {
+    with_measure(norm_, [&](auto measure) { sums_[i % 32] = measure.join(sums_[i % 32], x); });
+  }
+  double total() {
+    with_measure(norm_, [&](auto measure) {
+      for (int half = 16; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) sums_[i] = measure.join(sums_[i], sums_[i + half]);
+    });
+    return sums_[0];
+  }
+
+ private:
+  Norm norm_;
+  double sums_[32] = {};
+};
 
 // The tensors a row names, in the order of Layout::strides. kAverage: the moving average of the weights.
 enum Operand { kParam, kGrad, kState, kAverage = kState + kMaxStates, kOperands };
@@ -66,11 +94,11 @@ struct Row {
 
   // Tiles to step on `device`.
   int64_t tiles(int on_device) const {
-    return active && device == on_device ? (numel + kTile - 1) / kTile : 0;
+    return active && device == on_device ? tiles_of(numel) : 0;
   }
   // Spans to measure there.
   int64_t spans(int on_device) const {
-    return used & kRests ? 0 : (tiles(on_device) + kSpan - 1) / kSpan;
+    return active && device == on_device && !(used & kRests) ? spans_of(numel) : 0;
   }
 };
 

@@ -29,15 +29,33 @@ namespace genopt {
 // A Python call failed; the interpreter holds the error.
 struct PythonError {};
 
+// Calls one function now and another when it goes out of scope.
+template <class Leave>
+class Scope {
+ public:
+  template <class Enter>
+  Scope(Enter enter, Leave leave) : leave_(leave) {
+    enter();
+  }
+  ~Scope() {
+    leave_();
+  }
+  Scope(const Scope&) = delete;
+
+ private:
+  Leave leave_;
+};
+
 // Why a step was not taken. Rows are numbered across all groups.
 struct Refusal {
   std::vector<int64_t> rows;
   std::vector<int64_t> groups;  // with an option that is no finite number
   std::vector<std::pair<int64_t, int64_t>> overlaps;
-  std::vector<int> devices;  // of active rows, where a norm has to meet on one, or a tensor lacks on one
+  std::vector<int> devices;        // of active rows, where a norm has to meet on one, or a tensor lacks on one
+  bool gradients_overlap = false;  // and are to be zeroed, which another row's step would then see
 
   bool is_empty() const {
-    return rows.empty() && groups.empty() && overlaps.empty() && devices.empty();
+    return rows.empty() && groups.empty() && overlaps.empty() && devices.empty() && !gradients_overlap;
   }
 };
 
@@ -95,6 +113,7 @@ class TorchPlan {
   std::optional<Refusal> step(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& skipped,
                               const StepArguments& arguments) {
     if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    const Scope busy([this] { busy_ = true; }, [this] { busy_ = false; });
     Refusal refusal;
     plan_.control = arguments.control;
     Control& control = plan_.control;
@@ -117,9 +136,11 @@ class TorchPlan {
       if (!read_row(r, state)) {
         refusal.rows.push_back(static_cast<int64_t>(r));
       } else if (row.active) {
-        const uint64_t place = fingerprint(row);
-        moved |= place != places_[r];
-        places_[r] = place;
+        if (!control.only_measure) {
+          const uint64_t place = fingerprint(row);
+          moved |= place != places_[r];
+          places_[r] = place;
+        }
         if (row.device == kHost) elements += row.numel;
         note_device(row);
       }
@@ -127,6 +148,7 @@ class TorchPlan {
     read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
     if (!control.only_measure && (moved || !refusal.rows.empty())) check_overlaps(refusal);
+    refusal.gradients_overlap = control.zero && gradients_overlap_;
     std::vector<DeviceTensors> tensors;
     for (const int device : devices_)
       if (const auto found = tensors_on(device, arguments)) tensors.push_back(*found);
@@ -137,14 +159,13 @@ class TorchPlan {
     if (!refusal.is_empty()) return refusal;
 
     std::vector<at::Tensor> held;  // what handles_ then point to
-    for (size_t i = 0; i < devices_.size(); ++i) {
-      if (devices_[i] != kHost) {
-        cuda_.step(devices_[i], plan_, sources_, tensors[i]);
-      } else {
-        read_host_tensors(tensors[i]);
-        run(elements, held);
-        write_host_tensors(tensors[i]);
-      }
+    for (size_t i = 0; i < devices_.size(); ++i)
+      if (devices_[i] != kHost) cuda_.step(devices_[i], plan_, sources_, tensors[i]);
+    for (size_t i = 0; i < devices_.size(); ++i) {  // last: it changes the plan's control
+      if (devices_[i] != kHost) continue;
+      read_host_tensors(tensors[i]);
+      run(elements, held);
+      write_host_tensors(tensors[i]);
     }
     bump_versions();
     return std::nullopt;
@@ -340,7 +361,7 @@ class TorchPlan {
       PyErr_Clear();
       if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1)) return false;
     }
-    return true;
+    return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
   }
 
   // The devices that a group's active rows are on, for read_options_on_devices.
@@ -531,7 +552,8 @@ class TorchPlan {
     uint64_t hash = 0x9e3779b97f4a7c15u;
     const auto mix = [&hash](uint64_t value) { hash = (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29); };
     for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad) mix(reinterpret_cast<uintptr_t>(row.data[k]));
+      if (k != kGrad || plan_.control.zero) mix(reinterpret_cast<uintptr_t>(row.data[k]));
+    mix(plan_.control.zero);
     mix(reinterpret_cast<uintptr_t>(row.step));
     mix(row.numel);
     if (row.layout) {
@@ -545,8 +567,8 @@ class TorchPlan {
   // Looks at what all rows write, with or without a gradient now, so that it need not be done again
   // when a gradient comes. A pair of which one has none does no harm yet: it is looked at every time.
   void check_overlaps(Refusal& refusal) {
-    std::vector<Region> regions;
-    const auto add = [&](const at::Tensor& t, size_t r) {
+    std::vector<Region> regions, gradients;
+    const auto add_to = [](std::vector<Region>& regions, const at::Tensor& t, size_t r) {
       if (!is_plain(t)) return;
       Region& region = regions.emplace_back(Region{
           static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)});
@@ -554,15 +576,18 @@ class TorchPlan {
       region.sizes = t.sizes().vec();
       region.strides = t.strides().vec();
     };
+    const auto add = [&](const at::Tensor& t, size_t r) { add_to(regions, t, r); };
     for (size_t r = 0; r < params_.size(); ++r) {
       if (!THPVariable_Check(params_[r])) continue;
+      if (plan_.control.zero && has_grad_[r] && plan_.rows[r].active) add_to(gradients, *handles_[r][kGrad], r);
       add(THPVariable_Unpack(params_[r]), r);
       PyObject *entries = states_[r], *key, *value;
       if (!entries || !PyDict_Check(entries)) continue;
       for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);)
         if (THPVariable_Check(value)) add(THPVariable_Unpack(value), r);
     }
-    recheck_overlaps_ = false;
+    gradients_overlap_ = !find_overlaps(std::move(gradients)).empty();
+    recheck_overlaps_ = gradients_overlap_;
     for (const auto& [a, b] : find_overlaps(std::move(regions))) {
       if (has_grad_[a] && has_grad_[b]) refusal.overlaps.emplace_back(a, b);
       recheck_overlaps_ = true;
@@ -587,11 +612,9 @@ class TorchPlan {
       if (plan_.rows[r].active)
         for (const at::Tensor*& t : handles_[r])
           if (t) t = &held[i++];
-    busy_ = true;
-    Py_BEGIN_ALLOW_THREADS;
+    PyThreadState* thread = nullptr;
+    const Scope without_gil([&thread] { thread = PyEval_SaveThread(); }, [&thread] { PyEval_RestoreThread(thread); });
     cpu::step(plan_, threads);
-    Py_END_ALLOW_THREADS;
-    busy_ = false;
   }
 
   // Autograd then knows that these changed; torch's own fused kernels leave this out.
@@ -617,7 +640,7 @@ class TorchPlan {
   CudaDevices cuda_;
   const std::string backend_;
   bool busy_ = false;
-  bool recheck_overlaps_ = false;
+  bool recheck_overlaps_ = false, gradients_overlap_ = false;
   PyObject* grads_ = nullptr;  // of the step that is read now
   // Keys are interned and never freed.
   std::vector<PyObject*> option_keys_, common_keys_;

@@ -27,7 +27,7 @@ class Plan:
         grad_norm: list[Any] | None = None,
         nonfinite: list[Any] | None = None,
         skipped_steps: list[Any] | None = None,
-    ) -> tuple[list[int], list[int], list[tuple[int, int]], list[int]] | None: ...
+    ) -> tuple[list[int], list[int], list[tuple[int, int]], list[int], bool] | None: ...
 
 has_cuda: bool
 

@@ -26,8 +26,11 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not (isinstance(optimizer, FusedOptimizer) and self._enabled) or "closure" in kwargs:
             return super().step(optimizer, *args, **kwargs)
+        if optimizer._in_backward is not None:
+            optimizer._in_backward._refuse_grad_scaler()
         state = self._per_optimizer_states[id(optimizer)]
-        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        has_gradients = optimizer._micro_batches > 0 or any(p.grad is not None for p in params)
         if state["stage"] is not OptState.READY or not has_gradients:
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")

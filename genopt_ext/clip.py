@@ -2,8 +2,8 @@
 
 Gradients are read once, and written only where clipping really changes them. The norm is summed in double in a fixed
 order: the same bits for every number of threads and run after run. Nothing waits for a GPU, except with
-``error_if_nonfinite=True``. Tensor subclasses such as DTensor and sparse gradients go through torch's own functions,
-and p-norms other than 1, 2 and infinity through torch operations in float64.
+``error_if_nonfinite=True``. Tensor subclasses such as DTensor go through torch's own functions, which refuse sparse
+gradients, and p-norms other than 1, 2 and infinity through torch operations in float64.
 """
 
 from __future__ import annotations
@@ -85,9 +85,8 @@ def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
         if not _run(here, list(here), {}, norm=NORMS[norm], measure=True, only_measure=True, grad_norm=[total]):
             if not all(_is_plain(t) for t in here):
                 return None
-            join = reference.join_of(norm)
-            for t in here:
-                total = join(total, reference.measure(t, t, norm))
+            sums = torch.stack([reference.measure(t, t, norm) for t in here])
+            total = sums.max() if norm == math.inf else reference.join(sums)
             total = total.sqrt() if norm == 2 else total
         found.append(total)
     return found

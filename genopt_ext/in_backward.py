@@ -82,6 +82,11 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
             f"step_in_backward: this {type(optimizer).__name__} is stepped in backward already; call remove() on the "
             "first handle before"
         )
+    if optimizer._micro_batches:
+        raise RuntimeError(
+            "step_in_backward: gradients are accumulated and wait for a step; call step() or "
+            "discard_accumulated() before"
+        )
     handle = InBackward(optimizer)
     handle._add_groups(range(len(optimizer.param_groups)))
     optimizer._in_backward = handle
@@ -170,6 +175,7 @@ class _Hook:
         place = self._find(optimizer, p)
         if place is None or p.grad is None:
             return
+        optimizer._refuse_swapped()
         _refuse_norm(optimizer, place[0])
         self._step(optimizer, place)
         optimizer._opt_called = True  # what learning rate schedulers look at
@@ -186,14 +192,15 @@ class _Hook:
 
         # Resolved once: it takes as long as the step of a small parameter, and GENOPT_BACKEND is for a whole run.
         if (optimizer._resolved if self.plan is None else optimizer.backend) == "reference":
-            optimizer._settle(((0,), (i,), (), ()), {}, [place], natively)
+            optimizer._settle(((0,), (i,), (), (), False), {}, [place], natively)
             return
         if self.plan is None:
             self.plan = optimizer._make_plan((i,), [place])
         refusal = natively((), {})
         if refusal is not None:
-            rows, groups, overlaps, devices = refusal
-            optimizer._settle((rows, (i,) if groups else (), overlaps, devices), {}, [place], natively)
+            rows, groups, overlaps, devices, gradients_overlap = refusal
+            refusal = rows, (i,) if groups else (), overlaps, devices, gradients_overlap
+            optimizer._settle(refusal, {}, [place], natively)
 
     def _find(self, optimizer: FusedOptimizer, p: Tensor) -> Place | None:
         """Where ``p`` stands now; None: no more in the optimizer, which leaves it alone."""

@@ -260,6 +260,11 @@ def _in_turn(x: Tensor, join: Join) -> Tensor:
     return total
 
 
+def join(sums: Tensor) -> Tensor:
+    """The sum of a vector, in the order in which a norm's parts are added up."""
+    return _by_halves(_in_turn(_padded(sums, _SUMS).view(-1, _SUMS), torch.add), torch.add)
+
+
 def _padded(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
 

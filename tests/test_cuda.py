@@ -245,6 +245,7 @@ def test_cpu_and_gpu_parameters_in_one_optimizer(case):
         params = [torch.nn.Parameter(randn((300,), i).to(d)) for i, d in enumerate(devices)]
         opt = case.ours(params, max_grad_norm=2.0)
         opt.param_groups[0]["lr"] = lr
+        opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(0.0)  # once for each device
         for step in range(3):
             for i, p in enumerate(params):
                 p.grad = randn((300,), 10 * step + i).to(p.device)

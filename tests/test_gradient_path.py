@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import hypothesis.strategies as st
 import pytest
@@ -914,3 +916,125 @@ def test_dtensors_are_clipped_by_their_global_norm():
         torch.testing.assert_close(opts[0].grad_norm, opts[1].grad_norm)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# Found in review
+
+
+@pytest.mark.parametrize("kind", ["expanded", "one for two", "windows"])
+def test_zeroing_gradients_that_share_memory(kind, backend):
+    """Each is read before any is zeroed."""
+    n = 20_000
+    params = [torch.nn.Parameter(torch.ones(n)) for _ in range(2)]
+    if kind == "expanded":
+        for p in params:
+            p.grad = torch.full((1,), 0.5).expand(n)
+    elif kind == "one for two":
+        params[0].grad = params[1].grad = torch.full((n,), 0.5)
+    else:
+        whole = torch.full((n + 10,), 0.5)
+        params[0].grad, params[1].grad = whole[:n], whole[10:]
+    opt = optim.SGD(params, lr=1.0, backend=backend)
+    for value in (0.5, 0.5):
+        opt.step_and_zero_()
+        for p in params:
+            assert (p == value).all() and (p.grad == 0).all()
+
+
+def test_accumulation_and_scalers():
+    """torch's scaler sees .grad alone, and is refused; ours checks and unscales what was gathered."""
+    p = torch.nn.Parameter(torch.zeros(30))
+    opt = optim.SGD([p], lr=1.0)
+    for bad, last in [(False, False), (False, True), (True, True), (True, False)]:
+        for scaler in (torch.amp.GradScaler(DEVICE, init_scale=8.0), genopt_ext.GradScaler(DEVICE, init_scale=8.0)):
+            ours = isinstance(scaler, genopt_ext.GradScaler)
+            with torch.no_grad():
+                p.zero_()
+            for step in range(3):
+                p.grad = torch.full_like(p, INF if bad and step == 0 else 8.0)
+                if step < 2 or not last:
+                    opt.accumulate()
+            scaler.scale(torch.zeros((), requires_grad=True))
+            if not ours:
+                with pytest.raises(RuntimeError, match=r"accumulate\(\) has gathered"):
+                    scaler.step(opt)
+                opt.discard_accumulated()
+                continue
+            scaler.step(opt)
+            scaler.update()
+            assert (p == (0.0 if bad else -1.0)).all() and scaler.get_scale() == (4.0 if bad else 8.0)
+
+
+def test_accumulation_ends():
+    params = parameters([(5,), (6,)])
+    opt = optim.SGD(params, lr=1.0)
+    saved = opt.state_dict()
+    before = params[0].detach().clone()
+    set_grads(params, 0)
+    opt.accumulate()
+    for copier in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match="accumulated gradients are no part of a copy"):
+            copier(opt)
+    with pytest.raises(RuntimeError, match="gradients are accumulated and wait"):
+        genopt_ext.step_in_backward(opt)
+    opt.load_state_dict(saved)
+    opt.step()
+    assert_same_bits(params[0].detach(), before)
+    set_grads(params, 0)
+    opt.accumulate()
+    gone = weakref.ref(params.pop())
+    del opt.param_groups[0]["params"][1]
+    opt.step()
+    set_grads(params, 1)
+    opt.accumulate()
+    gc.collect()
+    assert gone() is None
+    params[0].data = torch.zeros(7)
+    params[0].grad = torch.ones(7)
+    with pytest.raises(RuntimeError, match="had shape"):
+        opt.accumulate()
+    assert params[0].grad is not None
+    opt.discard_accumulated()
+    opt.step()
+    assert (params[0] == -1).all()
+
+
+def test_two_clips_in_one_group_between_steps(backend):
+    params = parameters([(5,)])
+    opt = optim.SGD(params, clip_per_param=1.0, backend=backend)
+    run_on(opt, params, range(1))
+    opt.param_groups[0]["max_grad_norm"] = 1.0
+    set_grads(params, 1)
+    with pytest.raises(ValueError, match="group 0.*give only one of them"):
+        opt.step()
+
+
+def test_grad_norm_is_a_copy(backend):
+    params = parameters([(5,)])
+    opt = optim.SGD(params, max_grad_norm=1.0, backend=backend)
+    norms = []
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+        norms.append(opt.grad_norm)
+    assert len({n.item() for n in norms}) == 3
+
+
+def test_measuring_does_not_hide_an_overlap():
+    p = torch.nn.Parameter(torch.ones(300))
+    p.grad = torch.full((1,), 5.0).expand(300)
+    with pytest.raises(RuntimeError, match="more than one element"):
+        genopt_ext.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+
+
+def test_no_step_within_swap_ema_in_backward_or_closure():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = optim.SGD([p], lr=0.1, ema_decay=0.5)
+    p.grad = torch.ones(3)
+    opt.step()
+    p.grad = None
+    with opt.swap_ema():
+        with pytest.raises(RuntimeError, match="leave swap_ema"):
+            opt.step(lambda: pytest.fail("the closure ran"))
+        with genopt_ext.step_in_backward(opt), pytest.raises(RuntimeError, match="leave swap_ema"):
+            p.sum().backward()

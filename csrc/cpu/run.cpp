@@ -144,17 +144,11 @@ int64_t host_spans(const Row& row) {
   return row.spans(kHost);
 }
 
-// A row's spans as one number: 32 sums of every 32nd, as a warp has them, then these by halves.
 double join_spans(const double* spans, int64_t count, Norm norm) {
   if (count == 1) return spans[0];
-  constexpr int kSums = 32;
-  double sums[kSums] = {};
-  with_measure(norm, [&](auto measure) {
-    for (int64_t i = 0; i < count; ++i) sums[i % kSums] = measure.join(sums[i % kSums], spans[i]);
-    for (int half = kSums / 2; half >= 1; half /= 2)
-      for (int i = 0; i < half; ++i) sums[i] = measure.join(sums[i], sums[i + half]);
-  });
-  return sums[0];
+  LaneSums sums(norm);
+  for (int64_t i = 0; i < count; ++i) sums.add(i, spans[i]);
+  return sums.total();
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options) {
   made.step_dtype = row.step_dtype;
   made.group = row.group;
   made.used = static_cast<uint8_t>(row.used);
+  made.clips_alone = clips_alone(options.data());
   made.by_tensor = clips_by_tensor(options.data());
   made.weighs = options[kAgc] >= 0;
   made.piece = row.dtype[kParam] == DType::kFloat64 ? 2 : halves ? 8 : 4;
@@ -105,9 +106,12 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     measures[in_double] = true;
   }
   if (!active[0] && !active[1]) return;
-  // Of rows that rest too, as they will return.
-  if (control.measure)
-    for (const Row& row : rows) wanted.norm_spans += (row.numel + kSpan * kTile - 1) / (kSpan * kTile) + 1;
+  // Of rows that rest or are elsewhere too, as the device knows them.
+  for (int r = 0; control.measure && r < wanted.rows; ++r) {
+    DeviceRow known{};
+    if (memory_ && r < table_.rows) std::memcpy(&known, &image_[table_.row(r)], sizeof known);
+    wanted.norm_spans += std::max(spans_of(rows[r].numel), spans_of(known.numel)) + 1;
+  }
 
   // A table is only used on the stream that its memory belongs to, and no more once a graph has it: the
   // graph writes it at every replay. A graph may take over a table from before: it is never given back.
@@ -128,8 +132,8 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     put(table_.first_span(r), spans);
     DeviceRow known;  // of a row that rests too, as it will return
     std::memcpy(&known, &image_[table_.row(r)], sizeof known);
-    tiles += (known.numel + kTile - 1) / kTile;
-    spans += (known.numel + kSpan * kTile - 1) / (kSpan * kTile);
+    tiles += tiles_of(known.numel);
+    spans += spans_of(known.numel);
   }
   for (int g = 0, r = 0; g <= wanted.groups; ++g) {
     while (r < wanted.rows && rows[r].group < g) ++r;
@@ -149,19 +153,15 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
   };
-  const auto address_of = [](const void* address, DType dtype) {
-    return address ? reinterpret_cast<uintptr_t>(address) | static_cast<uint64_t>(dtype) << kDTypeShift : 0;
-  };
   for (int g = 0; g < wanted.groups; ++g) {
-    for (int k = 0; k < kMaxOptions; ++k)
-      put(table_.source(k, g), address_of(sources[g][k].address, sources[g][k].dtype));
+    for (int k = 0; k < kMaxOptions; ++k) put(table_.source(k, g), word_of(sources[g][k].address, sources[g][k].dtype));
     for (int k = 0; k < kAllOptions; ++k) put(table_.option(k, g), bits_of_double(groups[g][k]));
   }
   put(table_.control(kMaxNorm), bits_of_double(control.max_norm));
   put(table_.control(kScale), bits_of_double(control.scale));
   put(table_.control(kNormKind), static_cast<uint64_t>(control.norm));
   put(table_.control(kGuard), control.guard);
-  for (int k = 0; k < kDeviceTensors; ++k) put(table_.tensor(k), address_of(tensors[k].address, tensors[k].dtype));
+  for (int k = 0; k < kDeviceTensors; ++k) put(table_.tensor(k), word_of(tensors[k].address, tensors[k].dtype));
   for (int r = 0; r < wanted.rows; ++r) {
     const Row& row = rows[r];
     const bool has_elements = row.numel && !(row.used & kRests);

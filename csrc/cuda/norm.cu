@@ -55,11 +55,12 @@ __device__ double measure(const Table& table, const DeviceRow& row, int operand,
   return by_halves<M>(places, kTile, lane);
 }
 
-// The spans of a row.
-template <class M>
-__device__ double join_spans(const double* spans, int64_t count, int lane, double* places) {
+// Numbers [0, count) as LaneSums adds them up; number(i) is asked for by the lane that adds it.
+template <class M, class Number>
+__device__ double join(int64_t count, int lane, double* places, Number number) {
   double sum = 0;
-  for (int64_t i = lane; i < count; i += kWarp) sum = M::join(sum, __ldcg(spans + i));
+#pragma unroll 4
+  for (int64_t i = lane; i < count; i += kWarp) sum = M::join(sum, number(i));
   places[lane] = sum;
   return by_halves<M>(places, kWarp, lane);
 }
@@ -72,55 +73,54 @@ __device__ bool arrives_last(uint64_t* counter, int64_t count, int lane) {
     last = atomicAdd(reinterpret_cast<unsigned*>(counter), 1u) + 1 == static_cast<unsigned>(count);
     __threadfence();
   }
-  return __ballot_sync(~0u, last) != 0;
+  const bool is_last = __ballot_sync(~0u, last) != 0;
+  __syncwarp();  // a vote orders no memory
+  return is_last;
 }
 
 __device__ void write_number(uint64_t word, double x) {
-  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
   if (!word) return;
-  with_codec(static_cast<DType>(word >> kDTypeShift), [word, x](auto codec) {
+  with_codec(dtype_in(word), [word, x](auto codec) {
     using Codec = decltype(codec);
-    *reinterpret_cast<typename Codec::Stored*>(word & kAddress) = Codec::encode(x);
+    *static_cast<typename Codec::Stored*>(address_in(word)) = Codec::encode(x);
   });
 }
 
 // What Plan::decide does on the host, by one warp.
 template <class M>
-__device__ void decide(const Table& table, int lane) {
+__device__ void decide(const Table& table, int lane, double* places) {
   const NormColumns norms(table);
   const auto word = [&](int64_t at) { return table.words[at]; };
+  const auto row_at = [&](int64_t r) -> const DeviceRow& {
+    return *reinterpret_cast<const DeviceRow*>(table.words + table.row(static_cast<int>(r)));
+  };
   const auto options_of = [&](int group, double* options) {
     for (int k = kMaxOptions; k < kAllOptions; ++k) options[k] = as_double(word(table.option(k, group)));
   };
   double options[kAllOptions];
-#pragma unroll 1
-  for (int g = lane; g < table.groups; g += kWarp) {
-    double sum = 0;
-    const int64_t end = static_cast<int64_t>(word(table.first_row(g + 1)));
-    for (int64_t r = static_cast<int64_t>(word(table.first_row(g))); r < end; ++r)
-      sum = M::join(sum, __ldcg(norms.row_sums + r));
-    norms.group_sums[g] = sum;
-  }
-  __threadfence();
-  __syncwarp();
-  double total = 0, shared = 0;
-#pragma unroll 1
-  for (int g = 0; g < table.groups; ++g) {
-    const double sum = __ldcg(norms.group_sums + g);
-    options_of(g, options);
-    total = M::join(total, sum);
-    if (!clips_alone(options)) shared = M::join(shared, sum);
-  }
   const auto kind = static_cast<Norm>(word(table.control(kNormKind)));
   const double scale = common_scale(table, word);
-  const double norm = norm_of(kind, total) * scale;
-  shared = norm_of(kind, shared) * scale;
+  const double norm =
+      norm_of(kind, join<M>(table.rows, lane, places, [&](int64_t r) { return __ldcg(norms.row_sums + r); })) * scale;
+  const double shared = norm_of(kind, join<M>(table.rows, lane, places,
+                                              [&](int64_t r) {
+                                                const double sum = __ldcg(norms.row_sums + r);
+                                                return row_at(r).clips_alone ? 0.0 : sum;
+                                              })) *
+                        scale;
   const double max_norm = as_double(word(table.control(kMaxNorm)));
   const bool external = word(table.tensor(kGroupScales)) != 0;
 #pragma unroll 1
-  for (int g = lane; g < table.groups; g += kWarp) {
+  for (int g = 0; g < table.groups; ++g) {
     options_of(g, options);
-    const double own = norm_of(kind, norms.group_sums[g]) * scale;
+    double own = 0;
+    if (options[kMaxGradNorm] >= 0) {
+      const int64_t first = static_cast<int64_t>(word(table.first_row(g)));
+      const int64_t count = static_cast<int64_t>(word(table.first_row(g + 1))) - first;
+      own = norm_of(kind, join<M>(count, lane, places, [&](int64_t i) { return __ldcg(norms.row_sums + first + i); })) *
+            scale;
+    }
+    if (lane != g % kWarp) continue;
     norms.group_factors[g] =
         group_scale(table, word, g) * (external ? 1 : group_coefficient(options, max_norm, own, shared));
   }
@@ -129,7 +129,7 @@ __device__ void decide(const Table& table, int lane) {
 #pragma unroll 1
   for (int r = lane; r < table.rows; r += kWarp) {
     if (!word(table.grad(r))) continue;
-    const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+    const DeviceRow& row = row_at(r);
     if (row.by_tensor) {
       options_of(row.group, options);
       const double factor = group_scale(table, word, row.group);
@@ -143,20 +143,19 @@ __device__ void decide(const Table& table, int lane) {
   if (skips) table.words[Table::kSkip] = 1;
   write_number(word(table.tensor(kGradNorm)), norm);
   write_number(word(table.tensor(kNonFinite)), found);
-  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
-  const uint64_t counter = word(table.tensor(kSkippedSteps)) & kAddress;
-  if (counter && skips) ++*reinterpret_cast<int64_t*>(counter);
+  const uint64_t counter = word(table.tensor(kSkippedSteps));
+  if (counter && skips) ++*static_cast<int64_t*>(address_in(counter));
 }
 
 // Of rows that compute in T. `rows`: how many rows there are to measure, in float and double together.
 template <class M, class T>
-__global__ void __launch_bounds__(kThreads, 4) norm(const __grid_constant__ Table table, int rows) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) norm(const __grid_constant__ Table table, int rows) {
   __shared__ Places all_places;
   __shared__ Slots<T, 2> slots;
   const int lane = threadIdx.x % kWarp;
   double* const places = all_places[threadIdx.x / kWarp];
   const int64_t span = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (rows == 0 && span == 0) decide<M>(table, lane);
+  if (rows == 0 && span == 0) decide<M>(table, lane, places);
   if (span >= table.spans) return;
   const int r = find_row(table.words + table.first_span(0), table.rows, span, lane);
   const uint64_t grad = table.words[table.grad(r)];
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 4) norm(const __grid_constant__ Tabl
 
   const NormColumns norms(table);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);
-  const int64_t count = (row.numel + kSpan * kTile - 1) / (kSpan * kTile);
+  const int64_t count = spans_of(row.numel);
   const int64_t first_tile = (span - first) * kSpan;
   // The gradient, then the parameter where its norm is wanted too: in one rolled loop, for the registers' sake.
   const int operands = row.weighs ? 2 : 1;
@@ -178,10 +177,11 @@ __global__ void __launch_bounds__(kThreads, 4) norm(const __grid_constant__ Tabl
   if (!arrives_last(norms.spans_done + r, count, lane)) return;
 #pragma unroll 1
   for (int i = 0; i < operands; ++i) {
-    const double sum = join_spans<M>((i == 0 ? norms.partials : norms.weight_partials) + first, count, lane, places);
+    const double* const spans = (i == 0 ? norms.partials : norms.weight_partials) + first;
+    const double sum = join<M>(count, lane, places, [&](int64_t k) { return __ldcg(spans + k); });
     if (lane == 0) (i == 0 ? norms.row_sums : norms.row_weights)[r] = sum;
   }
-  if (arrives_last(table.words + Table::kRowsDone, rows, lane)) decide<M>(table, lane);
+  if (arrives_last(table.words + Table::kRowsDone, rows, lane)) decide<M>(table, lane, places);
 }
 
 }  // namespace

@@ -31,11 +31,12 @@ struct DeviceRow {
   int32_t group;
   DType dtype[kOperands];
   DType step_dtype;
-  uint8_t used;       // as Row::used
-  uint8_t strided;    // operands that have strides in the layout, as a mask
-  uint8_t piece;      // elements that a lane holds side by side
-  uint8_t by_tensor;  // its group clips by tensor
-  uint8_t weighs;     // and by the parameter's norm
+  uint8_t used;         // as Row::used
+  uint8_t strided;      // operands that have strides in the layout, as a mask
+  uint8_t piece;        // elements that a lane holds side by side
+  uint8_t clips_alone;  // its group is left out of the optimizer's norm
+  uint8_t by_tensor;    // its group clips by tensor
+  uint8_t weighs;       // and by the parameter's norm
 };
 
 constexpr int kRowWords = sizeof(DeviceRow) / 8;
@@ -45,7 +46,18 @@ static_assert(kScalarsBytes % 16 == 0);
 
 // Stands for a gradient's address in a row that takes part without: it has no elements, or only its average moves.
 constexpr uint64_t kEmpty = 2;
+
+// A word with an address, and its dtype in the top byte; 0: none.
 constexpr int kDTypeShift = 56;
+GENOPT_INLINE uint64_t word_of(const void* address, DType dtype) {
+  return address ? reinterpret_cast<uintptr_t>(address) | static_cast<uint64_t>(dtype) << kDTypeShift : 0;
+}
+GENOPT_INLINE void* address_in(uint64_t word) {
+  return reinterpret_cast<void*>(word & ((uint64_t{1} << kDTypeShift) - 1));
+}
+GENOPT_INLINE DType dtype_in(uint64_t word) {
+  return static_cast<DType>(word >> kDTypeShift);
+}
 
 // Control and DeviceTensors as words: doubles, flags, addresses with the dtype in the top byte.
 enum ControlWord { kMaxNorm, kScale, kNormKind, kGuard, kTensors, kControlWords = kTensors + int{kDeviceTensors} };
@@ -99,20 +111,19 @@ struct Table {
     return layouts() + layout_words;
   }
   GENOPT_INLINE int64_t end() const {
-    return norms() + (norm_spans ? 2 * groups + 4 * rows + 2 * norm_spans : 0);
+    return norms() + (norm_spans ? groups + 4 * rows + 2 * norm_spans : 0);
   }
 };
 
 // The columns of doubles, and of one counter, in which norms are made.
 struct NormColumns {
-  double *group_sums, *group_factors;            // [group]
+  double* group_factors;                         // [group]
   double *row_sums, *row_weights, *row_factors;  // [row]
   uint64_t* spans_done;                          // [row]
   double *partials, *weight_partials;            // [span]
 
   GENOPT_INLINE explicit NormColumns(const Table& table) {
-    group_sums = reinterpret_cast<double*>(table.words + table.norms());
-    group_factors = group_sums + table.groups;
+    group_factors = reinterpret_cast<double*>(table.words + table.norms());
     row_sums = group_factors + table.groups;
     row_weights = row_sums + table.rows;
     row_factors = row_weights + table.rows;

@@ -346,11 +346,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
 }
 
 __device__ inline double read_number(uint64_t word) {
-  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
-  return with_codec(static_cast<DType>(word >> kDTypeShift), [word](auto codec) {
+  return with_codec(dtype_in(word), [word](auto codec) {
     using Codec = decltype(codec);
-    const auto* address = reinterpret_cast<const typename Codec::Stored*>(word & kAddress);
-    return Codec::template decode<double>(*address);
+    return Codec::template decode<double>(*static_cast<const typename Codec::Stored*>(address_in(word)));
   });
 }
 
@@ -372,9 +370,8 @@ __device__ double common_scale(const Table& table, Word word) {
 template <class Word>
 __device__ double group_scale(const Table& table, Word word, int group) {
   const double scale = common_scale(table, word);
-  constexpr uint64_t kAddress = (uint64_t{1} << kDTypeShift) - 1;
-  const uint64_t given = word(table.tensor(kGroupScales)) & kAddress;
-  return given ? scale * reinterpret_cast<const double*>(given)[group] : scale;
+  const uint64_t given = word(table.tensor(kGroupScales));
+  return given ? scale * static_cast<const double*>(address_in(given))[group] : scale;
 }
 
 // Adds to a step counter in its own precision, as torch does, and returns it.

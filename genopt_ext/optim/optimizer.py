@@ -100,16 +100,28 @@ GROUP_OPTIONS = {
     "ema_decay": Range("ema_decay value", below=1.0),
 }
 
+
+def _clips_alone(group: dict[str, Any]) -> bool:
+    """Whether a group is clipped by a norm of its own, or its tensors' own, and left out of the optimizer's."""
+    return any(group.get(name) is not None for name in NORM_CLIPS)
+
+
 SERVED = {"cpu", "cuda"}  # device types that have kernels
 
 # A parameter and where it stands: (group index, index in the group, the parameter).
 Place = tuple[int, int, Tensor]
 
-# What the native plan could not take: rows, groups, overlaps, devices. See csrc/torch_plan.h.
-Refusal = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int]]
+# What the native plan could not take: rows, groups, overlaps, devices, whether gradients to be zeroed overlap. See
+# csrc/torch_plan.h.
+Refusal = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int], bool]
 
 # Calls the native plan with the rows to leave out, and what it is told besides.
 NativeStep = Callable[[Sequence[int], dict[str, Any]], "Refusal | None"]
+
+
+def _zero(g: Tensor) -> None:
+    """Also where elements share memory, as after ``expand()``."""
+    g[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in g.stride())].zero_()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -130,7 +142,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     _swapped = False
     _in_backward: InBackward | None = None  # while genopt_ext.step_in_backward is on
     _opt_called: bool = False  # torch.optim.lr_scheduler's: whether a step was taken
+    # What accumulate() keeps: how often since the last step, sums that are zero between two cycles, and those in use.
     _micro_batches: int = 0
+    _buffers: dict[Tensor, Tensor] = {}  # noqa: RUF012 - replaced, never changed in place
+    _gathered: dict[Tensor, Tensor] = {}  # noqa: RUF012
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:
@@ -152,6 +167,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         if self._in_backward is not None:
             self._in_backward._refuse_grad_scaler()
+        if self._micro_batches and not self._checks:
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.amp.GradScaler looks at .grad alone, and knows nothing of what "
+                "accumulate() has gathered; take genopt_ext.GradScaler, without unscale_()"
+            )
         return any(group.get("fused") for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
@@ -182,10 +202,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._set_defaults(group)
 
     def _set_defaults(self, group: dict[str, Any]) -> None:
-        clips_alone = any(group.get(name) is not None for name in NORM_CLIPS)
+        alone = _clips_alone(group)
         for name, value in self.defaults.items():
             if name not in group and name != "params":
-                group[name] = None if clips_alone and name in NORM_CLIPS else value
+                group[name] = None if alone and name in NORM_CLIPS else value
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -199,16 +219,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients of the last step, unclipped: 0-dim, on the parameters' device.
+        """The norm of all gradients of the last step that computed one, unclipped: 0-dim, on the parameters' device.
 
-        None before the first step that computes it: one with a clip by norm, or with ``skip_nonfinite``.
+        Such are steps with a clip by norm or with ``skip_nonfinite``; None before the first. A copy, which the next
+        step leaves alone.
         """
-        return None if self._results is None else self._results["grad_norm"]
+        return None if self._results is None else self._results["grad_norm"].clone()
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps ``skip_nonfinite`` has skipped: 0-dim int64, on the parameters' device."""
-        return self._results_on(None)["skipped_steps"]
+        return self._results_on(None)["skipped_steps"].clone()
 
     def _check_options(self, where: str, options: dict[str, Any]) -> None:
         for name, allowed in self.ranges.items():
@@ -259,6 +280,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Checkpoints, pickle and deepcopy
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._micro_batches:
+            raise RuntimeError(
+                f"{type(self).__name__}: accumulated gradients are no part of a copy; call step() or "
+                "discard_accumulated() before copying or pickling"
+            )
         own = {name: getattr(self, name) for name in ("backend", "skip_nonfinite", "_max_grad_norm")}
         return {**super().__getstate__(), **own}
 
@@ -293,10 +319,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
         # Options that the checkpoint knows nothing of stay as they are.
         for old, new in zip(before, self.param_groups, strict=True):
-            clips = any(new.get(name) is not None for name in NORM_CLIPS)
+            clips = _clips_alone(new)
             for name in (*GROUP_OPTIONS, "capturable", "fused"):
                 if name in old and name not in new and not (clips and name in NORM_CLIPS):
                     new[name] = old[name]
+        self.discard_accumulated()
         saved_params = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(saved_params, params, strict=True):
@@ -324,21 +351,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: a gradient, state or parameter that can not be served; the message names it and
                 says what to do. Parameters, gradients and state are then as they were.
         """
+        self._refuse_swapped()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._swapped:
-            raise RuntimeError(
-                f"{type(self).__name__}.step: the averaged weights are in the model; leave swap_ema() first"
-            )
         if self._micro_batches and any(p.grad is not None for _, _, p in self._places()):
             self.accumulate()
         arguments = self._arguments(None)
         if self._resolved == "reference":
             places = self._places()
             rows = [r for r, place in enumerate(places) if self._takes_part(place)]
-            self._settle((rows, range(len(self.param_groups)), (), ()), arguments, places, self._step_natively)
+            self._settle((rows, range(len(self.param_groups)), (), (), False), arguments, places, self._step_natively)
         else:
             if self._plan is None:
                 self._plan = self._make_plan(range(len(self.param_groups)), self._places())
@@ -369,6 +393,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._checks = False
         return result, self._results_on(None)["nonfinite"]
 
+    def _refuse_swapped(self) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the averaged weights are in the model; leave swap_ema() first"
+            )
+
     @property
     def _resolved(self) -> str:
         return _backend.resolve(self.backend)
@@ -383,7 +413,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _takes_part(self, place: Place) -> bool:
         i, _, p = place
         averages = self.param_groups[i].get("ema_decay") is not None
-        return self._gradient(p) is not None or (averages and (p.requires_grad or "ema" in self.state.get(p, {})))
+        return self._gradient(p) is not None or (averages and (p.requires_grad or bool(self.state.get(p))))
 
     def _make_plan(self, groups: Sequence[int], places: list[Place]) -> Any:
         assert _backend.native is not None
@@ -412,9 +442,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
             arguments.update(guard=True)
-        if arguments.keys() & {"max_norm", "guard"} or any(
-            group.get(name) is not None for group in self.param_groups for name in NORM_CLIPS
-        ):
+        if arguments.keys() & {"max_norm", "guard"} or any(map(_clips_alone, self.param_groups)):
             results = self._results_on(device)
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
@@ -433,7 +461,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if self._results is None or (device is not None and self._results["grad_norm"].device != device):
             where = device or (first.device if first is not None else torch.device("cpu"))
-            precise = first is not None and reference.compute_dtype(first) == torch.float64
+            everything = (p for group in self.param_groups for p in group["params"])
+            precise = any(reference.compute_dtype(p) == torch.float64 for p in everything)
+            self._refuse_capture()
             old = self._results
             self._results = {
                 "grad_norm": torch.zeros((), dtype=torch.float64 if precise else torch.float32, device=where),
@@ -444,6 +474,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._results["skipped_steps"].copy_(old["skipped_steps"])
         return self._results
 
+    def _refuse_capture(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step: state has to be made or moved before a CUDA graph captures a step, else "
+                "every replay would do it again; take one step before the capture"
+            )
+
     @torch.no_grad()
     def _settle(self, refusal: Refusal, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
         """Takes the step that the native plan could not take as it is.
@@ -451,17 +488,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises for what is wrong with the refused rows (indices into ``places``), groups or overlaps; else makes
         missing state and steps with ``step``, rows that kernels do not serve with the reference.
         """
-        rows, groups, overlaps, _ = refusal
+        rows, groups, overlaps, _, _ = refusal
         for i in groups:
             self._check_group(i, self.param_groups[i])
         self._check_overlaps(places, overlaps)
         missing = {r: names for r in rows if (names := self._check(places[r]))}
         away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
-        if (missing or away) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__}.step: state has to be made or moved before a CUDA graph captures a step, else "
-                "every replay would do it again; take one step before the capture"
-            )
+        if missing or away:
+            self._refuse_capture()
         made = self._make_state([(places[r], names) for r, names in missing.items()])
         for r, state in zip(missing, made, strict=True):
             self.state[places[r][2]].update(state)
@@ -473,11 +507,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             again = step((), arguments)
             if again is None:
                 return
-            by_reference, _, overlaps, _ = again
+            by_reference, _, overlaps, _, gradients_overlap = again
             self._check_overlaps(places, overlaps)
             if by_reference:
                 self._tell_reference(places[by_reference[0]])
+            if gradients_overlap:
+                self._zero_apart(arguments, places, step)
+                return
         self._step_apart(by_reference, arguments, places, step)
+
+    def _zero_apart(self, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
+        """A step, and only then gradients that share memory become zero: within it one row would see another's."""
+        arguments = {name: value for name, value in arguments.items() if name != "zero"}
+        self._zeroes = False
+        if (refusal := step((), arguments)) is not None:
+            self._settle(refusal, arguments, places, step)
+        for _, _, p in places:
+            if (g := self._gradient(p)) is not None:
+                _zero(g)
 
     def _step_apart(
         self, by_reference: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
@@ -487,15 +534,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         Where kernels serve all rows, nothing waits for a device.
         """
         active = [(r, g) for r, (_, _, p) in enumerate(places) if (g := self._gradient(p)) is not None]
-        devices = list({g.device: None for _, g in active})
+        # Also of rows of which only the average moves.
+        devices = list({place[2].device: None for place in places if self._takes_part(place)})
         apart = set(by_reference)
         if not active and arguments.get("measure"):  # the norm of nothing
             self._results_on(None)["grad_norm"].zero_()
             arguments = {}
         home = devices[0] if devices else torch.device("cpu")
         if self._resolved != "reference" and len(devices) <= 1 and not apart:
-            refusal = step((), self._arguments(home) if active else {})
-            assert refusal is None, refusal
+            self._must_step(step((), self._arguments(home) if active else {}))
             return
         arguments = {**arguments, **self._arguments(home)} if arguments else {}
         scale, group_scales, found = self._decide(places, active, apart, home, arguments)
@@ -506,8 +553,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 native.update(grad_scale=[arguments["grad_scale"][0].to(d) for d in devices])
             if found is not None:
                 native.update(found_inf=[found.to(d) for d in devices])
-            refusal = step(by_reference, native)
-            assert refusal is None, refusal
+            self._must_step(step(by_reference, native))
         if not apart:
             return
         skips = found is not None and bool(found)
@@ -516,8 +562,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             group, g = self.param_groups[i], self._gradient(p)
             if not skips:
                 self._step_by_reference(p, g, group, scale * group_scales[i].item())
-            if g is not None and arguments.get("zero"):
-                g.zero_()
+        for r in by_reference if arguments.get("zero") else ():
+            if (g := self._gradient(places[r][2])) is not None:
+                _zero(g)
+
+    def _must_step(self, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            raise RuntimeError(f"{type(self).__name__}.step: the kernels refused {refusal}; please report this")
 
     def _step_by_reference(self, p: Tensor, g: Tensor | None, group: dict[str, Any], scale: float) -> None:
         state: dict[str, Any] = self.state.get(p, {})
@@ -562,22 +613,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         found = arguments["found_inf"][0].to(home) != 0 if "found_inf" in arguments else None
         if arguments.get("measure"):
             everything = self._resolved == "reference"
-            zero = torch.zeros((), dtype=torch.float64, device=home)
-            sums = [zero] * len(self.param_groups)
+            # Each group's rows in their order; rows that kernels serve as one number, where the first of them stands.
+            sums = torch.zeros(len(places), dtype=torch.float64, device=home)
             native: dict[int, list[Tensor]] = {}
+            first = {i: r for r, (i, _, _) in reversed(list(enumerate(places)))}
             for r, g in active:
                 i, _, p = places[r]
                 if everything or r in apart:
-                    sums[i] = sums[i] + reference.measure(g, p).to(home)
+                    sums[r] = reference.measure(g, p).to(home)
                 else:
                     native.setdefault(i, []).append(g)
             for i, grads in native.items():
-                sums[i] = sums[i] + clip.sum_of_squares(grads, home)
-            total, shared = zero, zero
-            for group, each in zip(self.param_groups, sums, strict=True):
-                total = total + each
-                shared = shared if any(group.get(name) is not None for name in NORM_CLIPS) else shared + each
-            norm = total.sqrt() * whole
+                sums[first[i]] += clip.sum_of_squares(grads, home)
+            alone = torch.tensor([_clips_alone(self.param_groups[i]) for i, _, _ in places], device=home)
+            shared = reference.join(torch.where(alone, 0.0, sums))
+            norm = reference.join(sums).sqrt() * whole
             self._results_on(home)["grad_norm"].copy_(norm)
             if arguments.get("guard"):
                 nonfinite = ~torch.isfinite(norm)
@@ -587,8 +637,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._results_on(home)["skipped_steps"].add_(nonfinite)
             for i, group in enumerate(self.param_groups):
                 own, bound = group.get("max_grad_norm"), self._max_grad_norm
-                if own is not None:
-                    factors[i] = clip.coefficient(float(own), sums[i].sqrt() * whole)
+                if own is not None and i in first:
+                    together = sums[first[i] : first[i] + len(group["params"])]
+                    factors[i] = clip.coefficient(float(own), reference.join(together).sqrt() * whole)
                 elif bound is not None and not self._clips_by_tensor(group):
                     factors[i] = clip.coefficient(bound, shared.sqrt() * whole)
         return scale, factors, found if found is None else found.float()
@@ -649,28 +700,39 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding. :meth:`step` then takes the mean over the calls, a ``.grad`` that it finds counting as one more.
 
         Raises:
-            RuntimeError: the optimizer steps in backward.
+            RuntimeError: the optimizer steps in backward, or a gradient has another shape than the sum so far; nothing
+                is changed then.
         """
         if self._in_backward is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.accumulate: step_in_backward() steps each parameter at once, so there is "
                 "nothing to accumulate; remove its hooks first"
             )
-        if "_buffers" not in self.__dict__:
-            self._buffers: dict[Tensor, Tensor] = {}
-        if not self._micro_batches:
-            self._gathered: dict[Tensor, Tensor] = {}  # of parameters that had a gradient in one micro-batch at least
         params = [p for _, _, p in self._places() if p.grad is not None]
+        if not self._micro_batches:
+            # What no longer belongs to a parameter is let go.
+            kept = {p: b for _, _, p in self._places() if (b := self._buffers.get(p)) is not None and self._fits(b, p)}
+            self._buffers, self._gathered = kept, {}
         for p in params:
-            if p not in self._gathered:
-                if p not in self._buffers or not self._fits(self._buffers[p], p):
-                    wide = p.dtype if p.is_complex() or p.element_size() >= 4 else torch.float32
-                    self._buffers[p] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-                self._gathered[p] = self._buffers[p]
+            if p in self._gathered and not self._fits(self._gathered[p], p):
+                raise RuntimeError(
+                    f"{type(self).__name__}.accumulate: a parameter of shape {list(p.shape)} on {p.device} had shape "
+                    f"{list(self._gathered[p].shape)} on {self._gathered[p].device} in an earlier micro-batch; call "
+                    "discard_accumulated() after such a change"
+                )
+        for p in params:
+            if p not in self._buffers:
+                wide = p.dtype if p.is_complex() or p.element_size() >= 4 else torch.float32
+                self._buffers[p] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+            self._gathered[p] = self._buffers[p]
         clip.add_([self._gathered[p] for p in params], [p.grad for p in params])
         self._micro_batches += 1
         for p in params:
             p.grad = None
+
+    def discard_accumulated(self) -> None:
+        """Forgets what :meth:`accumulate` has gathered since the last step, and frees its buffers."""
+        self._micro_batches, self._buffers, self._gathered = 0, {}, {}
 
     @staticmethod
     def _fits(buffer: Tensor, p: Tensor) -> bool:
