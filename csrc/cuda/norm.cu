@@ -149,7 +149,8 @@ __device__ void decide(const Table& table, int lane, double* places) {
 
 // Of rows that compute in T. `rows`: how many rows there are to measure, in float and double together.
 template <class M, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) norm(const __grid_constant__ Table table, int rows) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    norm(const __grid_constant__ Table table, int rows) {
   __shared__ Places all_places;
   __shared__ Slots<T, 2> slots;
   const int lane = threadIdx.x % kWarp;
