@@ -124,21 +124,18 @@ bool Plan::is_clipping() const {
 }
 
 bool Plan::decide() {
-  const auto scale_of = [this](int group) {
-    return control.scale * (group_scales.empty() ? 1.0 : group_scales[group]);
-  };
-  // By their places among all rows, and those of a group with a norm of its own by their places in it.
+  // Rows that were not measured have a norm of 0. By their places among all rows, and those of a group with a norm of
+  // its own by their places in it.
   LaneSums all(control.norm), together(control.norm);
   std::vector<double> own(groups.size());
   for (size_t r = 0, first = 0; r < rows.size(); ++r) {
     if (rows[r].group != rows[first].group) first = r;
-    const double norm = rows[r].active && !(rows[r].used & kRests) ? rows[r].norm : 0;
-    all.add(r, norm);
-    together.add(r, clips_alone(groups[rows[r].group].data()) ? 0 : norm);
+    all.add(r, rows[r].norm);
+    together.add(r, clips_alone(groups[rows[r].group].data()) ? 0 : rows[r].norm);
     if (groups[rows[r].group][kMaxGradNorm] < 0 || r != first) continue;
     LaneSums sums(control.norm);
     for (size_t i = first; i < rows.size() && rows[i].group == rows[first].group; ++i)
-      sums.add(i - first, rows[i].active && !(rows[i].used & kRests) ? rows[i].norm : 0);
+      sums.add(i - first, rows[i].norm);
     own[rows[r].group] = norm_of(control.norm, sums.total()) * control.scale;
   }
   total_norm_ = norm_of(control.norm, all.total()) * control.scale;
@@ -146,7 +143,7 @@ bool Plan::decide() {
   for (Row& row : rows) {
     if (!row.active || row.device != kHost) continue;
     const double* options = groups[row.group].data();
-    const double scale = scale_of(row.group);
+    const double scale = control.scale * (group_scales.empty() ? 1.0 : group_scales[row.group]);
     if (clips_by_tensor(options)) {
       row.factor = scale * tensor_coefficient(options, norm_of(control.norm, row.norm) * scale,
                                               norm_of(control.norm, row.weights));

@@ -93,7 +93,7 @@ def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
+    return not reference.is_subclass(t) and t.layout == torch.strided
 
 
 def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
@@ -114,7 +114,8 @@ def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
     return scale * torch.stack(parts).sum().pow(1 / norm)
 
 
-def _is_precise(tensors: Iterable[Tensor]) -> bool:
+def is_precise(tensors: Iterable[Tensor]) -> bool:
+    """Whether a norm over them needs float64."""
     return any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
 
 
@@ -165,7 +166,7 @@ def get_total_norm(
     total = _total_norm(listed, norm)
     if total is None:
         total = _torch.get_total_norm([t.float() if t.dtype in _NARROW else t for t in listed], norm, False, foreach)
-    elif not _is_precise(listed):
+    elif not is_precise(listed):
         total = total.float()
     if error_if_nonfinite and not math.isfinite(total):
         where = next((i for i, t in enumerate(listed) if not torch.isfinite(t).all()), None)
@@ -233,7 +234,7 @@ def clip_grad_norm_(
     grads = [p.grad for p in listed if p.grad is not None]
     at_once = norm in NORMS and (norm == 2 or not any(g.is_complex() for g in grads))
     if at_once and not error_if_nonfinite and len({g.device for g in grads}) == 1:
-        dtype = torch.float64 if _is_precise(grads) else torch.float32
+        dtype = torch.float64 if is_precise(grads) else torch.float32
         total = torch.empty((), dtype=dtype, device=grads[0].device)
         if _run(grads, list(grads), {}, max_norm=bound, norm=NORMS[norm], grad_norm=[total]):
             return total

@@ -269,6 +269,11 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
 
 
+def is_subclass(t: Tensor) -> bool:
+    """Whether a tensor has, or may have, a dispatch of its own, as DTensor."""
+    return type(t) not in (Tensor, torch.nn.Parameter)
+
+
 def _measure_subclass(x: Tensor, norm: float) -> Tensor:
     """In the subclass's own order of additions: DTensor adds over all devices."""
     values = x.double()
@@ -288,7 +293,7 @@ def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
         like: the parameter in whose order in memory the elements are taken.
         norm: 2, 1 or infinity.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter):
+    if is_subclass(x):
         return _measure_subclass(x, norm)
     strides = [*like.stride(), 0] if like.is_complex() else like.stride()
     order = sorted(range(len(strides)), key=lambda d: -strides[d])

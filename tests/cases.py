@@ -21,6 +21,8 @@ NATIVE = "cuda" if DEVICE == "cuda" or os.environ.get("GENOPT_TEST_CUDA_ON_CPU")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)
+SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
+NAN, INF = float("nan"), float("inf")
 
 
 @dataclass(frozen=True)

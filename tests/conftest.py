@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 
+import pytest
 import torch
 
 # Before anything imports genopt_ext.
@@ -21,3 +22,9 @@ if path := os.environ.get("GENOPT_TEST_CUDA_ON_CPU"):
 
 if device := os.environ.get("GENOPT_TEST_DEVICE"):
     torch.set_default_device(device)
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """For tests that hold for kernels and reference alike."""
+    return str(request.param)

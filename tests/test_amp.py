@@ -10,7 +10,10 @@ from cases import (
     CASES,
     DEVICE,
     FIRST,
+    INF,
+    NAN,
     NATIVE,
+    SHAPES,
     STATEFUL,
     Case,
     assert_same_bits,
@@ -23,15 +26,8 @@ from recipe import SCALES, Recipe
 import genopt_ext
 from genopt_ext import _backend, optim
 
-NAN, INF = float("nan"), float("inf")
-SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5))
 FACTORS = dict(growth_factor=4.0, backoff_factor=0.25, growth_interval=2)
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request):
-    return request.param
 
 
 @pytest.fixture(params=["torch", "ours"])

@@ -9,14 +9,13 @@ import warnings
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import DEVICE, NATIVE, SIZES, assert_same_bits, randn
+from cases import DEVICE, INF, NAN, NATIVE, SIZES, assert_same_bits, randn
 from hypothesis import given, settings
 from recipe import double
 from torch.nn import utils as theirs
 
 import genopt_ext
 
-NAN, INF = float("nan"), float("inf")
 NORMS = (2.0, 1, INF, "inf", 0.5, 3.0)
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # One rounding to the dtype, and a few of the factor; the smallest fp16 is 6e-8.

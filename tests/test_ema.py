@@ -11,6 +11,7 @@ from cases import (
     CASES,
     DEVICE,
     NATIVE,
+    SHAPES,
     SIZES,
     STATEFUL,
     Case,
@@ -25,14 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genopt_ext import _backend, optim
 
-SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 # Large steps, so that average and parameter differ.
 SGD = Case("SGD", dict(lr=0.3, momentum=0.9))
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request):
-    return request.param
 
 
 class Average:

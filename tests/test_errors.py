@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from cases import NATIVE, STATEFUL, assert_same_bits, parameters, randn, set_grads, train
+from cases import INF, NAN, NATIVE, STATEFUL, assert_same_bits, parameters, randn, set_grads, train
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from genopt_ext import _backend, optim
@@ -29,7 +29,6 @@ def test_every_error_that_torch_raises(name):
                 getattr(optim, name)(params, **given.kwargs)
 
 
-NAN, INF = float("nan"), float("inf")
 NUMBERS = {
     "Adam": ["lr", "eps", "weight_decay"],
     "AdamW": ["lr", "eps", "weight_decay"],
@@ -105,11 +104,6 @@ def refused(opt, params, match, error=RuntimeError):
         for name, t in state[key].items():
             if isinstance(t, torch.Tensor):
                 assert_same_bits(now[key][name], t)
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request):
-    return request.param
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)

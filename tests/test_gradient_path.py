@@ -16,7 +16,10 @@ from cases import (
     CASES,
     DEVICE,
     FIRST,
+    INF,
+    NAN,
     NATIVE,
+    SHAPES,
     SIZES,
     STATEFUL,
     Case,
@@ -30,10 +33,8 @@ from recipe import KINDS, OPTIONS, SCALES, Recipe, double
 
 import genopt_ext
 from genopt_ext import _backend, optim
-from genopt_ext.optim.optimizer import StepOptions
+from genopt_ext.optim.options import StepOptions
 
-NAN, INF = float("nan"), float("inf")
-SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
 
 # Limits between the norms that SCALES give, so that some steps are clipped and others are not.
@@ -221,11 +222,6 @@ def test_same_bits_for_every_thread_count_and_run():
     for other in opts[1:]:
         assert_same_state(opts[0], other)
         assert_same_bits(opts[0].grad_norm, other.grad_norm)
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request):
-    return request.param
 
 
 @pytest.mark.parametrize("wide", WIDE, ids=str)

@@ -16,6 +16,7 @@ from cases import (
     DEVICE,
     DTYPES,
     FIRST,
+    SHAPES,
     STATEFUL,
     assert_same_bits,
     assert_same_state,
@@ -29,8 +30,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genopt_ext import optim, step_in_backward
-
-SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 
 
 def loss(params, step):

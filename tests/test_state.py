@@ -10,11 +10,20 @@ import threading
 
 import pytest
 import torch
-from cases import CASES, STATEFUL, Case, assert_same_bits, assert_same_state, parameters, randn, set_grads, train
+from cases import (
+    CASES,
+    SHAPES,
+    STATEFUL,
+    Case,
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    randn,
+    set_grads,
+    train,
+)
 
 from genopt_ext import optim
-
-SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 
 
 def replace_state(opt, params):

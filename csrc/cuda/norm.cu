@@ -1,6 +1,6 @@
 // The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
-// that of cpu/walk.h and cpu/run.cpp: places of a tile in turn, then by halves; spans of a row in 32 sums in turn, then
-// by halves; rows of a group, then groups, in turn. Whoever is last adds up, so one launch does it all.
+// that of cpu/walk.h and LaneSums (plan.h): places of a tile in turn, then by halves; spans of a row, and then rows, in
+// 32 sums in turn, then by halves. Whoever is last adds up, so one launch does it all.
 #include "walk.cuh"
 
 namespace genopt::cuda {

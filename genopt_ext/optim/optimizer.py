@@ -10,100 +10,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _backend, clip, reference
+from .options import FLAGS, GROUP_OPTIONS, NORM_CLIPS, Range, StepOptions, clips_alone
 
 if TYPE_CHECKING:
     from ..in_backward import InBackward
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option may be: finite, and ``at_least <= x < below``."""
-
-    label: str
-    at_least: float | None = 0.0
-    below: float | None = None
-    items: int = 0  # > 0: a tuple of so many
-    finite: bool = True
-
-    def check(self, where: str, name: str, value: Any) -> None:
-        """Raises TypeError or ValueError, in torch's words and with what is allowed."""
-        if not self.items:
-            self._check_number(where, name, self.label, value)
-            return
-        if not isinstance(value, (tuple, list)) or len(value) != self.items:
-            raise TypeError(f"{where}: {name} must be {self.items} numbers, got {value!r}")
-        for i, item in enumerate(value):
-            self._check_number(where, f"{name}[{i}]", self.label.format(i), item)
-
-    def _check_number(self, where: str, name: str, label: str, value: Any) -> None:
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{where}: Tensor {name} must be 1-element, got shape {list(value.shape)}")
-        try:
-            number = float("x") if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{where}: Invalid {label}: {value!r}; {name} must be a number") from None
-        low = "" if self.at_least is None else f" >= {self.at_least:g}"
-        high = "" if self.below is None else f" < {self.below:g}"
-        inside = (self.at_least is None or number >= self.at_least) and (self.below is None or number < self.below)
-        if not (inside and (math.isfinite(number) or not (self.finite or math.isnan(number)))):
-            allowed = " and".join(filter(None, (low, high)))
-            kind = "a finite number" if self.finite else "a number"
-            raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be {kind}{allowed}")
-
-
-FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "maximize", "nesterov", "skip_nonfinite")
-
-
-class StepOptions(TypedDict, total=False):
-    """What every class takes beside torch's arguments, as keywords. Each is left out unless it is given.
-
-    All of it happens inside the step's own passes over memory; ``.grad`` stays as it is. A group's own value, also of
-    ``max_grad_norm``, takes the place of the one given here.
-
-    Attributes:
-        max_grad_norm: scales all gradients such that the norm of all together is at most this, as
-            :func:`torch.nn.utils.clip_grad_norm_` before the step. A group with a value of its own is clipped by its
-            own norm, and left out of the others'. Infinity clips nothing, and tells ``opt.grad_norm``.
-        clip_per_param: the same with each parameter's own norm.
-        agc: adaptive gradient clipping (Brock et al., `arXiv 2102.06171 <https://arxiv.org/abs/2102.06171>`_) of each
-            parameter: its gradient's norm is at most this times the weight's norm, which counts as at least 1e-3. At
-            most one of these three.
-        clip_grad_value: limits each element of the scaled gradient.
-        ema_decay: keeps a moving average of the weights in ``state[p]["ema"]`` (float32 for 16-bit parameters), equal
-            to :class:`torch.optim.swa_utils.AveragedModel` with this decay, updated after every step. In [0, 1). See
-            :meth:`FusedOptimizer.swap_ema`.
-        skip_nonfinite: a step whose gradients hold NaN or infinity changes nothing, and is counted in
-            ``opt.skipped_steps``; nothing waits for the device.
-    """
-
-    max_grad_norm: float | None
-    clip_per_param: float | None
-    agc: float | None
-    clip_grad_value: float | None
-    ema_decay: float | None
-    skip_nonfinite: bool
-
-
-NORM_CLIPS = ("max_grad_norm", "clip_per_param", "agc")
-GROUP_OPTIONS = {
-    "max_grad_norm": Range("max_grad_norm value", finite=False),
-    "clip_per_param": Range("clip_per_param value"),
-    "agc": Range("agc value"),
-    "clip_grad_value": Range("clip_grad_value value"),
-    "ema_decay": Range("ema_decay value", below=1.0),
-}
-
-
-def _clips_alone(group: dict[str, Any]) -> bool:
-    """Whether a group is clipped by a norm of its own, or its tensors' own, and left out of the optimizer's."""
-    return any(group.get(name) is not None for name in NORM_CLIPS)
 
 
 SERVED = {"cpu", "cuda"}  # device types that have kernels
@@ -202,7 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._set_defaults(group)
 
     def _set_defaults(self, group: dict[str, Any]) -> None:
-        alone = _clips_alone(group)
+        alone = clips_alone(group)
         for name, value in self.defaults.items():
             if name not in group and name != "params":
                 group[name] = None if alone and name in NORM_CLIPS else value
@@ -319,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
         # Options that the checkpoint knows nothing of stay as they are.
         for old, new in zip(before, self.param_groups, strict=True):
-            clips = _clips_alone(new)
+            clips = clips_alone(new)
             for name in (*GROUP_OPTIONS, "capturable", "fused"):
                 if name in old and name not in new and not (clips and name in NORM_CLIPS):
                     new[name] = old[name]
@@ -442,7 +358,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
             arguments.update(guard=True)
-        if arguments.keys() & {"max_norm", "guard"} or any(map(_clips_alone, self.param_groups)):
+        if arguments.keys() & {"max_norm", "guard"} or any(map(clips_alone, self.param_groups)):
             results = self._results_on(device)
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
@@ -461,8 +377,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if self._results is None or (device is not None and self._results["grad_norm"].device != device):
             where = device or (first.device if first is not None else torch.device("cpu"))
-            everything = (p for group in self.param_groups for p in group["params"])
-            precise = any(reference.compute_dtype(p) == torch.float64 for p in everything)
+            precise = clip.is_precise(p for group in self.param_groups for p in group["params"])
             self._refuse_capture()
             old = self._results
             self._results = {
@@ -625,7 +540,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     native.setdefault(i, []).append(g)
             for i, grads in native.items():
                 sums[first[i]] += clip.sum_of_squares(grads, home)
-            alone = torch.tensor([_clips_alone(self.param_groups[i]) for i, _, _ in places], device=home)
+            alone = torch.tensor([clips_alone(self.param_groups[i]) for i, _, _ in places], device=home)
             shared = reference.join(torch.where(alone, 0.0, sums))
             norm = reference.join(sums).sqrt() * whole
             self._results_on(home)["grad_norm"].copy_(norm)
@@ -740,7 +655,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _tell_reference(self, place: Place) -> None:
         p = place[2]
-        what = f"{p.device.type} {p.layout}" if type(p) in (Tensor, torch.nn.Parameter) else type(p).__name__
+        what = type(p).__name__ if reference.is_subclass(p) else f"{p.device.type} {p.layout}"
         reason = f"there are no kernels for {what} parameters such as {self._name(place)}"
         if self._resolved != "auto":
             raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")

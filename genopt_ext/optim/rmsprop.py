@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .optimizer import FusedOptimizer, Range, StepOptions
+from .optimizer import FusedOptimizer
+from .options import Range, StepOptions
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
