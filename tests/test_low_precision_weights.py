@@ -890,7 +890,6 @@ def test_gradients_of_another_dtype_are_not_rounded(case, backend):
     p.grad_dtype = torch.float32
     p.grad = torch.full((300,), 1 + 2.0**-12)
     optim.SGD([p], lr=2.0**12, backend=backend).step()
-    optim.SGD([p], lr=1.0, backend=backend)
     assert (p == -(2.0**12)).all()  # rounded once, at the end
     q = torch.nn.Parameter(torch.full((300,), 2.0**12, dtype=torch.bfloat16))
     q.grad_dtype = torch.float32
