@@ -133,7 +133,8 @@ def random_bits(p: Tensor, seed: int, t: float) -> Tensor:
 def turns(p: Tensor, t: float) -> Tensor:
     """The elements' turns at step ``t``: as :func:`random_bits`, evenly spread over elements and steps."""
     i = torch.arange(p.numel(), device=p.device)
-    return (i * 0x91E10DA5 + (int(max(t, 0)) * 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    step = int(max(t, 0)) & 0xFFFFFFFF
+    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + _mix(torch.tensor(step >> 8)).item()) & 0xFFFFFFFF
 
 
 def round_by(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

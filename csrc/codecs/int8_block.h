@@ -59,26 +59,26 @@ struct Int8Block {
     return float_of(rounded < kLowest ? kLowest : rounded < kHighest ? rounded : kHighest);
   }
 
-  // Choices are spelled as arithmetic, so that compilers vectorize loops over these.
-  GENOPT_INLINE float decode(Stored code) const {
-    const int32_t number = code, sign = kSigned ? number >> 31 : 0;
-    const int32_t below = kLargest - ((number ^ sign) - sign);
+  GENOPT_INLINE float decode(int32_t number) const {
+    const int32_t below = kLargest - (kSigned && number < 0 ? -number : number);
     const int32_t near = below << kFine, far = (below << kCoarse) - (3 * kOctaves << 23);
-    const uint32_t bits = (top - static_cast<uint32_t>(near > far ? near : far)) | (static_cast<uint32_t>(sign) << 31);
-    const uint32_t is_zero = -static_cast<uint32_t>(number == 0);
-    return float_of((bits & ~is_zero) | (bits_of(fill) & is_zero));
+    const int32_t distance = near > far ? near : far;
+    const uint32_t bits = top - static_cast<uint32_t>(distance);
+    const uint32_t value = kSigned ? bits | (static_cast<uint32_t>(number) & 0x80000000u) : bits;
+    const uint32_t is_zero = -static_cast<uint32_t>(number == 0);  // as arithmetic, loops over it vectorize better
+    return float_of((value & ~is_zero) | (bits_of(fill) & is_zero));
   }
 
   // `turn`: 32 bits that decide which way to round, or kNearest. An average of squares that is not zero stays so.
-  GENOPT_INLINE Stored encode(float x, uint32_t turn) const {
+  GENOPT_INLINE int32_t encode(float x, uint32_t turn) const {
     const uint32_t size = magnitude(x);
     const int32_t near = static_cast<int32_t>((size + (turn >> (32 - kFine))) >> kFine) + fine;
     const int32_t far = static_cast<int32_t>((size + (turn >> (32 - kCoarse))) >> kCoarse) + coarse;
+    const int32_t least = kSigned ? 0 : static_cast<int32_t>(size < 1 ? size : 1);
     int32_t code = near > far ? near : far;
-    code = code < (kSigned ? 0 : 1) ? (kSigned ? 0 : 1) : code;
+    code = code < least ? least : code;
     code = code > limit ? limit : code;
-    const int32_t sign = static_cast<int32_t>(bits_of(x)) >> 31;
-    return static_cast<Stored>(kSigned ? (code ^ sign) - sign : code & -static_cast<int32_t>(size != 0));
+    return kSigned && static_cast<int32_t>(bits_of(x)) < 0 ? -code : code;
   }
 };
 

@@ -102,8 +102,11 @@ template <class Block>
 __attribute__((noinline)) void decode_block(const Block& shared, const typename Block::Stored* codes, int count,
                                             float* to) {
   const Block block = shared;
+  // First all to the size of a float: a loop over elements of one size vectorizes well.
 #pragma GCC ivdep
-  for (int i = 0; i < count; ++i) to[i] = block.decode(codes[i]);
+  for (int i = 0; i < count; ++i) to[i] = float_of(static_cast<uint32_t>(static_cast<int32_t>(codes[i])));
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) to[i] = block.decode(static_cast<int32_t>(bits_of(to[i])));
 }
 
 // Stores values as codes and returns their scale. `turn`: the tile's.
@@ -115,7 +118,8 @@ __attribute__((noinline)) float encode_block(const float* from, int count, uint3
   const float scale = Block::scale_for(largest);
   const Block block(scale);
 #pragma GCC ivdep
-  for (int i = 0; i < count; ++i) codes[i] = block.encode(from[i], turn_of(turn, i));
+  for (int i = 0; i < count; ++i)
+    codes[i] = static_cast<typename Block::Stored>(block.encode(from[i], turn_of(turn, i)));
   return scale;
 }
 
@@ -258,6 +262,36 @@ int64_t run_direct(const Scalars& scalars, const Row& row, int64_t start, int64_
 template <class T>
 using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
 
+// Whole tiles of rows with parameter and gradient in float and all states in codes; returns where it ended.
+template <unsigned kUsed, class Scalars>
+int64_t run_coded(const Scalars& scalars, const Row& row, int64_t start, int64_t stop) {
+  bool fits = is_direct<Float32>(row, kParam) && is_direct<Float32>(row, kGrad);
+  for (int k = kState; k < kAverage; ++k) fits = fits && (!is_used(kUsed, k) || is_block(row.dtype[k]));
+  if (!fits) return start;
+  alignas(64) float values[kMaxStates][kTile];
+  const auto each_state = [&](auto visit) {
+    for (int k = 0; k < kMaxStates; ++k)
+      if (is_used(kUsed, kState + k))
+        with_block(row.dtype[kState + k], row.scales[k][start / kTile], [&]<class Block>(const Block& block) {
+          visit(k, block, element<Block>(row, kState + k, start));
+        });
+  };
+  for (; stop - start >= kTile; start += kTile) {
+    // The next tile is asked for a little at a time: a core has room for some ten lines under way.
+    prefetch(row, kParam, start + kTile, kTile);
+    each_state([&](int k, const auto& block, auto* codes) { decode_block(block, codes, kTile, values[k]); });
+    prefetch(row, kGrad, start + kTile, kTile);
+    apply<float, Float32, kUsed>(scalars, element<Float32>(row, kParam, start), element<Float32>(row, kGrad, start),
+                                 values[0], values[1], values[2], static_cast<float*>(nullptr), kTile);
+    const uint32_t turn = tile_turn(scalars.turn, start);
+    each_state([&]<class Block>(int k, const Block&, auto* codes) {
+      prefetch(row, kState + k, start + kTile, kTile);
+      row.scales[k][start / kTile] = encode_block<Block>(values[k], kTile, turn, codes);
+    });
+  }
+  return start;
+}
+
 // Joins values with the rest that they were rounded off, and parts them again.
 template <class T>
 __attribute__((noinline)) void join_rest(const T* rest, int count, T* p) {
@@ -289,6 +323,8 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
     if (is_plain) start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
     if constexpr (sizeof(T) == 4)
       if (is_plain) start = run_direct<BFloat16, T, kUsed>(scalars, row, start, stop);
+    if constexpr (sizeof(T) == 4 && kUsed != 0 && kUsed < kWithAverage)
+      if (is_plain) start = run_coded<kUsed>(scalars, row, start, stop);
     if (start == stop) return;
   }
 

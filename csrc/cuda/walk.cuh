@@ -211,7 +211,8 @@ class LaneOperand {
       const T value = slots[j][threadIdx.x];
       if (is_block_) {
         with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
-          *place<Block>(tile, operand, j) = block.encode(static_cast<float>(value), turn_of(turn_, tile.element(j)));
+          *place<Block>(tile, operand, j) = static_cast<typename Block::Stored>(
+              block.encode(static_cast<float>(value), turn_of(turn_, tile.element(j))));
         });
         continue;
       }

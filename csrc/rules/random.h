@@ -35,9 +35,11 @@ GENOPT_INLINE uint32_t random_bits(uint32_t tile_key, int i) {
 
 // Moments move by a small part of what separates two codes. For them evenly spread numbers do better than random ones:
 // an element turns round the circle by the golden section at every step (Weyl's sequence), and so is rounded up in as
-// many of a hundred steps as it is hundredths above the lower code. All moments of an element share its turn.
+// many of a hundred steps as it is hundredths above the lower code. All moments of an element share its turn. Every 256
+// steps it begins elsewhere: gradients that return after a Fibonacci number of steps would else meet the same turns.
 GENOPT_INLINE uint32_t step_turn(double t) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(t > 0 ? t : 0)) * 0x9e3779b9u;
+  const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t > 0 ? t : 0));
+  return step * 0x9e3779b9u + mix(step >> 8);
 }
 GENOPT_INLINE uint32_t tile_turn(uint32_t step_turn, int64_t start) {
   return step_turn + static_cast<uint32_t>(start) * 0x91e10da5u;

@@ -287,8 +287,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if current is saved or current.dtype != dtype:
                     device = current.device
                     self.state[p][name] = saved.detach().to(device=device, dtype=dtype, copy=True)
-        for place in self._places():
-            self._store_anew(place)
+        for i, k, p in self._places():
+            self._store_anew((i, k, p))
+            if not self.has_step and "step" not in self._further_names(self.param_groups[i], p):
+                self.state.get(p, {}).pop("step", None)  # which only rounding had counted
 
     # The step
 
