@@ -250,7 +250,7 @@ class Shadow:
             "steps": self.steps,
             "update": {name: statistics.fmean(e[len(e) // 2 :]) for name, e in self.errors.items()},
             "sum": {n: (float(r.square().mean().sqrt()), float(r.mean())) for n, r in relative.items()},
-            "curves": {name: [round(x, 7) for x in e] for name, e in self.errors.items() if ";" in name},
+            "curves": {name: [float(f"{x:.3g}") for x in e] for name, e in self.errors.items() if ";" in name},
         }
 
 
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["trained"] = trained(args.tasks, args.optimizers, args.seeds, args.train_steps, console.print)
     show(results, console)
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "mappings.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.results / "mappings.json").write_text(json.dumps(results) + "\n")
     plot(results, args.results / "mappings.png")
     console.print(f"results and plot: {args.results}")
     return results
