@@ -564,7 +564,7 @@ def test_signed_moments_keep_their_order(backend):
     for k, (x, g) in enumerate(zip(blocks(t), blocks(p.grad), strict=True)):
         ordered = x[g.argsort()]
         # Neighbours may be rounded in different directions, by a code of 4 to 25 %.
-        assert (ordered[1:] - ordered[:-1] >= -0.3 * ordered[:-1].abs()).all(), k
+        assert (ordered[1:] - ordered[:-1] >= -0.3 * ordered[:-1].abs() - 1e-3 * ordered.abs().max()).all(), k
         assert len(x.unique()) > 20, k
         largest = g.abs().max()
         torch.testing.assert_close(x.abs().max(), largest, rtol=0.07, atol=0)

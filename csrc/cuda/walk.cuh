@@ -86,7 +86,11 @@ class LaneOperand {
   T values[kElements];
 
   __device__ void load(const Tile& tile, int operand, void* data) {
-    dtype_ = tile.row.dtype[operand];
+    load(tile, operand, data, tile.row.dtype[operand]);
+  }
+  // For an operand of which only a choice is known when this is compiled: arrays of the row stay in registers.
+  __device__ void load(const Tile& tile, int operand, void* data, DType dtype) {
+    dtype_ = dtype;
     is_block_ = may_be_block<T>(operand) && is_block(dtype_);
     if (is_block_) scale_ = *tile.scale(operand);
     const int size = size_of(dtype_), bytes = size * tile.row.piece;
@@ -166,7 +170,6 @@ class LaneOperand {
       if ((whole_ || tile.element(j) < tile.count) && magnitude > largest) largest = magnitude;
     }
     largest = __reduce_max_sync(~0u, largest);
-    turn_ = turn;
     with_block(dtype_, 0.0f, [&]<class Block>(const Block&) {
       scale_ = Block::scale_for(largest);
       if (!whole_) return;
@@ -203,7 +206,7 @@ class LaneOperand {
     }
   }
 
-  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads]) const {
+  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads], uint32_t turn = 0) const {
     if (whole_) return;
 #pragma unroll 1
     for (int j = 0; j < kElements; ++j) {
@@ -212,7 +215,7 @@ class LaneOperand {
       if (is_block_) {
         with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
           *place<Block>(tile, operand, j) = static_cast<typename Block::Stored>(
-              block.encode(static_cast<float>(value), turn_of(turn_, tile.element(j))));
+              block.encode(static_cast<float>(value), turn_of(turn, tile.element(j))));
         });
         continue;
       }
@@ -319,8 +322,7 @@ class LaneOperand {
 
   uint32_t raw_[kWords];
   char* base_;
-  float scale_;      // of codes
-  uint32_t turn_;  // of codes to be stored
+  float scale_;  // of codes
   DType dtype_;
   bool strided_, whole_, is_block_;
 };
@@ -359,7 +361,8 @@ template <class T>
 __device__ void average(const Around<T>& around, LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> e;
   load_whole(e, tile, kAverage, tile.row.data[kAverage], slots);
-  with_codec(tile.row.dtype[tile.row.param()], [&](auto codec) {
+  const bool has_master = tile.row.extra == Extra::kMaster;
+  with_codec(has_master ? tile.row.dtype[kExtra] : tile.row.dtype[kParam], [&](auto codec) {
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
       e.values[j] =
@@ -406,13 +409,13 @@ __device__ void store_rounded(const LaneOperand<T>& master, const Tile& tile, T 
 
 // One warp takes one tile, of rows that compute in T.
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const __grid_constant__ Table table) {
   const int lane = threadIdx.x % kWarp;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (tile >= table.tiles) return;
   const int r = find_row(table.words + table.first_tile(0), table.rows, tile, lane);
   const uint64_t grad = table.words[table.grad(r)];
-  const DeviceRow row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
   if (!grad || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
   const bool skips = table.may_skip && table.words[Table::kSkip] != 0, rests = (row.used & kRests) != 0;
   const bool zeroes = table.zeroes && !rests;
@@ -433,7 +436,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
   const auto loads = [&](int k) { return k == kParam || (!rests && is_used(row.used, k)); };
   // What is loaded as operand k: the parameter is its master, where it has one.
   const auto source = [&](int k) { return k == kParam ? row.param() : k; };
-  const auto address = [&](int k) { return k == kGrad ? reinterpret_cast<void*>(grad) : row.data[source(k)]; };
+  const bool has_master = row.extra == Extra::kMaster;
+  const auto dtype = [&](int k) { return k == kParam && has_master ? row.dtype[kExtra] : row.dtype[k]; };
+  const auto address = [&](int k) {
+    return k == kGrad ? reinterpret_cast<void*>(grad) : k == kParam && has_master ? row.data[kExtra] : row.data[k];
+  };
   __shared__ Slots<T, kUsable> slots;
 
   LaneOperand<T> x[kOperands];
@@ -444,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
   }
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
-    if (loads(k)) x[k].load(here, source(k), address(k));
+    if (loads(k)) x[k].load(here, source(k), address(k), dtype(k));
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
     if (loads(k)) x[k].load_slots(here, source(k), slots.values[k]);
@@ -457,15 +464,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
       ((row.used % kWithAverage == kMasks ? apply<kMasks>(scalars, x) : void()), ...);
     }(typename Rule::Masks{});
     if (row.extra == Extra::kCompensation) part_rest(x[kParam], here, slots.values[kParam]);
-    if (row.extra == Extra::kMaster) store_rounded(x[kParam], here, slots.values[kParam]);
+    if (has_master) store_rounded(x[kParam], here, slots.values[kParam]);
     if (row.unbiased & 1 << kParam) {
       const uint32_t key = tile_key(scalars.random, start);
       x[kParam].round_by(here, [key](int i) { return random_bits(key, i); });
     }
+    const uint32_t turn = tile_turn(scalars.turn, start);
 #pragma unroll
     for (int k = kState; k < kUsable; ++k) {
       if (!loads(k)) continue;
-      const uint32_t turn = tile_turn(scalars.turn, start);
       if (is_block(row.dtype[k])) {
         x[k].encode_block(here, k, turn);
       } else if (row.unbiased >> k & 1) {
@@ -477,7 +484,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
       if (k != kGrad && loads(k)) x[k].store(here, slots.values[k]);
 #pragma unroll
     for (int k = 0; k < kUsable; ++k)
-      if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k]);
+      if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], turn);
   }
   if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
   if (zeroes) zero(x[kGrad], here, slots.values[kGrad]);
