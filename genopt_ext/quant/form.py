@@ -12,7 +12,6 @@ from torch import Tensor
 
 BITS = (8, 4)
 SCHEMES = ("tensor", "channel", "block")
-ROUNDINGS = ("nearest", "stochastic")
 NONFINITE = ("error", "propagate")
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -138,7 +137,8 @@ def _integer(where: str, name: str, value: Any) -> int:
     raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
 
 
-def _choice(where: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+def check_choice(where: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises ValueError unless the value is one of those allowed."""
     if isinstance(value, bool) or value not in allowed:
         raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -151,8 +151,8 @@ def check_form(
     Raises:
         TypeError, ValueError: an option that is of the wrong type or not one of those allowed.
     """
-    _choice(where, "bits", bits, BITS)
-    _choice(where, "scheme", scheme, SCHEMES)
+    check_choice(where, "bits", bits, BITS)
+    check_choice(where, "scheme", scheme, SCHEMES)
     if not isinstance(symmetric, bool):
         raise TypeError(f"{where}: symmetric must be True or False, got {symmetric!r}")
     axis, block_size = _integer(where, "axis", axis), _integer(where, "block_size", block_size)
@@ -186,10 +186,9 @@ def check_input(where: str, x: Any) -> None:
     check_dtype(where, "the dtype of x", x.dtype)
 
 
-def check_rounding(where: str, rounding: Any, nonfinite: Any) -> None:
-    """Raises ValueError unless both options are known."""
-    _choice(where, "rounding", rounding, ROUNDINGS)
-    _choice(where, "nonfinite", nonfinite, NONFINITE)
+def check_nonfinite(where: str, nonfinite: Any) -> None:
+    """Raises ValueError unless it is a known policy."""
+    check_choice(where, "nonfinite", nonfinite, NONFINITE)
 
 
 def check_part(
@@ -225,3 +224,16 @@ def check_parts(
         raise ValueError(f"{where}: zero_point must be {expected}, got {type(zero_point).__name__}")
     if zero_point is not None:
         check_part(where, "zero_point", zero_point, form.scale_shape(shape), torch.int8, device, name)
+
+
+def check_out(where: str, form: Form, out: Any) -> tuple[Any, Any, Any]:
+    """``out`` as codes, scale and zero point or None; raises unless there are as many as the form needs."""
+    if isinstance(out, QuantizedTensor):
+        return out[:3]
+    expected = 3 - form.symmetric
+    if isinstance(out, Tensor) or not isinstance(out, Sequence):
+        raise TypeError(f"{where}: out must be a sequence of tensors, got {type(out).__name__}")
+    if len(out) not in (expected, 3):
+        names = "codes and scale" if form.symmetric else "codes, scale and zero_point"
+        raise ValueError(f"{where}: out must be {names}, {expected} tensors, got {len(out)}")
+    return (*out, None)[:3]
