@@ -69,6 +69,7 @@ struct Warp {
   std::array<Context, kLanes> lanes;
   std::array<State, kLanes> states{};
   std::array<bool, kLanes> predicates{};
+  std::array<uint64_t, kLanes> values{}, exchanged{};  // what lanes offer, and what all had offered when all waited
   unsigned ballot = 0, lane = 0;
   Context scheduler;
   const std::function<void()>* thread = nullptr;
@@ -108,6 +109,7 @@ struct Warp {
         if (states[i] != states[0]) fail("some lanes of a warp wait in a collective, and others ended");
         ballot |= static_cast<unsigned>(predicates[i]) << i;
       }
+      exchanged = values;
       if (states[0] == kEnded) return;
     }
   }
@@ -134,6 +136,15 @@ unsigned __ballot_sync(unsigned mask, bool predicate) {
   warp.states[lane] = Warp::kWaits;
   warp.lanes[lane].switch_to(warp.scheduler);
   return warp.ballot;
+}
+
+uint64_t cuda_on_cpu_exchange(unsigned mask, uint64_t value, int lanes) {
+  if (mask != ~0u) fail("__shfl_xor_sync: only whole warps are supported");
+  Warp& warp = Warp::instance();
+  const unsigned lane = warp.lane;
+  warp.values[lane] = value;
+  __syncwarp();
+  return warp.exchanged[(lane ^ static_cast<unsigned>(lanes)) % kLanes];
 }
 
 cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
