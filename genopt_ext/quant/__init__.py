@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .form import QuantizedTensor, check_choice, check_form, check_input, check_out
+from .form import QuantizedTensor, check_choice, check_form, check_input, check_out, check_tensors
 
 __all__ = ["QuantizedTensor", "dequantize", "quantize"]
 
@@ -123,11 +123,11 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Ten
     where = "dequantize"
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"{where}: q must be a QuantizedTensor, got {type(q).__name__}")
+    check_tensors(where, codes=q.codes, scale=q.scale)
     how = q.bits, q.scheme, q.axis or 0, q.block_size or 0
     if out is None:
         return ops.dequantize(q.codes, q.scale, q.zero_point, q.shape, q.dtype if dtype is None else dtype, *how)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{where}: out must be a tensor, got {type(out).__name__}")
+    check_tensors(where, out=out)
     if dtype is not None and out.dtype != dtype:
         raise TypeError(f"{where}: out is {out.dtype} and dtype {dtype}; pass one of them")
     ops.dequantize_out(q.codes, q.scale, q.zero_point, q.shape, out, *how)

@@ -171,6 +171,13 @@ def check_form(
     return Form(bits, scheme, axis if scheme == "channel" else 0, block_size if scheme == "block" else 0, symmetric)
 
 
+def check_tensors(where: str, **named: Any) -> None:
+    """Raises TypeError unless all are tensors."""
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(t).__name__}")
+
+
 def check_dtype(where: str, name: str, dtype: Any) -> None:
     """Raises TypeError unless ``dtype`` is one that can be quantized."""
     if dtype not in DTYPES:
@@ -179,8 +186,7 @@ def check_dtype(where: str, name: str, dtype: Any) -> None:
 
 def check_input(where: str, x: Any) -> None:
     """Raises TypeError unless ``x`` is a tensor that can be quantized."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{where}: x must be a tensor, got {type(x).__name__}")
+    check_tensors(where, x=x)
     if x.layout != torch.strided:
         raise TypeError(f"{where}: x must be dense or strided, got {x.layout}; convert it with x.to_dense()")
     check_dtype(where, "the dtype of x", x.dtype)
@@ -195,8 +201,7 @@ def check_part(
     where: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device, like: str
 ) -> None:
     """Raises unless ``t`` is a contiguous tensor of this shape and dtype, and on the device of ``like``."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{where}: {name} must be a tensor, got {type(t).__name__}")
+    check_tensors(where, **{name: t})
     if t.dtype != dtype:
         raise TypeError(f"{where}: {name} must be {dtype}, got {t.dtype}")
     if t.device != device:
@@ -214,8 +219,7 @@ def check_parts(
 
     ``like``: a tensor on whose device they have to be; None: that of ``codes``.
     """
-    if like is None and not isinstance(codes, Tensor):
-        raise TypeError(f"{where}: codes must be a tensor, got {type(codes).__name__}")
+    check_tensors(where, codes=codes)
     device, name = (codes.device, "codes") if like is None else (like.device, "x")
     check_part(where, "codes", codes, form.codes_shape(shape), form.codes_dtype, device, name)
     check_part(where, "scale", scale, form.scale_shape(shape), torch.float32, device, name)
