@@ -122,11 +122,11 @@ void register_cpu(py::module_& m) {
   m.def("cpu_capabilities", &cpu::capabilities);
   m.def(
       "stream",
-      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads) {
+      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads, bool fresh) {
         py::gil_scoped_release release;
-        cpu::stream(arrays, bytes, threads);
+        cpu::stream(arrays, bytes, threads, fresh);
       },
-      py::arg("arrays"), py::arg("bytes"), py::arg("threads"));
+      py::arg("arrays"), py::arg("bytes"), py::arg("threads"), py::arg("fresh") = false);
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ struct Quantization {
 };
 
 // On CPU, threads take pieces of this many elements, the last one may be short: a whole number of any blocks.
-constexpr int kPiece = 4096;
+constexpr int kPiece = 4096, kSmallestBlock = 32;
 
 // How far units reach, a column each for Reach::high and Reach::low; of T = float, or double for float64.
 template <class T>

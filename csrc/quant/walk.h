@@ -44,41 +44,41 @@ inline void stream_line(char* to, const char* from) {
 }
 #endif
 
-// Where results are made: in place, or, where much is written, in a buffer that is then written past the caches, so
-// that memory need not be read first.
-template <class Stored, int kCount>
-class Target {
- public:
-  Target(void* base, int64_t bytes)
-      : base_(static_cast<Stored*>(base)),
-        streams_(bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(base) % 64 == 0) {
-  }
-  ~Target() {
+// Large results are written past the caches, so that memory need not be read first.
+inline bool is_streamed(int64_t bytes) {
+  constexpr int64_t kStreamedBytes = 4 << 20;
+  return bytes >= kStreamedBytes;
+}
+
+inline void stream_bytes(char* to, const char* from, size_t bytes) {
+  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) stream_line(to, from);
+  std::memcpy(to, from, bytes);
+}
+
+// Of what was written past the caches by the thread that leaves the scope.
+struct Fence {
+  ~Fence() {
 #if defined(__x86_64__)
-    if (streams_) _mm_sfence();
+    _mm_sfence();
 #endif
   }
-  Target(const Target&) = delete;
-
-  Stored* begin(int64_t at) {
-    at_ = base_ + at;
-    return streams_ ? buffer_ : at_;
-  }
-  void end(int count) {
-    if (!streams_) return;
-    const char* from = reinterpret_cast<const char*>(buffer_);
-    char* to = reinterpret_cast<char*>(at_);
-    int64_t bytes = static_cast<int64_t>(count * sizeof(Stored));
-    for (; bytes >= 64; bytes -= 64, from += 64, to += 64) stream_line(to, from);
-    std::memcpy(to, from, bytes);
-  }
-
- private:
-  static constexpr int64_t kStreamedBytes = 4 << 20;
-  Stored *base_, *at_ = nullptr;
-  bool streams_;
-  alignas(64) Stored buffer_[kCount];
 };
+
+// to[i] = make(i); whole lines past the caches, if `streams`.
+template <class Stored, class Make>
+GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
+  int done = 0;
+  if (streams && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (; done + 64 <= count; done += 64) {
+      alignas(64) Stored lines[64];
+#pragma GCC ivdep
+      for (int i = 0; i < 64; ++i) lines[i] = make(done + i);
+      stream_bytes(reinterpret_cast<char*>(to + done), reinterpret_cast<const char*>(lines), sizeof lines);
+    }
+  }
+#pragma GCC ivdep
+  for (int i = done; i < count; ++i) to[i] = make(i);
+}
 
 // The loops stand in functions of their own, not inlined: the compiler then vectorizes each of them.
 
@@ -107,12 +107,12 @@ __attribute__((noinline)) void measure_each(const typename Codec::Stored* x, int
 
 template <class Codec, bool kStochastic, class T>
 __attribute__((noinline)) void encode_run(const typename Codec::Stored* x, int count, const Encoder<T>& shared,
-                                          uint32_t key, uint32_t index, int8_t* codes) {
+                                          uint32_t key, uint32_t index, int8_t* codes, bool streams) {
   const Encoder<T> encoder = shared;  // a copy, which no store below can change
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i)
-    codes[i] = encoder.template operator()<kStochastic>(
+  fill(codes, count, streams, [=](int i) {
+    return encoder.template operator()<kStochastic>(
         Codec::template decode<T>(x[i]), kStochastic ? random_number(key, index + static_cast<uint32_t>(i)) : 0.0f);
+  });
 }
 
 template <class Codec, bool kStochastic, class T>
@@ -146,10 +146,10 @@ __attribute__((noinline)) void decode_each(const int8_t* codes, int count, const
 }
 
 // `count` codes; an odd last one shares its byte with 0, for which there has to be room in `codes`.
-__attribute__((noinline)) inline void pack_run(int8_t* codes, int count, uint8_t* bytes) {
+__attribute__((noinline)) inline void pack_run(int8_t* codes, int count, uint8_t* bytes, bool streams) {
   if (count & 1) codes[count] = 0;
-#pragma GCC ivdep
-  for (int i = 0; i < (count + 1) / 2; ++i) bytes[i] = pack(codes[2 * i], codes[2 * i + 1]);
+  const int8_t* const from = codes;
+  fill(bytes, (count + 1) / 2, streams, [=](int i) { return pack(from[2 * i], from[2 * i + 1]); });
 }
 
 __attribute__((noinline)) inline void unpack_run(const uint8_t* bytes, int count, int8_t* codes) {
@@ -194,26 +194,28 @@ void with_types(const Quantization& q, Work work) {
   });
 }
 
-// Calls encode(first element, their number, where their codes go, random key) for each piece, and stores the codes.
+// Calls encode(first element, their number, where their codes go, whether past the caches, random key) for each piece.
 template <class Encode>
 void for_codes(const Quantization& q, int64_t begin, int64_t end, Encode encode) {
-  const int64_t bytes = q.bits == 8 ? q.numel : (q.numel + 1) / 2;
-  Target<uint8_t, kPiece> target(q.codes, bytes);
+  const Fence fence;
+  const bool streams = is_streamed(q.bits == 8 ? q.numel : q.numel / 2);
   alignas(64) int8_t wide[kPiece + 1];
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t at = piece * kPiece;
     const int count = static_cast<int>(std::min<int64_t>(kPiece, q.numel - at));
     const uint32_t key = q.stochastic ? random_key(q.seed, static_cast<uint64_t>(at)) : 0;
-    if (q.bits == 8) {
-      encode(at, count, reinterpret_cast<int8_t*>(q.codes ? target.begin(at) : nullptr), key);
-      if (q.codes) target.end(count);
+    if (q.bits == 8 && q.codes) {
+      encode(at, count, static_cast<int8_t*>(q.codes) + at, streams, key);
     } else {
-      encode(at, count, wide, key);
-      if (!q.codes) continue;
-      pack_run(wide, count, target.begin(at / 2));
-      target.end((count + 1) / 2);
+      encode(at, count, wide, false, key);
+      if (q.codes) pack_run(wide, count, static_cast<uint8_t*>(q.codes) + at / 2, streams);
     }
   }
+}
+
+// While a piece is encoded, from the cache, memory is to be busy with the next one.
+inline void prefetch(const void* from, size_t bytes) {
+  for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte, 0, 2);
 }
 
 inline void quantize_blocks(const Quantization& q, int64_t begin, int64_t end) {
@@ -222,18 +224,24 @@ inline void quantize_blocks(const Quantization& q, int64_t begin, int64_t end) {
     using T = decltype(t);
     const CodeRange range = q.code_range();
     const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
-    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, uint32_t key) {
-      for (int i = 0; i < count; i += static_cast<int>(q.run)) {
-        const int here = static_cast<int>(std::min<int64_t>(q.run, count - i));
-        const int64_t unit = (at + i) / q.run;
-        const Reach<T> reach = measure_run<Codec, symmetric(), T>(x + at + i, here);
-        const float scale = scale_of(reach, range);
-        const int zero_point = zero_point_of(reach, scale, range);
-        q.scale[unit] = scale;
-        if (!symmetric()) q.zero_point[unit] = static_cast<int8_t>(zero_point);
-        if (q.codes)
-          encode_run<Codec, stochastic(), T>(x + at + i, here, Encoder<T>(scale, zero_point, range), key,
-                                             static_cast<uint32_t>(at + i), codes + i);
+    const int run = static_cast<int>(q.run);
+    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+      // All blocks of a piece together: none has to wait for another's maximum and divisions.
+      Reach<T> reach[kPiece / kSmallestBlock];
+      const int blocks = (count + run - 1) / run;
+      const int64_t unit = at / q.run;
+      const auto size = [&](int block) { return std::min(run, count - block * run); };
+      for (int i = 0; i < blocks; ++i) reach[i] = measure_run<Codec, symmetric(), T>(x + at + i * run, size(i));
+      for (int i = 0; i < blocks; ++i) q.scale[unit + i] = scale_of(reach[i], range);
+      if (!symmetric())
+        for (int i = 0; i < blocks; ++i)
+          q.zero_point[unit + i] = static_cast<int8_t>(zero_point_of(reach[i], q.scale[unit + i], range));
+      if (!q.codes) return;
+      for (int i = 0; i < blocks; ++i) {
+        prefetch(x + at + kPiece + i * run, size(i) * sizeof *x);
+        encode_run<Codec, stochastic(), T>(x + at + i * run, size(i),
+                                           Encoder<T>(q.scale[unit + i], q.zero_point_at(unit + i), range), key,
+                                           static_cast<uint32_t>(at + i * run), codes + i * run, streams);
       }
     });
   });
@@ -273,11 +281,11 @@ inline void encode(const Quantization& q, const void* all, int64_t begin, int64_
     const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
     T inverse[kTogether], lowest[kTogether], highest[kTogether];
     int zero_point[kTogether];
-    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, uint32_t key) {
+    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
       if (q.run >= kShortRun) {
         for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
           encode_run<Codec, stochastic(), T>(x + first, static_cast<int>(last - first), encoders[unit], key,
-                                             static_cast<uint32_t>(first), codes + (first - at));
+                                             static_cast<uint32_t>(first), codes + (first - at), streams);
         });
       } else if (has_rows(q)) {
         for_rows(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
@@ -311,9 +319,12 @@ inline void decode(const Quantization& q, int64_t begin, int64_t end) {
     using Codec = decltype(codec);
     using Stored = typename Codec::Stored;
     using T = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
-    constexpr int kStep = 1024;
+    constexpr int kStep = sizeof(Stored) == 8 ? kPiece / 2 : kPiece;
     const T largest = largest_of<T>(q.dtype);
-    Target<Stored, kStep> target(q.numbers, q.numel * static_cast<int64_t>(sizeof(Stored)));
+    const Fence fence;
+    const bool streams =
+        is_streamed(q.numel * static_cast<int64_t>(sizeof(Stored))) && reinterpret_cast<uintptr_t>(q.numbers) % 64 == 0;
+    alignas(64) Stored buffer[kStep];  // some KB at a time are streamed faster than single lines
     alignas(64) int8_t wide[kStep + 1];
     float scale[kTogether];
     int8_t zero_point[kTogether];
@@ -325,7 +336,7 @@ inline void decode(const Quantization& q, int64_t begin, int64_t end) {
         unpack_run(static_cast<const uint8_t*>(q.codes) + at / 2, count, wide);
         codes = wide;
       }
-      Stored* const to = target.begin(at);
+      Stored *const place = static_cast<Stored*>(q.numbers) + at, *const to = streams ? buffer : place;
       if (q.run >= kShortRun) {
         for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
           decode_run<Codec, T>(codes + (first - at), static_cast<int>(last - first), q.zero_point_at(unit),
@@ -348,7 +359,8 @@ inline void decode(const Quantization& q, int64_t begin, int64_t end) {
           decode_each<Codec, T>(codes + start, here, zero_point, scale, largest, to + start);
         }
       }
-      target.end(count);
+      if (streams)
+        stream_bytes(reinterpret_cast<char*>(place), reinterpret_cast<const char*>(buffer), count * sizeof(Stored));
     }
   });
 }
