@@ -64,20 +64,21 @@ struct Fence {
   }
 };
 
-// to[i] = make(i); whole lines past the caches, if `streams`.
+// to[i] = make(i); whole lines past the caches, if `streams`. Indices are 64-bit: with -fwrapv, sums of narrower ones
+// do not vectorize.
 template <class Stored, class Make>
 GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
-  int done = 0;
+  int64_t done = 0;
   if (streams && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
     for (; done + 64 <= count; done += 64) {
       alignas(64) Stored lines[64];
 #pragma GCC ivdep
-      for (int i = 0; i < 64; ++i) lines[i] = make(done + i);
+      for (int64_t i = 0; i < 64; ++i) lines[i] = make(done + i);
       stream_bytes(reinterpret_cast<char*>(to + done), reinterpret_cast<const char*>(lines), sizeof lines);
     }
   }
 #pragma GCC ivdep
-  for (int i = done; i < count; ++i) to[i] = make(i);
+  for (int64_t i = done; i < count; ++i) to[i] = make(i);
 }
 
 // The loops stand in functions of their own, not inlined: the compiler then vectorizes each of them.
@@ -109,7 +110,7 @@ template <class Codec, bool kStochastic, class T>
 __attribute__((noinline)) void encode_run(const typename Codec::Stored* x, int count, const Encoder<T>& shared,
                                           uint32_t key, uint32_t index, int8_t* codes, bool streams) {
   const Encoder<T> encoder = shared;  // a copy, which no store below can change
-  fill(codes, count, streams, [=](int i) {
+  fill(codes, count, streams, [=](int64_t i) {
     return encoder.template operator()<kStochastic>(
         Codec::template decode<T>(x[i]), kStochastic ? random_number(key, index + static_cast<uint32_t>(i)) : 0.0f);
   });
@@ -149,7 +150,7 @@ __attribute__((noinline)) void decode_each(const int8_t* codes, int count, const
 __attribute__((noinline)) inline void pack_run(int8_t* codes, int count, uint8_t* bytes, bool streams) {
   if (count & 1) codes[count] = 0;
   const int8_t* const from = codes;
-  fill(bytes, (count + 1) / 2, streams, [=](int i) { return pack(from[2 * i], from[2 * i + 1]); });
+  fill(bytes, (count + 1) / 2, streams, [=](int64_t i) { return pack(from[2 * i], from[2 * i + 1]); });
 }
 
 __attribute__((noinline)) inline void unpack_run(const uint8_t* bytes, int count, int8_t* codes) {
