@@ -13,6 +13,8 @@ from torch import Tensor
 import genopt_ext
 from genopt_ext import optim
 
+from . import quantize
+
 Shape = tuple[int, ...]
 
 GPT2: list[Shape] = [
@@ -33,7 +35,7 @@ class Case:
     """``arrays`` tensors as large as the parameters are read in a step, of which ``written`` are written.
 
     ``clip``: the norm of all gradients is clipped before, one array more to read. ``ema``: the weights' average is
-    kept. ``optimizer`` may be ``clip_grad_norm_``, which then is all there is.
+    kept. ``optimizer`` may be ``clip_grad_norm_``, ``quantize`` or ``dequantize``, which then is all there is.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Case:
 
     @property
     def bytes(self) -> int:
+        if self.optimizer in quantize.NAMES:
+            return self.elements * 5 + self.elements // 64
         return self.elements * self.dtype.itemsize * (self.arrays + self.written + (self.clip is not None))
 
     @property
@@ -90,6 +94,8 @@ def cases(scale: float) -> list[Case]:
         Case("AdamW clipped 20000x64", "AdamW", tiny, 4, 3, clip=1.0),
         Case("clip_grad_norm_ " + name, "clip_grad_norm_", gpt2, 1, 0),
         Case(f"AdamW EMA {million}", "AdamW", large, 5, 4, ema=0.999),
+        Case(f"quantize int8 block 256 {million}", "quantize", large, 1, 0),
+        Case(f"dequantize int8 block 256 {million}", "dequantize", large, 1, 0),
     ]
 
 
@@ -109,6 +115,8 @@ def parameters(case: Case, largest: int | None = None) -> list[torch.nn.Paramete
 
 def floor(case: Case) -> Callable[[], None]:
     """Moves the case's bytes and computes nothing."""
+    if case.optimizer in quantize.NAMES:
+        return quantize.floor(case.optimizer, case.elements)
     from genopt_ext import _C
 
     nbytes = case.elements * case.dtype.itemsize // 64 * 64
@@ -152,6 +160,14 @@ def stepping(case: Case, variant: str | None) -> Callable[[], Any]:
 
 def subjects(case: Case, compiled: bool) -> dict[str, Callable[[], Any]]:
     """What takes turns: the floor, ours, and torch's own implementations."""
+    if case.optimizer in quantize.NAMES:
+        names = {
+            "genopt_ext": None,
+            "torch per tensor": "per tensor",
+            **({"torch compiled": "compiled"} if compiled else {}),
+        }
+        running = {name: quantize.running(case.optimizer, case.elements, variant) for name, variant in names.items()}
+        return {"floor": floor(case), **running}
     made = {"floor": floor(case), "genopt_ext": stepping(case, None)}
     if case.optimizer not in ("RMSprop", "clip_grad_norm_"):
         made["torch fused"] = stepping(case, "fused")
@@ -164,6 +180,9 @@ def subjects(case: Case, compiled: bool) -> dict[str, Callable[[], Any]]:
 
 def check(case: Case) -> None:
     """The kernels' result is the reference's, bit for bit, on a small copy of the case."""
+    if case.optimizer in quantize.NAMES:
+        quantize.check(case.optimizer, case.elements)
+        return
     if case.optimizer == "clip_grad_norm_":
         params = parameters(case, largest=5000)
         norm = genopt_ext.get_total_norm([p.grad.double() for p in params if p.grad is not None])

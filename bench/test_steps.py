@@ -30,7 +30,7 @@ COMPILED = os.environ.get("BENCH_COMPILED") == "1"
 SECONDS = float(os.environ.get("BENCH_SECONDS", "6"))  # per case
 WANTED = os.environ.get("BENCH_CASES", "")
 CASES = [case for case in cases(SCALE) if WANTED in case.name]
-NAMES = ["floor", "genopt_ext", "torch fused", "torch foreach", "torch compiled"]
+NAMES = ["floor", "genopt_ext", "torch fused", "torch foreach", "torch per tensor", "torch compiled"]
 EVICT = torch.zeros(1 << 26)
 
 

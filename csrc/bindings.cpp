@@ -5,6 +5,7 @@
 
 #include "cpu/stream.h"
 #include "torch_plan.h"
+#include "torch_quant.h"
 
 namespace py = pybind11;
 
@@ -56,8 +57,64 @@ void register_plan(py::module_& m) {
   });
 }
 
+at::Tensor tensor_of(const py::handle& object) {
+  if (object.is_none()) return {};
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("genopt_ext: expected a tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+void register_quant(py::module_& m) {
+  using quant::Tensors;
+  const auto tensors = [](const py::object& numbers, const py::object& codes, const py::object& scale,
+                          const py::object& zero_point, const py::object& seed) {
+    return Tensors{tensor_of(numbers), tensor_of(codes), tensor_of(scale), tensor_of(zero_point), tensor_of(seed)};
+  };
+  m.def(
+      "quantize_blocks",
+      [tensors](const py::object& x, const py::object& codes, const py::object& scale, const py::object& zero_point,
+                const py::object& seed, int bits, int64_t run) {
+        const Tensors given = tensors(x, codes, scale, zero_point, seed);
+        py::gil_scoped_release release;
+        quant::quantize_blocks(given, bits, run);
+      },
+      py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("zero_point"), py::arg("seed"), py::kw_only(),
+      py::arg("bits"), py::arg("run"));
+  m.def(
+      "find_scales",
+      [tensors](const py::object& x, const py::object& scale, const py::object& zero_point, const py::object& ranges,
+                int bits, int64_t run) {
+        const Tensors given = tensors(x, py::none(), scale, zero_point, py::none());
+        const at::Tensor kept = tensor_of(ranges);
+        py::gil_scoped_release release;
+        quant::find_scales(given, kept, bits, run);
+      },
+      py::arg("x"), py::arg("scale"), py::arg("zero_point"), py::arg("ranges"), py::kw_only(), py::arg("bits"),
+      py::arg("run"));
+  m.def(
+      "encode",
+      [tensors](const py::object& x, const py::object& codes, const py::object& scale, const py::object& zero_point,
+                const py::object& seed, int bits, int64_t run) {
+        const Tensors given = tensors(x, codes, scale, zero_point, seed);
+        py::gil_scoped_release release;
+        quant::encode(given, bits, run);
+      },
+      py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("zero_point"), py::arg("seed"), py::kw_only(),
+      py::arg("bits"), py::arg("run"));
+  m.def(
+      "decode",
+      [tensors](const py::object& codes, const py::object& scale, const py::object& zero_point, const py::object& out,
+                int bits, int64_t run) {
+        const Tensors given = tensors(out, codes, scale, zero_point, py::none());
+        py::gil_scoped_release release;
+        quant::decode(given, bits, run);
+      },
+      py::arg("codes"), py::arg("scale"), py::arg("zero_point"), py::arg("out"), py::kw_only(), py::arg("bits"),
+      py::arg("run"));
+}
+
 void register_cuda(py::module_& m) {
   m.attr("has_cuda") = kHasCuda;
+  m.def("has_kernels", [](const py::object& t) { return has_kernels(tensor_of(t)); }, py::arg("t"));
 }
 
 void register_cpu(py::module_& m) {
@@ -65,11 +122,11 @@ void register_cpu(py::module_& m) {
   m.def("cpu_capabilities", &cpu::capabilities);
   m.def(
       "stream",
-      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads) {
+      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads, bool fresh) {
         py::gil_scoped_release release;
-        cpu::stream(arrays, bytes, threads);
+        cpu::stream(arrays, bytes, threads, fresh);
       },
-      py::arg("arrays"), py::arg("bytes"), py::arg("threads"));
+      py::arg("arrays"), py::arg("bytes"), py::arg("threads"), py::arg("fresh") = false);
 }
 
 }  // namespace
@@ -80,4 +137,5 @@ PYBIND11_MODULE(_C, m) {
   genopt::register_plan(m);
   genopt::register_cpu(m);
   genopt::register_cuda(m);
+  genopt::register_quant(m);
 }

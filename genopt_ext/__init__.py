@@ -4,6 +4,7 @@ Change one line, ``from genopt_ext import optim`` instead of ``from torch import
 """
 
 from . import optim as optim
+from . import quant as quant
 from .amp import GradScaler
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .in_backward import InBackward, step_in_backward
@@ -18,5 +19,6 @@ __all__ = [
     "clip_grads_with_norm_",
     "get_total_norm",
     "optim",
+    "quant",
     "step_in_backward",
 ]

@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "threads.h"
 
 namespace genopt {
 
@@ -94,46 +93,6 @@ void for_range(const Plan& plan, int64_t Row::* first, Count count, unsigned ope
     prefetch_ahead(plan, row - rows.begin(), operands);
     visit(row - rows.begin(), begin - (*row).*first, last - (*row).*first);
     begin = last;
-  }
-}
-
-// The caller's rounding and flush-to-zero mode, which a thread takes over: otherwise the bits of
-// denormal numbers would depend on which thread meets them.
-#if defined(__x86_64__)
-class FloatMode {
- public:
-  FloatMode() : mode_(_mm_getcsr()) {
-  }
-  void adopt() const {
-    _mm_setcsr(mode_);
-  }
-
- private:
-  unsigned mode_;
-};
-#else
-class FloatMode {
- public:
-  void adopt() const {
-  }
-};
-#endif
-
-// Calls work(begin, end) for parts of [0, total), one for each thread that has at least `least` pieces.
-template <class Work>
-void in_parallel(int64_t total, int64_t least, int threads, Work work) {
-  const int64_t team = std::min<int64_t>(threads, total / least);
-  if (team <= 1) {
-    work(0, total);
-    return;
-  }
-  const FloatMode mode;
-#pragma omp parallel for num_threads(static_cast<int>(team)) schedule(static, 1)
-  for (int64_t i = 0; i < team; ++i) {
-    const FloatMode before;
-    mode.adopt();
-    work(total * i / team, total * (i + 1) / team);
-    before.adopt();
   }
 }
 

@@ -8,7 +8,8 @@
 namespace genopt::cpu {
 
 // Reads `bytes` (a multiple of 64) of every array together, front to back, and writes back those whose
-// second member is true. Arrays are addresses, at most 8, each aligned to 64.
-void stream(const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads);
+// second member is true. Arrays are addresses, at most 8, each aligned to 64. `fresh`: these are not read but only
+// written, past the caches where the processor can.
+void stream(const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads, bool fresh);
 
 }  // namespace genopt::cpu

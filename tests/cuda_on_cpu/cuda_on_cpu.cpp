@@ -69,7 +69,7 @@ struct Warp {
   enum State { kRuns, kWaits, kEnded };
   std::array<Context, kLanes> lanes;
   std::array<State, kLanes> states{};
-  std::array<unsigned, kLanes> values{};  // that lanes brought to a collective
+  std::array<uint64_t, kLanes> values{}, exchanged{};  // what lanes bring to a collective, and what all had brought
   unsigned ballot = 0, largest = 0, lane = 0;
   Context scheduler;
   const std::function<void()>* thread = nullptr;
@@ -108,14 +108,15 @@ struct Warp {
       for (unsigned i = 0; i < kLanes; ++i) {
         if (states[i] != states[0]) fail("some lanes of a warp wait in a collective, and others ended");
         ballot |= static_cast<unsigned>(values[i] != 0) << i;
-        largest = std::max(largest, values[i]);
+        largest = std::max(largest, static_cast<unsigned>(values[i]));
       }
+      exchanged = values;
       if (states[0] == kEnded) return;
     }
   }
 
   // A lane waits until all have come.
-  void meet(const char* what, unsigned mask, unsigned value) {
+  void meet(const char* what, unsigned mask, uint64_t value) {
     if (mask != ~0u) fail(what);
     const unsigned own = lane;
     values[own] = value;
@@ -144,6 +145,13 @@ unsigned __ballot_sync(unsigned mask, bool predicate) {
 unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   Warp::instance().meet("__reduce_max_sync: only whole warps are supported", mask, value);
   return Warp::instance().largest;
+}
+
+uint64_t cuda_on_cpu_exchange(unsigned mask, uint64_t value, int lanes) {
+  Warp& warp = Warp::instance();
+  const unsigned lane = warp.lane;
+  warp.meet("__shfl_xor_sync: only whole warps are supported", mask, value);
+  return warp.exchanged[(lane ^ static_cast<unsigned>(lanes)) % kLanes];
 }
 
 cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {

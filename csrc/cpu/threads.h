@@ -1,0 +1,54 @@
+// Work in parts, one for each thread.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+
+namespace genopt::cpu {
+
+// The caller's rounding and flush-to-zero mode, which a thread takes over: otherwise the bits of
+// denormal numbers would depend on which thread meets them.
+#if defined(__x86_64__)
+class FloatMode {
+ public:
+  FloatMode() : mode_(_mm_getcsr()) {
+  }
+  void adopt() const {
+    _mm_setcsr(mode_);
+  }
+
+ private:
+  unsigned mode_;
+};
+#else
+class FloatMode {
+ public:
+  void adopt() const {
+  }
+};
+#endif
+
+// Calls work(begin, end) for parts of [0, total), one for each thread that has at least `least` pieces; once if there
+// are few, also if there are none.
+template <class Work>
+void in_parallel(int64_t total, int64_t least, int threads, Work work) {
+  const int64_t team = std::min<int64_t>(threads, total / least);
+  if (team <= 1) {
+    work(0, total);
+    return;
+  }
+  const FloatMode mode;
+#pragma omp parallel for num_threads(static_cast<int>(team)) schedule(static, 1)
+  for (int64_t i = 0; i < team; ++i) {
+    const FloatMode before;
+    mode.adopt();
+    work(total * i / team, total * (i + 1) / team);
+    before.adopt();
+  }
+}
+
+}  // namespace genopt::cpu

@@ -1,0 +1,495 @@
+// Quantization on CUDA: one warp, one tile of 256 elements, 8 of them in each lane's registers, with the arithmetic of
+// quant/code.h. Blocks are read once: a block of up to 256 lies in registers between its maximum and its codes, a
+// larger one is read again from the cache. Tensors and channels take a pass for their ranges, joined by integer maxima,
+// which no order changes, and one for their codes.
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "quant.h"
+#include "walk.cuh"
+
+namespace genopt::quant::cuda {
+namespace {
+
+using genopt::cuda::kElements;
+using genopt::cuda::kThreads;
+using genopt::cuda::kWarp;
+using genopt::cuda::kWarps;
+
+using Range = unsigned long long;  // a key, as atomicMax takes it
+
+// What a kernel is told.
+struct Work {
+  Quantization q;
+  int shift;  // of a run that is a power of two where no unit has two runs; else -1
+  Range* ranges;
+
+  __device__ int64_t unit_of(int64_t i) const {
+    if (shift >= 0) return i >> shift;
+    if (q.numel >> 32) return i / q.run % q.units;
+    return static_cast<uint32_t>(i) / static_cast<uint32_t>(q.run) % static_cast<uint32_t>(q.units);
+  }
+};
+
+template <class Codec>
+using Compute = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
+
+// A warp's tile. A lane has pieces of 16 bytes, and the warp's pieces lie side by side: kRows rows of them.
+template <class Codec>
+struct Tile {
+  using Stored = typename Codec::Stored;
+  using T = Compute<Codec>;
+  static constexpr int kPiece = 16 / sizeof(Stored), kRows = kElements / kPiece, kRow = kWarp * kPiece;
+
+  const Quantization& q;
+  int64_t start;
+  int lane;
+  int count;
+  bool whole;  // and can be accessed in pieces
+
+  __device__ Tile(const Quantization& q, int64_t start, int lane) : q(q), start(start), lane(lane) {
+    const int64_t rest = q.numel - start;
+    count = rest < kTile ? static_cast<int>(rest) : kTile;
+    whole = rest >= kTile && reinterpret_cast<uintptr_t>(q.numbers) % 16 == 0 &&
+            reinterpret_cast<uintptr_t>(q.codes) % 8 == 0;
+  }
+
+  // Which element of the tile is a lane's j-th.
+  __device__ int element(int j) const {
+    return j / kPiece * kRow + lane * kPiece + j % kPiece;
+  }
+
+  __device__ Stored* numbers() const {
+    return static_cast<Stored*>(q.numbers) + start;
+  }
+
+  __device__ void load_numbers(T (&x)[kElements]) const {
+    if (!whole) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        x[j] = element(j) < count ? Codec::template decode<T>(numbers()[element(j)]) : T(0);
+      return;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const uint4 piece = reinterpret_cast<const uint4*>(numbers())[r * kWarp + lane];
+      Stored stored[kPiece];
+      memcpy(stored, &piece, sizeof piece);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) x[r * kPiece + i] = Codec::template decode<T>(stored[i]);
+    }
+  }
+
+  __device__ void store_numbers(const T (&x)[kElements]) const {
+    if (!whole) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        if (element(j) < count) numbers()[element(j)] = Codec::encode(x[j]);
+      return;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      Stored stored[kPiece];
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) stored[i] = Codec::encode(x[r * kPiece + i]);
+      uint4 piece;
+      memcpy(&piece, stored, sizeof piece);
+      reinterpret_cast<uint4*>(numbers())[r * kWarp + lane] = piece;
+    }
+  }
+
+  // A lane's codes of one row, as an integer of 8 or 4 bits each.
+  template <int kBits>
+  using Packed = std::conditional_t<
+      kPiece * kBits == 64, uint64_t,
+      std::conditional_t<kPiece * kBits == 32, uint32_t, std::conditional_t<kPiece * kBits == 16, uint16_t, uint8_t>>>;
+
+  template <int kBits>
+  __device__ void store_codes_of(const int8_t (&codes)[kElements]) const {
+    uint8_t* const to = static_cast<uint8_t*>(q.codes) + start * kBits / 8;
+    if (whole) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        Packed<kBits> packed = 0;
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i)
+          packed |= static_cast<Packed<kBits>>(static_cast<Packed<kBits>>(codes[r * kPiece + i] & ((1 << kBits) - 1))
+                                               << (kBits * i));
+        reinterpret_cast<Packed<kBits>*>(to)[r * kWarp + lane] = packed;
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const int i = element(j);
+      if (i >= count) continue;
+      if constexpr (kBits == 8) {
+        to[i] = static_cast<uint8_t>(codes[j]);
+      } else if (j % 2 == 0) {
+        to[i / 2] = pack(codes[j], i + 1 < count ? codes[j + 1] : 0);
+      }
+    }
+  }
+
+  template <int kBits>
+  __device__ void load_codes_of(int8_t (&codes)[kElements]) const {
+    const uint8_t* const from = static_cast<const uint8_t*>(q.codes) + start * kBits / 8;
+    if (whole) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Packed<kBits> packed = reinterpret_cast<const Packed<kBits>*>(from)[r * kWarp + lane];
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) {
+          const int bits = static_cast<int>(packed >> (kBits * i)) & ((1 << kBits) - 1);
+          codes[r * kPiece + i] = static_cast<int8_t>(kBits == 8 ? bits : (bits ^ 8) - 8);
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const int i = element(j);
+      codes[j] = 0;
+      if (i < count) codes[j] = static_cast<int8_t>(kBits == 8 ? from[i] : unpack(from[i / 2], i % 2));
+    }
+  }
+
+  __device__ void store_codes(const int8_t (&codes)[kElements]) const {
+    q.bits == 8 ? store_codes_of<8>(codes) : store_codes_of<4>(codes);
+  }
+  __device__ void load_codes(int8_t (&codes)[kElements]) const {
+    q.bits == 8 ? load_codes_of<8>(codes) : load_codes_of<4>(codes);
+  }
+
+  // The lane's numbers of row r as codes.
+  __device__ void encode_row(const Encoder<T>& encoder, const T (&x)[kElements], int r, uint32_t key,
+                             int8_t (&codes)[kElements]) const {
+    if (q.stochastic) {
+#pragma unroll
+      for (int i = r * kPiece; i < (r + 1) * kPiece; ++i)
+        codes[i] = encoder.template operator()<true>(
+            x[i], random_number(key, static_cast<uint32_t>(start) + static_cast<uint32_t>(element(i))));
+    } else {
+#pragma unroll
+      for (int i = r * kPiece; i < (r + 1) * kPiece; ++i) codes[i] = encoder.template operator()<false>(x[i], 0.0f);
+    }
+  }
+
+  // A tile never crosses an index whose upper half changes.
+  __device__ uint32_t key() const {
+    if (!q.stochastic) return 0;
+    return random_key(q.seed_address ? *q.seed_address : q.seed, static_cast<uint64_t>(start));
+  }
+};
+
+__device__ inline int lane_here() {
+  return threadIdx.x % kWarp;
+}
+__device__ inline int64_t warp_here() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+
+__device__ inline int32_t exchange(int32_t key, int lanes) {
+  return static_cast<int32_t>(__shfl_xor_sync(~0u, static_cast<unsigned>(key), lanes));
+}
+__device__ inline int64_t exchange(int64_t key, int lanes) {
+  return static_cast<int64_t>(__shfl_xor_sync(~0u, static_cast<unsigned long long>(key), lanes));
+}
+
+// Joined over groups of so many lanes, a power of two; all of them have the result.
+template <bool kSymmetric, class T>
+__device__ Reach<T> join_lanes(Reach<T> reach, int lanes) {
+#pragma unroll 1
+  for (int other = 1; other < lanes; other *= 2) {
+    Reach<T> theirs;
+    theirs.high = exchange(reach.high, other);
+    if constexpr (!kSymmetric) theirs.low = exchange(reach.low, other);
+    reach.join(theirs);
+  }
+  return reach;
+}
+
+// Scale and zero point of a unit, written by one lane, as an encoder.
+template <class T>
+__device__ Encoder<T> settle(const Quantization& q, const Reach<T>& reach, int64_t unit, bool writes) {
+  const CodeRange range = q.code_range();
+  const float scale = scale_of(reach, range);
+  const int zero_point = zero_point_of(reach, scale, range);
+  if (writes && unit < q.units) {
+    q.scale[unit] = scale;
+    if (q.zero_point) q.zero_point[unit] = static_cast<int8_t>(zero_point);
+  }
+  return Encoder<T>(scale, zero_point, range);
+}
+
+// Blocks of up to 256 elements.
+template <class Codec, bool kSymmetric>
+__global__ void __launch_bounds__(kThreads) quantize_small_blocks(const __grid_constant__ Work work) {
+  using T = Compute<Codec>;
+  using TileHere = Tile<Codec>;
+  const Quantization& q = work.q;
+  const int64_t start = warp_here() * kTile;
+  if (start >= q.numel) return;
+  const TileHere tile(q, start, lane_here());
+  T x[kElements];
+  tile.load_numbers(x);
+  Reach<T> reach[TileHere::kRows];
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) reach[j / TileHere::kPiece].template add<kSymmetric>(x[j]);
+  // A block is a part of a row of pieces, or several rows.
+  const int block = static_cast<int>(q.run);
+  const int lanes = block < TileHere::kRow ? block / TileHere::kPiece : kWarp;
+  const int rows = block < TileHere::kRow ? 1 : block / TileHere::kRow;
+  if constexpr (TileHere::kRows >= 2) {
+#pragma unroll
+    for (int r = 0; r < TileHere::kRows; r += 2)
+      if (rows >= 2) reach[r].join(reach[r + 1]);
+  }
+  if constexpr (TileHere::kRows >= 4) {
+    if (rows >= 4) reach[0].join(reach[2]);
+  }
+  const uint32_t key = tile.key();
+  int8_t codes[kElements];
+  Encoder<T> encoder(T(0), T(0), T(0), 0);
+#pragma unroll
+  for (int r = 0; r < TileHere::kRows; ++r) {
+    if ((r & (rows - 1)) == 0)
+      encoder = settle(q, join_lanes<kSymmetric>(reach[r], lanes),
+                       work.unit_of(start + r * TileHere::kRow + tile.lane * TileHere::kPiece),
+                       (tile.lane & (lanes - 1)) == 0);
+    tile.encode_row(encoder, x, r, key, codes);
+  }
+  if (q.codes) tile.store_codes(codes);
+}
+
+// Larger ones.
+template <class Codec, bool kSymmetric>
+__global__ void __launch_bounds__(kThreads) quantize_large_blocks(const __grid_constant__ Work work) {
+  using T = Compute<Codec>;
+  using TileHere = Tile<Codec>;
+  const Quantization& q = work.q;
+  const int64_t unit = warp_here();
+  if (unit >= q.units) return;
+  const int64_t begin = unit * q.run, end = begin + q.run < q.numel ? begin + q.run : q.numel;
+  T x[kElements];
+  Reach<T> reach;
+#pragma unroll 2
+  for (int64_t start = begin; start < end; start += kTile) {
+    TileHere(q, start, lane_here()).load_numbers(x);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) reach.template add<kSymmetric>(x[j]);
+  }
+  const Encoder<T> encoder = settle(q, join_lanes<kSymmetric>(reach, kWarp), unit, lane_here() == 0);
+  if (!q.codes) return;
+#pragma unroll 1
+  for (int64_t start = begin; start < end; start += kTile) {
+    const TileHere tile(q, start, lane_here());
+    tile.load_numbers(x);
+    int8_t codes[kElements];
+    const uint32_t key = tile.key();
+#pragma unroll
+    for (int r = 0; r < TileHere::kRows; ++r) tile.encode_row(encoder, x, r, key, codes);
+    tile.store_codes(codes);
+  }
+}
+
+template <bool kSymmetric, class T>
+__device__ void join_range(const Work& work, int64_t unit, const Reach<T>& reach) {
+  if (reach.high > 0) atomicMax(work.ranges + unit, static_cast<Range>(reach.high));
+  if constexpr (!kSymmetric)
+    if (reach.low > 0) atomicMax(work.ranges + work.q.units + unit, static_cast<Range>(reach.low));
+}
+
+// Runs of 32 and more: a warp takes so many elements, and the parts of runs among them in turn.
+constexpr int kSpanElements = 4096, kLongRun = 32;
+
+template <class Codec, bool kSymmetric>
+__global__ void __launch_bounds__(kThreads) measure_runs(const __grid_constant__ Work work) {
+  using T = Compute<Codec>;
+  const Quantization& q = work.q;
+  const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
+  int64_t at = warp_here() * kSpanElements;
+  const int64_t stop = at + kSpanElements < q.numel ? at + kSpanElements : q.numel;
+#pragma unroll 1
+  while (at < stop) {
+    const int64_t run = at / q.run, next = (run + 1) * q.run;
+    const int64_t end = next < stop ? next : stop;
+    Reach<T> reach;
+#pragma unroll 8
+    for (int64_t i = at + lane_here(); i < end; i += kWarp)
+      reach.template add<kSymmetric>(Codec::template decode<T>(x[i]));
+    reach = join_lanes<kSymmetric>(reach, kWarp);
+    if (lane_here() == 0) join_range<kSymmetric>(work, run % q.units, reach);
+    at = end;
+  }
+}
+
+// Shorter runs: a thread takes one element of so many rows; a row is all units' runs.
+constexpr int kColumnRows = 64;
+
+template <class Codec, bool kSymmetric>
+__global__ void __launch_bounds__(kThreads) measure_columns(const __grid_constant__ Work work) {
+  using T = Compute<Codec>;
+  const Quantization& q = work.q;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t columns = q.units * q.run, column = thread % columns;
+  const int64_t first = thread / columns * kColumnRows * columns + column;
+  if (first >= q.numel) return;
+  const int64_t wanted = first + kColumnRows * columns, end = wanted < q.numel ? wanted : q.numel;
+  const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
+  Reach<T> reach;
+#pragma unroll 4
+  for (int64_t i = first; i < end; i += columns) reach.template add<kSymmetric>(Codec::template decode<T>(x[i]));
+  join_range<kSymmetric>(work, column / q.run, reach);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) settle_ranges(const __grid_constant__ Work work) {
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (unit >= work.q.units) return;
+  Reach<T> reach;
+  reach.high = static_cast<Key<T>>(work.ranges[unit]);
+  reach.low = static_cast<Key<T>>(work.ranges[work.q.units + unit]);
+  settle(work.q, reach, unit, true);
+}
+
+// Whether all of a tile is in one unit, as far as can be told at once.
+__device__ inline bool shares_unit(const Quantization& q, int64_t start, int count) {
+  return q.run >= kTile && start / q.run == (start + count - 1) / q.run;
+}
+
+template <class Codec>
+__global__ void __launch_bounds__(kThreads) encode_tiles(const __grid_constant__ Work work) {
+  using T = Compute<Codec>;
+  using TileHere = Tile<Codec>;
+  const Quantization& q = work.q;
+  const int64_t start = warp_here() * kTile;
+  if (start >= q.numel) return;
+  const TileHere tile(q, start, lane_here());
+  const auto encoder_of = [&](int64_t unit) {
+    return Encoder<T>(q.scale[unit], q.zero_point_at(unit), q.code_range());
+  };
+  T x[kElements];
+  int8_t codes[kElements];
+  tile.load_numbers(x);
+  const uint32_t key = tile.key();
+  if (shares_unit(q, start, tile.count)) {
+    const Encoder<T> encoder = encoder_of(work.unit_of(start));
+#pragma unroll
+    for (int r = 0; r < TileHere::kRows; ++r) tile.encode_row(encoder, x, r, key, codes);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const int i = tile.element(j);
+      if (i >= tile.count) {
+        codes[j] = 0;
+        continue;
+      }
+      const Encoder<T> encoder = encoder_of(work.unit_of(start + i));
+      codes[j] = q.stochastic ? encoder.template operator()<true>(
+                                    x[j], random_number(key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i)))
+                              : encoder.template operator()<false>(x[j], 0.0f);
+    }
+  }
+  tile.store_codes(codes);
+}
+
+template <class Codec>
+__global__ void __launch_bounds__(kThreads) decode_tiles(const __grid_constant__ Work work) {
+  using T = Compute<Codec>;
+  const Quantization& q = work.q;
+  const int64_t start = warp_here() * kTile;
+  if (start >= q.numel) return;
+  const Tile<Codec> tile(q, start, lane_here());
+  const T largest = largest_of<T>(q.dtype);
+  int8_t codes[kElements];
+  T x[kElements];
+  tile.load_codes(codes);
+  if (shares_unit(q, start, tile.count)) {
+    const int64_t unit = work.unit_of(start);
+    const float scale = q.scale[unit];
+    const int zero_point = q.zero_point_at(unit);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) x[j] = number_behind<T>(codes[j], zero_point, scale, largest);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      if (tile.element(j) >= tile.count) continue;
+      const int64_t unit = work.unit_of(start + tile.element(j));
+      x[j] = number_behind<T>(codes[j], q.zero_point_at(unit), q.scale[unit], largest);
+    }
+  }
+  tile.store_numbers(x);
+}
+
+Work work_for(const Quantization& q, void* ranges = nullptr) {
+  int shift = 0;
+  while (shift < 62 && int64_t{1} << shift < q.run) ++shift;
+  const bool is_shift = int64_t{1} << shift == q.run && q.run * q.units >= q.numel;
+  return {q, is_shift ? shift : -1, static_cast<Range*>(ranges)};
+}
+
+void launch(void (*kernel)(Work), int64_t threads, const Work& work, const Queue& queue) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads));
+  config.blockDim = dim3(kThreads);
+  config.stream = queue.stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, work);
+  if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // told here: torch must not meet it again
+  throw std::runtime_error(std::string("genopt_ext: launching a kernel failed: ") + cudaGetErrorString(error));
+}
+
+int64_t warps(int64_t elements, int64_t each) {
+  return (elements + each - 1) / each * kWarp;
+}
+
+// Calls visit(codec, symmetric), the second as std::bool_constant.
+template <class Visit>
+void with_types(const Quantization& q, Visit visit) {
+  with_codec(q.dtype,
+             [&](auto codec) { q.zero_point ? visit(codec, std::false_type{}) : visit(codec, std::true_type{}); });
+}
+
+}  // namespace
+
+void quantize_blocks(const Quantization& q, const Queue& queue) {
+  with_types(q, [&](auto codec, auto symmetric) {
+    using Codec = decltype(codec);
+    if (q.run <= kTile)
+      launch(quantize_small_blocks<Codec, symmetric()>, warps(q.numel, kTile), work_for(q), queue);
+    else
+      launch(quantize_large_blocks<Codec, symmetric()>, q.units * kWarp, work_for(q), queue);
+  });
+}
+
+void find_scales(const Quantization& q, void* ranges, const Queue& queue) {
+  const Work work = work_for(q, ranges);
+  if (q.numel) {
+    with_types(q, [&](auto codec, auto symmetric) {
+      using Codec = decltype(codec);
+      if (q.run >= kLongRun) {
+        launch(measure_runs<Codec, symmetric()>, warps(q.numel, kSpanElements), work, queue);
+      } else {
+        const int64_t columns = q.units * q.run, rows = q.numel / columns;
+        launch(measure_columns<Codec, symmetric()>, (rows + kColumnRows - 1) / kColumnRows * columns, work, queue);
+      }
+    });
+  }
+  launch(q.dtype == DType::kFloat64 ? settle_ranges<double> : settle_ranges<float>, q.units, work, queue);
+}
+
+void encode(const Quantization& q, const Queue& queue) {
+  with_codec(q.dtype,
+             [&](auto codec) { launch(encode_tiles<decltype(codec)>, warps(q.numel, kTile), work_for(q), queue); });
+}
+
+void decode(const Quantization& q, const Queue& queue) {
+  with_codec(q.dtype,
+             [&](auto codec) { launch(decode_tiles<decltype(codec)>, warps(q.numel, kTile), work_for(q), queue); });
+}
+
+}  // namespace genopt::quant::cuda

@@ -1,0 +1,374 @@
+// How one tensor is quantized and dequantized on CPU, a piece of 4096 elements after the other, each read and written
+// once. Included once by each quant/walk_*.cpp, as cpu/walk.h is. Loops are plain C++; the compiler vectorizes them.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "run.h"
+
+namespace genopt::quant::GENOPT_CAPABILITY {
+
+// Elements of shorter runs take their units' numbers from columns: those of the units, where each element in a row of
+// that many has its own, else copies of them, for so many elements at once.
+constexpr int kShortRun = 32;
+constexpr int kTogether = 256;
+
+inline bool has_rows(const Quantization& q) {
+  return q.run == 1 && q.units >= kShortRun;
+}
+
+#if defined(__AVX512F__)
+inline void stream_line(char* to, const char* from) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+#elif defined(__AVX__)
+inline void stream_line(char* to, const char* from) {
+  for (int i = 0; i < 64; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+}
+#elif defined(__x86_64__)
+inline void stream_line(char* to, const char* from) {
+  for (int i = 0; i < 64; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+}
+#else
+inline void stream_line(char* to, const char* from) {
+  std::memcpy(to, from, 64);
+}
+#endif
+
+// Large results are written past the caches, so that memory need not be read first.
+inline bool is_streamed(int64_t bytes) {
+  constexpr int64_t kStreamedBytes = 4 << 20;
+  return bytes >= kStreamedBytes;
+}
+
+inline void stream_bytes(char* to, const char* from, size_t bytes) {
+  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) stream_line(to, from);
+  std::memcpy(to, from, bytes);
+}
+
+// Of what was written past the caches by the thread that leaves the scope.
+struct Fence {
+  ~Fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  }
+};
+
+// to[i] = make(i); whole lines past the caches, if `streams`. Indices are 64-bit: with -fwrapv, sums of narrower ones
+// do not vectorize.
+template <class Stored, class Make>
+GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
+  int64_t done = 0;
+  if (streams && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (; done + 64 <= count; done += 64) {
+      alignas(64) Stored lines[64];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < 64; ++i) lines[i] = make(done + i);
+      stream_bytes(reinterpret_cast<char*>(to + done), reinterpret_cast<const char*>(lines), sizeof lines);
+    }
+  }
+#pragma GCC ivdep
+  for (int64_t i = done; i < count; ++i) to[i] = make(i);
+}
+
+// The loops stand in functions of their own, not inlined: the compiler then vectorizes each of them.
+
+template <class Codec, bool kSymmetric, class T>
+__attribute__((noinline)) Reach<T> measure_run(const typename Codec::Stored* x, int64_t count) {
+  Key<T> high = 0, low = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Reach<T> reach{high, low};
+    reach.template add<kSymmetric>(Codec::template decode<T>(x[i]));
+    high = reach.high, low = reach.low;
+  }
+  return {high, low};
+}
+
+// Units of one element each, side by side.
+template <class Codec, bool kSymmetric, class T>
+__attribute__((noinline)) void measure_each(const typename Codec::Stored* x, int64_t count, Key<T>* high, Key<T>* low) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    Reach<T> reach{high[i], kSymmetric ? Key<T>(0) : low[i]};
+    reach.template add<kSymmetric>(Codec::template decode<T>(x[i]));
+    high[i] = reach.high;
+    if constexpr (!kSymmetric) low[i] = reach.low;
+  }
+}
+
+template <class Codec, bool kStochastic, class T>
+__attribute__((noinline)) void encode_run(const typename Codec::Stored* x, int count, const Encoder<T>& shared,
+                                          uint32_t key, uint32_t index, int8_t* codes, bool streams) {
+  const Encoder<T> encoder = shared;  // a copy, which no store below can change
+  fill(codes, count, streams, [=](int64_t i) {
+    return encoder.template operator()<kStochastic>(
+        Codec::template decode<T>(x[i]), kStochastic ? random_number(key, index + static_cast<uint32_t>(i)) : 0.0f);
+  });
+}
+
+template <class Codec, bool kStochastic, class T>
+__attribute__((noinline)) void encode_each(const typename Codec::Stored* x, int count, const Encoders<T>& shared,
+                                           uint32_t key, uint32_t index, int8_t* codes) {
+  const Encoders<T> encoders = shared;
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i)
+    codes[i] = encoders[i].template operator()<kStochastic>(
+        Codec::template decode<T>(x[i]), kStochastic ? random_number(key, index + static_cast<uint32_t>(i)) : 0.0f);
+}
+
+template <class Codec, class T>
+__attribute__((noinline)) void decode_run(const int8_t* codes, int count, int zero_point, float scale, T largest,
+                                          typename Codec::Stored* to) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) to[i] = Codec::encode(number_behind<T>(codes[i], zero_point, scale, largest));
+}
+
+// `zero_point`: null where there is none.
+template <class Codec, class T>
+__attribute__((noinline)) void decode_each(const int8_t* codes, int count, const int8_t* zero_point, const float* scale,
+                                           T largest, typename Codec::Stored* to) {
+  if (zero_point) {
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) to[i] = Codec::encode(number_behind<T>(codes[i], zero_point[i], scale[i], largest));
+  } else {
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) to[i] = Codec::encode(number_behind<T>(codes[i], 0, scale[i], largest));
+  }
+}
+
+// `count` codes; an odd last one shares its byte with 0, for which there has to be room in `codes`.
+__attribute__((noinline)) inline void pack_run(int8_t* codes, int count, uint8_t* bytes, bool streams) {
+  if (count & 1) codes[count] = 0;
+  const int8_t* const from = codes;
+  fill(bytes, (count + 1) / 2, streams, [=](int64_t i) { return pack(from[2 * i], from[2 * i + 1]); });
+}
+
+__attribute__((noinline)) inline void unpack_run(const uint8_t* bytes, int count, int8_t* codes) {
+#pragma GCC ivdep
+  for (int i = 0; i < (count + 1) / 2; ++i) {
+    codes[2 * i] = static_cast<int8_t>(unpack(bytes[i], 0));
+    codes[2 * i + 1] = static_cast<int8_t>(unpack(bytes[i], 1));
+  }
+}
+
+// Calls visit(unit, begin, end) for the parts of elements [begin, end) that share a run.
+template <class Visit>
+void for_runs(const Quantization& q, int64_t begin, int64_t end, Visit visit) {
+  int64_t unit = begin / q.run % q.units, left = q.run - begin % q.run;
+  for (; begin < end; left = q.run) {
+    const int64_t stop = std::min(end, begin + left);
+    visit(unit, begin, stop);
+    begin = stop;
+    if (++unit == q.units) unit = 0;
+  }
+}
+
+// The same where runs are single elements: a row of units at once.
+template <class Visit>
+void for_rows(const Quantization& q, int64_t begin, int64_t end, Visit visit) {
+  for (int64_t unit = begin % q.units; begin < end; unit = 0) {
+    const int64_t stop = std::min(end, begin + q.units - unit);
+    visit(unit, begin, stop);
+    begin = stop;
+  }
+}
+
+// Calls work(codec, T(), symmetric, stochastic), the last two as std::bool_constant.
+template <class Work>
+void with_types(const Quantization& q, Work work) {
+  const auto with_flag = [](bool flag, auto visit) { flag ? visit(std::true_type{}) : visit(std::false_type{}); };
+  with_codec(q.dtype, [&](auto codec) {
+    using T = std::conditional_t<decltype(codec)::kDType == DType::kFloat64, double, float>;
+    with_flag(q.zero_point == nullptr, [&](auto symmetric) {
+      with_flag(q.stochastic, [&](auto stochastic) { work(codec, T{}, symmetric, stochastic); });
+    });
+  });
+}
+
+// Calls encode(first element, their number, where their codes go, whether past the caches, random key) for each piece.
+template <class Encode>
+void for_codes(const Quantization& q, int64_t begin, int64_t end, Encode encode) {
+  const Fence fence;
+  const bool streams = is_streamed(q.bits == 8 ? q.numel : q.numel / 2);
+  alignas(64) int8_t wide[kPiece + 1];
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const int64_t at = piece * kPiece;
+    const int count = static_cast<int>(std::min<int64_t>(kPiece, q.numel - at));
+    const uint32_t key = q.stochastic ? random_key(q.seed, static_cast<uint64_t>(at)) : 0;
+    if (q.bits == 8 && q.codes) {
+      encode(at, count, static_cast<int8_t*>(q.codes) + at, streams, key);
+    } else {
+      encode(at, count, wide, false, key);
+      if (q.codes) pack_run(wide, count, static_cast<uint8_t*>(q.codes) + at / 2, streams);
+    }
+  }
+}
+
+// While a piece is encoded, from the cache, memory is to be busy with the next one.
+inline void prefetch(const void* from, size_t bytes) {
+  for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte, 0, 2);
+}
+
+inline void quantize_blocks(const Quantization& q, int64_t begin, int64_t end) {
+  with_types(q, [&](auto codec, auto t, auto symmetric, auto stochastic) {
+    using Codec = decltype(codec);
+    using T = decltype(t);
+    const CodeRange range = q.code_range();
+    const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
+    const int run = static_cast<int>(q.run);
+    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+      // All blocks of a piece together: none has to wait for another's maximum and divisions.
+      Reach<T> reach[kPiece / kSmallestBlock];
+      const int blocks = (count + run - 1) / run;
+      const int64_t unit = at / q.run;
+      const auto size = [&](int block) { return std::min(run, count - block * run); };
+      for (int i = 0; i < blocks; ++i) reach[i] = measure_run<Codec, symmetric(), T>(x + at + i * run, size(i));
+      for (int i = 0; i < blocks; ++i) q.scale[unit + i] = scale_of(reach[i], range);
+      if (!symmetric())
+        for (int i = 0; i < blocks; ++i)
+          q.zero_point[unit + i] = static_cast<int8_t>(zero_point_of(reach[i], q.scale[unit + i], range));
+      if (!q.codes) return;
+      for (int i = 0; i < blocks; ++i) {
+        prefetch(x + at + kPiece + i * run, size(i) * sizeof *x);
+        encode_run<Codec, stochastic(), T>(x + at + i * run, size(i),
+                                           Encoder<T>(q.scale[unit + i], q.zero_point_at(unit + i), range), key,
+                                           static_cast<uint32_t>(at + i * run), codes + i * run, streams);
+      }
+    });
+  });
+}
+
+inline void measure(const Quantization& q, const void* all, int64_t begin, int64_t end) {
+  with_types(q, [&](auto codec, auto t, auto symmetric, auto) {
+    using Codec = decltype(codec);
+    using T = decltype(t);
+    const Reaches<T> reaches = *static_cast<const Reaches<T>*>(all);
+    const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
+    const int64_t start = begin * kPiece, stop = std::min(end * kPiece, q.numel);
+    if (has_rows(q)) {
+      for_rows(q, start, stop, [&](int64_t unit, int64_t first, int64_t last) {
+        measure_each<Codec, symmetric(), T>(x + first, last - first, reaches.high + unit, reaches.low + unit);
+      });
+      return;
+    }
+    for_runs(q, start, stop, [&](int64_t unit, int64_t first, int64_t last) {
+      Reach<T> reach{reaches.high[unit], reaches.low[unit]};
+      if (last - first < kShortRun) {
+        for (int64_t i = first; i < last; ++i) reach.template add<symmetric()>(Codec::template decode<T>(x[i]));
+      } else {
+        reach.join(measure_run<Codec, symmetric(), T>(x + first, last - first));
+      }
+      reaches.high[unit] = reach.high;
+      reaches.low[unit] = reach.low;
+    });
+  });
+}
+
+inline void encode(const Quantization& q, const void* all, int64_t begin, int64_t end) {
+  with_types(q, [&](auto codec, auto t, auto, auto stochastic) {
+    using Codec = decltype(codec);
+    using T = decltype(t);
+    const Encoders<T> encoders = *static_cast<const Encoders<T>*>(all);
+    const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
+    T inverse[kTogether], lowest[kTogether], highest[kTogether];
+    int zero_point[kTogether];
+    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+      if (q.run >= kShortRun) {
+        for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
+          encode_run<Codec, stochastic(), T>(x + first, static_cast<int>(last - first), encoders[unit], key,
+                                             static_cast<uint32_t>(first), codes + (first - at), streams);
+        });
+      } else if (has_rows(q)) {
+        for_rows(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
+          const Encoders<T> here{encoders.inverse + unit, encoders.lowest + unit, encoders.highest + unit,
+                                 encoders.zero_point + unit};
+          encode_each<Codec, stochastic(), T>(x + first, static_cast<int>(last - first), here, key,
+                                              static_cast<uint32_t>(first), codes + (first - at));
+        });
+      } else {
+        for (int64_t start = at; start < at + count; start += kTogether) {
+          const int here = static_cast<int>(std::min<int64_t>(kTogether, at + count - start));
+          for_runs(q, start, start + here, [&](int64_t unit, int64_t first, int64_t last) {
+            const Encoder<T> encoder = encoders[unit];
+            for (int64_t i = first - start; i < last - start; ++i) {
+              inverse[i] = encoder.inverse;
+              lowest[i] = encoder.lowest;
+              highest[i] = encoder.highest;
+              zero_point[i] = encoder.zero_point;
+            }
+          });
+          encode_each<Codec, stochastic(), T>(x + start, here, {inverse, lowest, highest, zero_point}, key,
+                                              static_cast<uint32_t>(start), codes + (start - at));
+        }
+      }
+    });
+  });
+}
+
+inline void decode(const Quantization& q, int64_t begin, int64_t end) {
+  with_codec(q.dtype, [&](auto codec) {
+    using Codec = decltype(codec);
+    using Stored = typename Codec::Stored;
+    using T = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
+    constexpr int kStep = sizeof(Stored) == 8 ? kPiece / 2 : kPiece;
+    const T largest = largest_of<T>(q.dtype);
+    const Fence fence;
+    const bool streams =
+        is_streamed(q.numel * static_cast<int64_t>(sizeof(Stored))) && reinterpret_cast<uintptr_t>(q.numbers) % 64 == 0;
+    alignas(64) Stored buffer[kStep];  // some KB at a time are streamed faster than single lines
+    alignas(64) int8_t wide[kStep + 1];
+    float scale[kTogether];
+    int8_t zero_point[kTogether];
+    const int64_t stop = std::min(end * kPiece, q.numel);
+    for (int64_t at = begin * kPiece; at < stop; at += kStep) {
+      const int count = static_cast<int>(std::min<int64_t>(kStep, stop - at));
+      const int8_t* codes = static_cast<const int8_t*>(q.codes) + at;
+      if (q.bits == 4) {
+        unpack_run(static_cast<const uint8_t*>(q.codes) + at / 2, count, wide);
+        codes = wide;
+      }
+      Stored *const place = static_cast<Stored*>(q.numbers) + at, *const to = streams ? buffer : place;
+      if (q.run >= kShortRun) {
+        for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
+          decode_run<Codec, T>(codes + (first - at), static_cast<int>(last - first), q.zero_point_at(unit),
+                               q.scale[unit], largest, to + (first - at));
+        });
+      } else if (has_rows(q)) {
+        for_rows(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
+          decode_each<Codec, T>(codes + (first - at), static_cast<int>(last - first),
+                                q.zero_point ? q.zero_point + unit : nullptr, q.scale + unit, largest,
+                                to + (first - at));
+        });
+      } else {
+        for (int start = 0; start < count; start += kTogether) {
+          const int here = std::min(kTogether, count - start);
+          const int64_t from = at + start;
+          for_runs(q, from, from + here, [&](int64_t unit, int64_t first, int64_t last) {
+            for (int64_t i = first - from; i < last - from; ++i)
+              scale[i] = q.scale[unit], zero_point[i] = static_cast<int8_t>(q.zero_point_at(unit));
+          });
+          decode_each<Codec, T>(codes + start, here, zero_point, scale, largest, to + start);
+        }
+      }
+      if (streams)
+        stream_bytes(reinterpret_cast<char*>(place), reinterpret_cast<const char*>(buffer), count * sizeof(Stored));
+    }
+  });
+}
+
+const Kernels& kernels() {
+  static const Kernels table{quantize_blocks, measure, encode, decode};
+  return table;
+}
+
+}  // namespace genopt::quant::GENOPT_CAPABILITY
