@@ -89,11 +89,11 @@ struct Row {
   std::array<void*, kOperands> data{};
   std::array<DType, kOperands> dtype{};
   std::array<float*, kMaxStates> scales{};  // of states that are stored in codes, one for each tile
-  const Layout* layout = nullptr;  // null: every operand is dense, in one order
-  void* step = nullptr;            // the step counter, where the rule has one
+  const Layout* layout = nullptr;           // null: every operand is dense, in one order
+  void* step = nullptr;                     // the step counter, where the rule has one
   DType step_dtype = DType::kFloat32;
-  bool active = false;  // takes part in this step
-  unsigned used = 0;    // states in use, kWithAverage, kWithExtra and kRests, as a mask
+  bool active = false;    // takes part in this step
+  unsigned used = 0;      // states in use, kWithAverage, kWithExtra and kRests, as a mask
   unsigned unbiased = 0;  // operands of 16 bits that are not rounded to the nearest, as a mask; codes never are
   Extra extra = Extra::kNone;
   int group = 0;

@@ -399,7 +399,8 @@ class TorchPlan {
       if (!value || value == Py_None) continue;
       options[k] = PyUnicode_Check(value) ? kUnset : PyFloat_AsDouble(value);
       PyErr_Clear();
-      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1) || (k == kSeed && options[k] > 0xffffffff)) return false;
+      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1) || (k == kSeed && options[k] > 0xffffffff))
+        return false;
     }
     return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
   }
@@ -431,7 +432,8 @@ class TorchPlan {
       if (kahan) storage.extra = Extra::kCompensation;
       if (!kahan && !storage.stochastic && PyUnicode_CompareWithASCIIString(rounding, "nearest") != 0) return false;
     }
-    if (storage.stochastic && PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) == nullptr) return false;
+    if (storage.stochastic && PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) == nullptr)
+      return false;
     if (master && !PyLong_Check(master)) return false;
     if (master && PyObject_IsTrue(master) == 1) {
       if (storage.stochastic || storage.extra != Extra::kNone) return false;
@@ -623,10 +625,10 @@ class TorchPlan {
       } else if (handle >= kFirstScales) {
         if (form != Form::kCodes || !is_used(row.used, handle - kFirstScales + kState)) continue;
       } else {
-        const Form wanted = handle == kAverage        ? Form::kNumbers
-                            : handle != kExtra        ? form
+        const Form wanted = handle == kAverage            ? Form::kNumbers
+                            : handle != kExtra            ? form
                             : row.extra == Extra::kMaster ? Form::kMaster
-                                                      : Form::kCompensation;
+                                                          : Form::kCompensation;
         // What another choice of storage has left behind is taken away first, lest it return when that does.
         if (handle == kExtra && !(row.used & kRests) && !is_used(row.used, kExtra)) return false;
         if (!is_used(row.used, handle)) continue;
@@ -788,7 +790,7 @@ class TorchPlan {
   std::vector<PyObject*> option_keys_, common_keys_;
   std::vector<StateKey> state_keys_;
   std::vector<PyObject*> storage_keys_;
-  std::vector<int64_t> order_;                         // the row of each key of `state`, in its order; -1: of none
+  std::vector<int64_t> order_;  // the row of each key of `state`, in its order; -1: of none
 
   // Per row, filled at every step.
   std::vector<PyObject*> params_, states_;

@@ -239,7 +239,8 @@ def step(
     if seed is None:
         real.copy_(new)
     else:
-        storage.fill(param, storage.round_by(storage.flat(new, param), param.dtype, storage.random_bits(param, seed, t)), param)
+        bits = storage.random_bits(param, seed, t)
+        storage.fill(param, storage.round_by(storage.flat(new, param), param.dtype, bits), param)
     for name in names:
         coded = state.get(name) is None
         turns = storage.turns(param, t) if coded or (unbiased and state[name].dtype in storage.HALVES) else None

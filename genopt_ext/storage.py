@@ -36,7 +36,7 @@ def extra(group: dict[str, Any], p: Tensor) -> str | None:
     """The state that keeps what a 16-bit parameter can not hold: ``"master"`` or ``"compensation"``."""
     if p.dtype not in HALVES:
         return None
-    return "master" if group.get("master_weights") else _EXTRAS.get(group.get("param_rounding"))
+    return "master" if group.get("master_weights") else _EXTRAS.get(str(group.get("param_rounding")))
 
 
 _EXTRAS = {"kahan": "compensation"}
@@ -47,14 +47,20 @@ def is_stochastic(group: dict[str, Any], p: Tensor) -> bool:
     return p.dtype in HALVES and group.get("param_rounding") == "stochastic"
 
 
+def _order(like: Tensor) -> list[int]:
+    """Dimensions as they lie in memory, the one that varies fastest last."""
+    strides = like.stride()
+    return sorted(range(like.dim()), key=lambda d: -strides[d])
+
+
 def flat(t: Tensor, like: Tensor) -> Tensor:
     """The elements of ``t`` in the order in which ``like`` lies in memory."""
-    return t.permute(sorted(range(like.dim()), key=lambda d: -like.stride(d))).reshape(-1)
+    return t.permute(_order(like)).reshape(-1)
 
 
 def fill(t: Tensor, values: Tensor, like: Tensor) -> None:
     """The reverse of :func:`flat`."""
-    order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    order = _order(like)
     t.permute(order).copy_(values.view([t.shape[d] for d in order]))
 
 
@@ -183,7 +189,7 @@ def _dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     t = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if _lie_alike(t, p):
         return t
-    order = sorted(range(p.dim()), key=lambda d: -p.stride(d))
+    order = _order(p)
     return t.new_empty([p.shape[d] for d in order]).permute([order.index(d) for d in range(p.dim())])
 
 
@@ -205,8 +211,8 @@ def is_stored(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | 
     """Whether ``state`` has ``name`` as ``dtype`` asks for it: see :func:`state_dtype`."""
     codes = state.get(name + "_codes")
     if dtype == torch.int8:
-        scales = state.get(name + "_scales")
-        return codes is not None and scales.is_contiguous() and state.get(name) is None and _lie_alike(codes, p)
+        alone = codes is not None and state.get(name) is None
+        return bool(alone) and state[name + "_scales"].is_contiguous() and _lie_alike(state[name + "_codes"], p)
     return state.get(name) is not None and (dtype is None or state[name].dtype == dtype)
 
 

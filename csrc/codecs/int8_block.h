@@ -1,19 +1,20 @@
 // How a tile of 256 moments is stored in a byte each: as floats of 8 bits that count down from the tile's scale.
 //
 //   scale   the tile's largest magnitude, rounded up to 2 fraction bits, as float32
-//   code c  the float32 with the bits  bits(scale) - d, where e = L - |c|, d = max(e << 19, (e << 21) - (36 or 18 << 23));
+//   code c  the float32 with the bits  bits(scale) - d, where e = L - |c|, d = max(e << 19, (e << 21) - (36 or 18 <<
+//   23));
 //           c = 0 is zero
 //
 //                L     octaves with 16 codes each   octaves with 4 below them
 //   Int8, signed 127   6                            7.75
 //   UInt8        255   12                           15.75
 //
-// Both ways are integer shifts. What was read is stored as the same code again, and between two codes a value is linear in
-// its bits, so that rounding by evenly spread numbers (rules/random.h) is unbiased. It has to be: a moment moves by a
-// tenth or a thousandth of itself at a step, codes stand 4 to 25 % apart, and what is rounded to the nearest stays where it
-// was. bench/mappings.py compares this map with others on real gradients.
-// A scale that is not positive is the value of all, and all codes are 0: 0, -0 ("not yet set": rules/math.h), NaN (one
-// was not finite). The format is a contract with checkpoints: README.md, "8-bit state".
+// Both ways are integer shifts. What was read is stored as the same code again, and between two codes a value is linear
+// in its bits, so that rounding by evenly spread numbers (rules/random.h) is unbiased. It has to be: a moment moves by
+// a tenth or a thousandth of itself at a step, codes stand 4 to 25 % apart, and what is rounded to the nearest stays
+// where it was. bench/mappings.py compares this map with others on real gradients. A scale that is not positive is the
+// value of all, and all codes are 0: 0, -0 ("not yet set": rules/math.h), NaN (one was not finite). The format is a
+// contract with checkpoints: README.md, "8-bit state".
 #pragma once
 
 #include <type_traits>
@@ -28,16 +29,16 @@ struct Int8Block {
   using Stored = std::conditional_t<kSigned, int8_t, uint8_t>;
   static constexpr DType kDType = kSigned ? DType::kInt8 : DType::kUInt8;
   static constexpr int32_t kLargest = kSigned ? 127 : 255;
-  static constexpr int32_t kOctaves = kSigned ? 6 : 12;                // with 16 codes each
-  static constexpr int kFine = 19, kCoarse = 21;                       // bits below a code's last one, there and below
-  static constexpr uint32_t kLowest = kSigned ? 15 << 23 : 29 << 23;   // a scale whose codes are all normal numbers
+  static constexpr int32_t kOctaves = kSigned ? 6 : 12;               // with 16 codes each
+  static constexpr int kFine = 19, kCoarse = 21;                      // bits below a code's last one, there and below
+  static constexpr uint32_t kLowest = kSigned ? 15 << 23 : 29 << 23;  // a scale whose codes are all normal numbers
   static constexpr uint32_t kHighest = 0x7f600000u;
   static constexpr uint32_t kNearest = 1u << 31;
 
-  uint32_t top;           // the scale's bits
-  int32_t fine, coarse;   // codes, less the bits of their values >> kFine and kCoarse
-  float fill;             // the value of code 0
-  int32_t limit;          // the largest code that the scale allows
+  uint32_t top;          // the scale's bits
+  int32_t fine, coarse;  // codes, less the bits of their values >> kFine and kCoarse
+  float fill;            // the value of code 0
+  int32_t limit;         // the largest code that the scale allows
 
   GENOPT_INLINE explicit Int8Block(float scale)
       : top(bits_of(scale)),

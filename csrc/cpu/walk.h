@@ -272,9 +272,8 @@ int64_t run_coded(const Scalars& scalars, const Row& row, int64_t start, int64_t
   const auto each_state = [&](auto visit) {
     for (int k = 0; k < kMaxStates; ++k)
       if (is_used(kUsed, kState + k))
-        with_block(row.dtype[kState + k], row.scales[k][start / kTile], [&]<class Block>(const Block& block) {
-          visit(k, block, element<Block>(row, kState + k, start));
-        });
+        with_block(row.dtype[kState + k], row.scales[k][start / kTile],
+                   [&]<class Block>(const Block& block) { visit(k, block, element<Block>(row, kState + k, start)); });
   };
   for (; stop - start >= kTile; start += kTile) {
     // The next tile is asked for a little at a time: a core has room for some ten lines under way.
@@ -357,7 +356,8 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
     }
     if constexpr (is_used(kUsed, kAverage)) {
       // Of the parameter as it is stored.
-      if (!(kUsed & kRests) && param == kParam) values[kParam] = operands[kParam].load(row, kParam, start, count, padded);
+      if (!(kUsed & kRests) && param == kParam)
+        values[kParam] = operands[kParam].load(row, kParam, start, count, padded);
       apply_average(scalars.around, values[param], values[kAverage], padded);
       operands[kAverage].store(scalars);
     }

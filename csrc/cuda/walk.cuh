@@ -103,7 +103,7 @@ class LaneOperand {
     if (bytes == 16) {
       load_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
-      is_block_ && bytes == 4 ? load_pieces<uint1>(tile) : load_pieces<uint2>(tile);
+      is_block_&& bytes == 4 ? load_pieces<uint1>(tile) : load_pieces<uint2>(tile);
     }
   }
 
@@ -177,7 +177,8 @@ class LaneOperand {
       raw_[0] = raw_[1] = 0;
 #pragma unroll
       for (int j = 0; j < kElements; ++j)
-        raw_[j / 4] |= static_cast<uint32_t>(block.encode(values[j], turn_of(turn, tile.element(j))) & 0xff) << (j % 4 * 8);
+        raw_[j / 4] |= static_cast<uint32_t>(block.encode(values[j], turn_of(turn, tile.element(j))) & 0xff)
+                       << (j % 4 * 8);
     });
     if (tile.lane == 0) *tile.scale(operand) = scale_;
   }
@@ -202,7 +203,7 @@ class LaneOperand {
     if (bytes == 16) {
       store_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
-      is_block_ && bytes == 4 ? store_pieces<uint1>(tile) : store_pieces<uint2>(tile);
+      is_block_&& bytes == 4 ? store_pieces<uint1>(tile) : store_pieces<uint2>(tile);
     }
   }
 
@@ -228,7 +229,6 @@ class LaneOperand {
 
  private:
   static constexpr int kWords = kElements * sizeof(T) / 4;
-
 
   __device__ char* base() const {
     // The compiler can not know where a pointer that was itself loaded leads to.

@@ -78,8 +78,8 @@ class StepOptions(TypedDict, total=False):
         min_int8_size: parameters with fewer elements have float32 moments where ``state_dtype`` is int8.
         param_rounding: how bfloat16 and float16 parameters take an update that may be smaller than what separates two
             of their numbers. ``"nearest"``: as torch, which loses it; ``"stochastic"``: to either neighbour, such that
-            the mean is right, by bits that depend on ``torch.initial_seed()``, step and element alone; ``"kahan"``: what
-            rounding leaves over is kept in ``state[p]["compensation"]``, in the parameter's dtype.
+            the mean is right, by bits that depend on ``torch.initial_seed()``, step and element alone; ``"kahan"``:
+            what rounding leaves over is kept in ``state[p]["compensation"]``, in the parameter's dtype.
         master_weights: keeps bfloat16 and float16 parameters as float32 in ``state[p]["master"]`` and rounds them from
             there; a change made to such a parameter by other hands is lost.
         skip_nonfinite: a step whose gradients hold NaN or infinity changes nothing, and is counted in
@@ -130,8 +130,8 @@ def check_storage(where: str, options: dict[str, Any]) -> None:
         raise ValueError(f"{where}: rounding_seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
     if (version := options.get("int8_format", storage.FORMAT)) != storage.FORMAT:
         raise ValueError(
-            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of format {storage.FORMAT}; load "
-            "it with the version that saved it, and save it with state_dtype=torch.float32"
+            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of format {storage.FORMAT}; "
+            "load it with the version that saved it, and save it with state_dtype=torch.float32"
         )
 
 

@@ -3,8 +3,9 @@
 //
 // A block's threads are fibers. A warp's 32 lanes run one after the other, each until it ends or reaches a
 // collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync, __syncwarp); when all have, the collective is computed
-// and they go on. Lanes that disagree on whether they reach one are an error, as on a GPU. Blocks and warps run in order:
-// races between them are not seen here. A kernel runs when it is launched, or when the graph that captured it is.
+// and they go on. Lanes that disagree on whether they reach one are an error, as on a GPU. Blocks and warps run in
+// order: races between them are not seen here. A kernel runs when it is launched, or when the graph that captured it
+// is.
 #pragma once
 
 #include <cstddef>
