@@ -246,7 +246,8 @@ def measure_quantization(device: str, clock: Clock, copy: float, scale: float) -
             "seconds": times,
             "ms": (s := statistics.median(times)) * 1e3,
         }
-        | {"of_copy": moved / s / copy}
+        | {"of_copy": moved / s / copy, "torch_ms": float("nan"), "torch_over_ours": float("nan")}
+        | {"host_ms": float("nan"), "launches": 1}
         for name, times in rounds.items()
     ]
 
