@@ -28,8 +28,8 @@ def state_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype | None:
     if p.dtype not in MIXES or wanted is None:
         return None
     # A block of codes may not be spread over devices, as a DTensor's elements are.
-    small = p.numel() < group.get("min_int8_size", MIN_INT8_SIZE) or type(p) not in (Tensor, torch.nn.Parameter)
-    return torch.float32 if wanted == torch.int8 and small else wanted
+    whole = type(p) in (Tensor, torch.nn.Parameter) and p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
+    return torch.float32 if wanted == torch.int8 and not whole else wanted
 
 
 def extra(group: dict[str, Any], p: Tensor) -> str | None:

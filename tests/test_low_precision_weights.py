@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -1090,3 +1091,41 @@ def test_a_decoded_checkpoint_keeps_its_masters():
     train(other, [q], 1, first=2)
     train(opt, params, 1, first=2)
     assert_same_bits(q.detach(), params[0].detach())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.skipif(NATIVE != "cpu", reason="one device is enough: the reference serves them")
+def test_dtensors():
+    """Steps of a DTensor are those of the tensor; what depends on an element's place is refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for options, like in (
+            (dict(state_dtype=torch.int8, min_int8_size=1), dict(state_dtype=torch.float32)),
+            (dict(param_rounding="kahan"), dict(param_rounding="kahan")),
+            (dict(master_weights=True), dict(master_weights=True)),
+            (dict(param_rounding="stochastic"), {}),
+        ):
+            whole = randn((30, 7), 0, torch.bfloat16)
+            p = torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [Shard(0)]))
+            q = torch.nn.Parameter(whole.clone())
+            opts = [optim.AdamW([p], lr=0.01, **options), optim.AdamW([q], lr=0.01, **like)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for step in range(3):
+                    q.grad = randn((30, 7), step + 1, torch.bfloat16)
+                    p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+                    if options.get("param_rounding") == "stochastic":
+                        with pytest.raises(RuntimeError, match="group 0 parameter 0 .*param_rounding is 'stochastic'"):
+                            opts[0].step()
+                        break
+                    for opt in opts:
+                        opt.step()
+                else:
+                    torch.testing.assert_close(p.full_tensor().detach(), q.detach(), rtol=0, atol=0, msg=str(options))
+    finally:
+        torch.distributed.destroy_process_group()

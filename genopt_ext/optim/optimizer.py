@@ -549,7 +549,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 clip_value=value,
                 extra=storage.extra(group, p),
                 seed=int(group.get("rounding_seed", 0)) if storage.is_stochastic(group, p) else None,
-                unbiased=storage.state_dtype(group, p) == torch.bfloat16,
+                unbiased=storage.state_dtype(group, p) == torch.bfloat16 and not reference.is_subclass(p),
                 counts=self.has_step or "step" in self._further_names(group, p),
                 **options,
             )
@@ -792,6 +792,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
         if p.dtype in (torch.complex32,) or p.element_size() < 2:
             refuse(f"parameter is {p.dtype}", "use float32, float64, bfloat16, float16, complex64 or complex128")
+        if storage.is_stochastic(group, p) and reference.is_subclass(p):
+            refuse(
+                f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"
+            )
         if p.is_inference() and not torch.is_inference_mode_enabled():
             refuse("parameter is an inference tensor", "make it outside of torch.inference_mode()")
         if group.get("capturable") and p.device.type == "cpu":
