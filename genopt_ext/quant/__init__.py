@@ -1,5 +1,7 @@
 """Numbers in 8 or 4 bits: :func:`quantize`, :func:`dequantize`, :class:`QuantizedTensor`.
 
+Training for them: :func:`fake_quantize`. The weights of a whole model: :func:`quantize_module_`.
+
     q = genopt_ext.quant.quantize(weight, bits=4, scheme="block", block_size=64)
     weight = genopt_ext.quant.dequantize(q)
 
@@ -15,9 +17,18 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .fake import fake_quantize
 from .form import QuantizedTensor, check_choice, check_form, check_input, check_out, check_tensors
+from .modules import QuantizationReport, quantize_module_
 
-__all__ = ["QuantizedTensor", "dequantize", "quantize"]
+__all__ = [
+    "QuantizationReport",
+    "QuantizedTensor",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+    "quantize_module_",
+]
 
 
 def _draw_seed(generator: torch.Generator | None) -> Tensor:

@@ -1,0 +1,581 @@
+"""fake_quantize against torch's and quantize; quantize_module_ on small models, and all that modules go through."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from cases import INF, NAN, assert_same_bits, randn
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from genopt_ext import quant
+from genopt_ext.quant.modules import QuantizedLinear, QuantizedWeight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FAKE = torch.ops.genopt_ext.fake_quantize_cachemask.default
+
+
+def forward_and_gradient(f, x):
+    x = x.detach().clone().requires_grad_()
+    y = f(x)
+    y.backward(randn(y.shape, 9).to(y.dtype))
+    return y.detach(), x.grad
+
+
+# fake_quantize
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_equals_torch_per_tensor(dtype):
+    for shape, (low, high), point in itertools.product([(4099,), (), (0, 3), (7, 5)], [(-128, 127), (0, 255)], (0, 5)):
+        x = randn(shape, 1).to(dtype)
+        for scale in (0.013, 0.5, 1 / 3, 1e-6):
+            what = dtype, shape, low, point, scale
+            ours = forward_and_gradient(
+                lambda x: quant.fake_quantize(x, scale, point, quant_min=low, quant_max=high),  # noqa: B023
+                x,
+            )
+            theirs = forward_and_gradient(
+                lambda x: torch.fake_quantize_per_tensor_affine(x, scale, point, low, high),  # noqa: B023
+                x,
+            )
+            assert_same_bits(ours[1], theirs[1], what)
+            # For float64 torch rounds the product to float32 here, though not per channel.
+            kept = torch.float32 if dtype == torch.float64 else dtype
+            assert_same_bits(ours[0].to(kept), theirs[0].to(kept), what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_equals_torch_per_channel(dtype):
+    for shape, axis in (((30, 70), 0), ((30, 70), 1), ((3, 5, 7), 1), ((9,), 0)):
+        x = randn(shape, 1).to(dtype)
+        scale = randn((shape[axis],), 2).abs() * 0.01 + 0.001
+        point = torch.arange(shape[axis], dtype=torch.int32) % 19 - 9
+        ours = forward_and_gradient(
+            lambda x: quant.fake_quantize(x, scale, point, scheme="channel", axis=axis - x.dim()),  # noqa: B023
+            x,
+        )
+        theirs = forward_and_gradient(
+            lambda x: torch.fake_quantize_per_channel_affine(x, scale, point, axis, -128, 127),  # noqa: B023
+            x,
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same_bits(a, b, (dtype, shape, axis))
+
+
+@pytest.mark.parametrize("symmetric", (True, False))
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize(
+    "units", ({}, {"scheme": "channel", "axis": -1}, {"scheme": "block", "block_size": 32}), ids=str
+)
+def test_fake_is_there_and_back(units, bits, symmetric):
+    for dtype in DTYPES:
+        x = randn((30, 41), 3).to(dtype)
+        q = quant.quantize(x, bits=bits, symmetric=symmetric, **units)
+        y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, bits=bits, symmetric=symmetric, **units), x)  # noqa: B023
+        assert_same_bits(y, quant.dequantize(q), dtype)
+        assert_same_bits(grad, randn(y.shape, 9).to(dtype), dtype)
+        # float64 has the inverse scale in double there and, as in torch, in float32 here.
+        again = quant.fake_quantize(x, q.scale, q.zero_point, bits=bits, **units)
+        if dtype != torch.float64:
+            assert_same_bits(again, y, dtype)
+        else:
+            assert (again - y).abs().max() <= q.scale.max() * 1.001 and (again != y).float().mean() < 1e-3
+
+
+def test_fake_gradient_stops_where_clamped():
+    x = torch.tensor([-13.0, -12.74, 0.0, 12.74, 12.76, 1e30, -1e30])
+    y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, 0.1), x)
+    assert_same_bits(grad != 0, torch.tensor([False, True, True, True, False, False, False]))
+    assert y.abs().max() == torch.tensor(127.0) * 0.1
+    weight = torch.tensor([0.1], requires_grad=True)
+    quant.fake_quantize(x, weight)  # scales get no gradient
+    assert not quant.fake_quantize(x, weight).requires_grad
+
+
+def test_fake_layouts():
+    base = randn((8, 6, 5, 4), 0)
+    for x in (
+        base.to(memory_format=torch.channels_last),
+        base.transpose(0, 2),
+        base[:, ::2],
+        base[:1].expand(3, 6, 5, 4),
+    ):
+        for how in ({"scale": 0.02}, {"scale": torch.full((x.shape[1],), 0.02), "scheme": "channel", "axis": 1}, {}):
+            assert_same_bits(quant.fake_quantize(x, **how), quant.fake_quantize(x.contiguous(), **how))
+    assert quant.fake_quantize(base.to(memory_format=torch.channels_last), 0.1).stride() == (120, 1, 24, 6)
+
+
+def test_fake_nonfinite():
+    for value in (NAN, INF, -INF):
+        x = torch.tensor([1.0, value])
+        for scale in (None, 0.1):
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                quant.fake_quantize(x, scale)
+        assert quant.fake_quantize(x, nonfinite="propagate").isnan().all()
+        y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, 0.1, nonfinite="propagate"), x)
+        expected = torch.tensor(NAN if value != value else 127 * 0.1 * (1 if value > 0 else -1))
+        torch.testing.assert_close(y, torch.stack((torch.tensor(1.0), expected)), equal_nan=True)
+        assert grad[1] == 0
+    for bad in (0.0, -1.0, NAN, INF, 1e-40):
+        scale = torch.tensor([0.1, bad])
+        with pytest.raises(ValueError, match="every scale must be finite and at least"):
+            quant.fake_quantize(torch.ones(2), scale, scheme="channel")
+        y = quant.fake_quantize(torch.ones(2), scale, scheme="channel", nonfinite="propagate")
+        assert y[0] == 1 and y[1].isnan()
+    assert quant.fake_quantize(torch.tensor([6e4]).half(), 1e4, quant_min=-10, quant_max=10).isfinite().all()
+
+
+X = torch.ones(4, 6)
+REFUSED = [
+    (TypeError, "x must be a tensor, got list", dict(x=[1.0])),
+    (TypeError, "float32, bfloat16, float16 and float64, got torch.int64", dict(x=torch.ones(3, dtype=torch.int64))),
+    (TypeError, "got torch.complex64", dict(x=torch.ones(3, dtype=torch.complex64), scale=0.1)),
+    (TypeError, "x must be dense", dict(x=X.to_sparse(), scale=0.1)),
+    (TypeError, "scale must be float32, got torch.float64", dict(scale=torch.ones((), dtype=torch.float64))),
+    (TypeError, "scale must be a number, a tensor or None, got str", dict(scale="1")),
+    (ValueError, "scale must be finite and at least 1.2e-38, got -0.1", dict(scale=-0.1)),
+    (ValueError, "scale must be finite", dict(scale=NAN)),
+    (ValueError, r"scale must have 1 element in .* 'tensor' and x", dict(scale=torch.ones(2))),
+    (
+        ValueError,
+        r"scale must have 6 elements .* 'channel' of axis 1",
+        dict(scale=torch.ones(4), scheme="channel", axis=1),
+    ),
+    (ValueError, "32-element blocks", dict(scale=torch.ones(4), scheme="block", block_size=32)),
+    (ValueError, "zero_point must have 4", dict(scale=torch.ones(4), zero_point=torch.ones(3).int(), scheme="channel")),
+    (ValueError, "scale is on meta and x on cpu", dict(scale=torch.ones((), device="meta"))),
+    (TypeError, "zero_point must be of integers", dict(scale=0.1, zero_point=torch.ones(()))),
+    (TypeError, "zero_point must be an integer", dict(scale=0.1, zero_point=1.5)),
+    (ValueError, "zero_point must be from -128 to 127, got 128", dict(scale=0.1, zero_point=128)),
+    (ValueError, "zero_point must be from -128 to 127, got 300", dict(scale=0.1, zero_point=torch.tensor(300))),
+    (ValueError, "0 is not from 1 to 255", dict(scale=0.1, quant_min=1, quant_max=255)),
+    (ValueError, "quant_min must be below quant_max", dict(scale=0.1, quant_min=3, quant_max=3)),
+    (TypeError, "quant_min must be an integer or None, got 0.5", dict(scale=0.1, quant_min=0.5)),
+    (ValueError, "quant_max goes with scale only", dict(quant_max=15)),
+    (ValueError, "zero_point goes with scale only", dict(zero_point=1)),
+    (ValueError, "symmetric=False with a scale expects a zero_point", dict(scale=0.1, symmetric=False)),
+    (TypeError, "symmetric must be True or False", dict(symmetric=2)),
+    (ValueError, "axis 2 is not one of", dict(scale=torch.ones(4), scheme="channel", axis=2)),
+    (ValueError, "bits must be one of 8, 4, got 2", dict(bits=2)),
+    (ValueError, "block_size must be a power of two", dict(scheme="block", block_size=48)),
+    (ValueError, "nonfinite must be one of", dict(nonfinite="ignore")),
+]
+
+
+@pytest.mark.parametrize("kind, message, how", REFUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_fake_refuses(kind, message, how):
+    with pytest.raises(kind, match=f"fake_quantize: .*{message}|quantize: .*{message}"):
+        quant.fake_quantize(**{"x": X, **how})
+
+
+def test_fake_opcheck():
+    dense, transposed = randn((6, 40), 0), randn((40, 6), 0).t()
+    holes, expanded = randn((6, 80), 0)[:, ::2], randn((1, 40), 0).expand(6, 40)
+    for x, scheme, units in (
+        (dense, "block", 8),
+        (transposed, "channel", 6),
+        (holes, "tensor", 1),
+        (expanded, "block", 8),
+    ):
+        point = torch.ones(units, dtype=torch.int32) if x is dense else None
+        args = (
+            x.detach().requires_grad_(),
+            torch.full((units,), 0.03),
+            point,
+            8,
+            scheme,
+            0,
+            32,
+            point is None,
+            -128,
+            127,
+        )
+        if x is dense:
+            torch.library.opcheck(FAKE, (*args, "error"))
+        else:
+            torch.library.opcheck(FAKE, (*args, "error"), test_utils=("test_schema", "test_faketensor"))
+    x = transposed.detach().requires_grad_()
+    torch.library.opcheck(FAKE, (x, None, None, 4, "channel", 0, 0, False, -8, 7, "propagate"))
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_fake_compiles(dynamic):
+    torch.compiler.reset()
+
+    def run(x, scale):
+        w = quant.fake_quantize(x, bits=4, scheme="block", block_size=32)
+        return quant.fake_quantize(w * 2, scale, scheme="channel", axis=1) + quant.fake_quantize(x, 0.1, 3)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (6, 11):
+        x, scale = randn((rows, 40), 0), torch.full((40,), 0.01)
+        ours, expected = (forward_and_gradient(lambda x: f(x, scale), x) for f in (compiled, run))  # noqa: B023
+        for a, b in zip(ours, expected, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_fake_trains():
+    torch.manual_seed(0)
+    x, target = randn((64, 16), 0), randn((8, 16), 1)
+    w = nn.Parameter(torch.zeros(8, 16))
+    optimizer = torch.optim.Adam([w], lr=0.03)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = (F.linear(x, quant.fake_quantize(w, bits=4, scheme="channel")) - F.linear(x, target)).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02 * F.linear(x, target).square().mean()
+
+
+# quantize_module_
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, tied=True, width=32):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(100, width), nn.Embedding(16, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, 100, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, index):
+        x = self.tokens(index) + self.positions(torch.arange(index.shape[1], device=index.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Convs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, groups=4, padding="same", padding_mode="reflect"),
+            nn.ConvTranspose2d(16, 8, 4, 2),
+            nn.ConvTranspose2d(8, 8, 3, groups=2, output_padding=0),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+INDEX = torch.arange(24).reshape(2, 12) * 7 % 100
+IMAGES = randn((2, 3, 8, 8), 5)
+HOW = [
+    dict(bits=bits, scheme=scheme, block_size=32, symmetric=symmetric)
+    for bits, scheme, symmetric in itertools.product((8, 4), ("tensor", "channel", "block"), (True, False))
+]
+
+
+def gpt(seed=0, tied=True):
+    torch.manual_seed(seed)
+    return GPT(tied).eval()
+
+
+def convs(seed=0):
+    torch.manual_seed(seed)
+    return Convs().eval()
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return io.BytesIO(buffer.getvalue())
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_module_computes_with_dequantized_weights(how):
+    for make, x in ((gpt, INDEX), (convs, IMAGES)):
+        model, expected = make(), make()
+        report = quant.quantize_module_(model, **how)
+        assert report.layers and report.bytes_after < report.bytes_before
+        for name in report.layers:
+            old, new = expected.get_submodule(name), model.get_submodule(name)
+            assert type(new).__name__.startswith("Quantized") and isinstance(new, type(old))
+            if report.layers[name].tied_to:  # overwritten below already
+                assert_same_bits(new.weight, old.weight, name)
+                continue
+            q = quant.quantize(old.weight, **how, axis=new.quantized_weight.axis)
+            assert_same_bits(new.weight, quant.dequantize(q), name)
+            largest = q.scale.max().item()
+            assert (new.weight - old.weight).abs().max() <= 0.5001 * largest
+            assert "weight" not in dict(new.named_parameters(recurse=False))
+            old.weight.data.copy_(new.weight)
+        with torch.no_grad():
+            assert_same_bits(model(x), expected(x))
+            size = make()(x).abs().max()
+            assert (model(x) - make()(x)).abs().max() <= size * (0.05 if how["bits"] == 8 else 0.7)
+
+
+def test_embeddings_look_rows_up():
+    index = torch.tensor([[3, 0, 9], [9, 9, 1]])
+    for how, width in itertools.product(HOW, (64, 33, 48)):
+        layer = nn.Embedding(10, width, padding_idx=0)
+        quant.quantize_module_(layer, **how)
+        for i in (index, index[:0], index[0, 0]):
+            assert_same_bits(layer(i), layer.weight[i], (how, width))
+        with pytest.raises(IndexError):
+            layer(torch.tensor([10]))
+    bag = nn.EmbeddingBag(10, 64)
+    quant.quantize_module_(bag)
+    assert_same_bits(bag(index), F.embedding_bag(index, bag.weight))
+
+
+def test_axes():
+    for layer, axis in (
+        (nn.Conv1d(8, 6, 5), 0),
+        (nn.Conv3d(8, 6, 3), 0),
+        (nn.ConvTranspose1d(8, 6, 5), 1),
+        (nn.ConvTranspose3d(8, 6, 3), 1),
+        (nn.ConvTranspose2d(8, 6, 5, groups=2), 0),
+    ):
+        shape = layer.weight.shape
+        quant.quantize_module_(layer)
+        assert layer.quantized_weight.axis == axis and layer.quantized_weight.scale.shape == shape[axis : axis + 1]
+        layer(randn((1, 8) + (6,) * (len(shape) - 2), 0))
+
+
+@pytest.mark.parametrize("how", (HOW[2], HOW[-1]), ids=str)
+def test_state_dict_goes_round(how):
+    for make, x in ((gpt, INDEX), (convs, IMAGES)):
+        model, other = make(0), make(1)
+        quant.quantize_module_(model, **how)
+        quant.quantize_module_(other, **how)
+        expected = model(x)
+        state = torch.load(saved(model.state_dict()), weights_only=True)
+        assert not any(key.endswith("like") for key in state)
+        other.load_state_dict(state)
+        assert_same_bits(other(x), expected)
+        third = make(2)
+        quant.quantize_module_(third, **how)
+        third.load_state_dict(state, assign=True)
+        for copied in (third, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_same_bits(copied(x), expected)
+            if make is gpt:
+                assert copied.tokens.quantized_weight is copied.head.quantized_weight
+        whole = torch.load(saved(model), weights_only=False)
+        assert_same_bits(whole(x), expected)
+
+
+def test_keys():
+    model = nn.Sequential(nn.Linear(64, 8))
+    quant.quantize_module_(model, symmetric=False)
+    assert list(model.state_dict()) == [
+        "0.bias",
+        "0.quantized_weight.codes",
+        "0.quantized_weight.scale",
+        "0.quantized_weight.zero_point",
+    ]
+
+
+def test_loading_refuses_other_forms():
+    def linear(**how):
+        layer = nn.Linear(64, 64)
+        quant.quantize_module_(layer, **how)
+        return layer
+
+    forms = [
+        dict(bits=b, scheme=s, block_size=32) for b, s in itertools.product((8, 4), ("tensor", "channel", "block"))
+    ]
+    forms.append(dict(symmetric=False))
+    for one, other in itertools.permutations(forms, 2):
+        with pytest.raises(RuntimeError, match="quantized_weight"):
+            linear(**one).load_state_dict(linear(**other).state_dict())
+    state = {key: t.half() if t.is_floating_point() else t for key, t in linear().state_dict().items()}
+    with pytest.raises(RuntimeError, match="scale must be torch.float32 .* got torch.float16"):
+        linear().load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key.*quantized_weight.codes(.|\n)*Unexpected key.*"weight"'):
+        linear().load_state_dict(nn.Linear(64, 64).state_dict())
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64), ids=str)
+def test_casting_keeps_codes_and_scales(dtype):
+    model = gpt()
+    quant.quantize_module_(model, bits=4, symmetric=False)
+    before = {key: t.clone() for key, t in model.state_dict().items() if "quantized_weight" in key}
+    expected = model.head.weight
+    for cast in (model.to(dtype), model.to("cpu", dtype), model.type(dtype)):
+        assert cast.head.weight.dtype == cast.tokens(INDEX).dtype == cast(INDEX).dtype == dtype
+        assert_same_bits(cast.head.weight, expected.double().to(dtype)) if dtype != torch.float64 else None
+        for key, t in before.items():
+            assert_same_bits(cast.state_dict()[key], t)
+        assert cast.tokens.quantized_weight is cast.head.quantized_weight
+    assert_same_bits(model.float().head.weight, expected)
+
+
+def test_moves():
+    model = convs()
+    quant.quantize_module_(model)
+    expected = model(IMAGES)
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(IMAGES), expected)
+    state = model.state_dict()
+    empty = copy.deepcopy(model).to("meta")
+    assert empty(IMAGES.to("meta")).is_meta
+    back = empty.to_empty(device="cpu")
+    back.load_state_dict(state)
+    assert_same_bits(back(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("make, x", ((gpt, INDEX), (convs, IMAGES)), ids=("gpt", "convs"))
+def test_module_compiles(make, x):
+    torch.compiler.reset()
+    model = make()
+    quant.quantize_module_(model, bits=4, scheme="block", block_size=32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_gradients_pass_through_to_the_rest():
+    model = gpt().train()
+    quant.quantize_module_(model)
+    model(INDEX).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert "blocks.0.up.bias" in dict(model.named_parameters())
+    with pytest.raises(KeyError, match="weight"):
+        model.head.weight = nn.Parameter(torch.zeros(100, 32))
+
+
+def test_tied_weights():
+    model = gpt()
+    report = quant.quantize_module_(model)
+    assert report.layers["head"].tied_to == "tokens" and report.layers["head"].bytes_after == 0
+    assert model.tokens.quantized_weight is model.head.quantized_weight
+    model = gpt()
+    report = quant.quantize_module_(model, skip=["head"])
+    assert report.skipped == {
+        "head": "matches 'head' in skip",
+        "tokens": "its weight is tied to that of head, which stays",
+    }
+    assert model.head.weight is model.tokens.weight
+    model = nn.Sequential(layer := nn.Linear(64, 64), nn.ReLU(), layer)
+    assert len(quant.quantize_module_(model).layers) == 1 and model[0] is model[2]
+
+
+def test_skipping():
+    def skipped(skip):
+        return list(quant.quantize_module_(gpt(tied=False), skip=skip).skipped)
+
+    attention = ["blocks.0.attention.out_proj", "blocks.1.attention.out_proj"]
+    assert skipped(["*.attention.*"]) == attention == skipped(["*.attention"])
+    assert skipped(["blocks.0", "head"]) == [attention[0], "blocks.0.up", "blocks.0.down", "head"]
+    assert skipped(lambda name, module: isinstance(module, nn.Embedding)) == ["tokens", "positions"]
+    model = gpt()
+    for skip, kind, message in (
+        (
+            ["blocks.0", "haed"],
+            ValueError,
+            r"skip has 'haed', which matches no layer .* tokens, positions, .* and 1 more",
+        ),
+        (["blocks.0.norm"], ValueError, "matches no layer"),
+        ("head", TypeError, "must be a sequence of names and patterns, or a function"),
+        ([3], TypeError, "must be a sequence of names"),
+    ):
+        with pytest.raises(kind, match=message):
+            quant.quantize_module_(model, skip=skip)
+    assert not any(isinstance(m, QuantizedWeight) for m in model.modules())
+
+
+class Mine(nn.Linear):
+    pass
+
+
+def test_layers_that_stay():
+    model = nn.ModuleDict(
+        {
+            "parametrized": nn.utils.parametrizations.orthogonal(nn.Linear(64, 64)),
+            "pruned": prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.5),
+            "mine": Mine(64, 64),
+            "renormed": nn.Embedding(64, 64, max_norm=1.0),
+            "complex": nn.Linear(64, 64, dtype=torch.complex64),
+            "lazy": nn.LazyLinear(64),
+            "small": nn.Conv1d(64, 64, 1, groups=64, dtype=torch.bfloat16),
+            "empty": nn.Embedding(0, 8),
+            "good": nn.Linear(64, 64),
+        }
+    )
+    report = quant.quantize_module_(model)
+    assert list(report.layers) == ["good"]
+    for name, why in {
+        "parametrized": "has parametrizations",
+        "pruned": "not a parameter of its own",
+        "mine": "is a Mine, a subclass",
+        "renormed": "max_norm changes",
+        "complex": "torch.complex64",
+        "lazy": "LazyLinear",
+        "small": "128 bytes now, 320 then",
+        "empty": "not be smaller",
+    }.items():
+        assert why in report.skipped[name]
+        assert f"skipped {name}: " in str(report)
+    again = quant.quantize_module_(model)
+    assert not again.layers and again.skipped["good"] == "already quantized"
+    assert again.bytes_before == again.bytes_after == report.bytes_after
+
+
+def test_report():
+    model = gpt()
+    before = sum(p.nbytes for p in model.parameters())
+    report = quant.quantize_module_(model)
+    assert report.bytes_before == before
+    assert report.bytes_after == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    change = sum(layer.bytes_before - layer.bytes_after for layer in report.layers.values())
+    assert before - report.bytes_after == change
+    layer = report.layers["tokens"]
+    assert (layer.kind, layer.shape, layer.bytes_before, layer.bytes_after) == ("Embedding", (100, 32), 12800, 3600)
+    text = str(report).splitlines()
+    assert text[0].split() == ["layer", "kind", "bytes", "before", "after"]
+    assert text[1].split() == ["tokens", "Embedding", "12,800", "3,600"]
+    assert text[-2].split() == ["head", "Linear", "tied", "to", "tokens"]
+    assert text[-1].split() == ["all", "of", "the", "model", f"{before:,}", f"{report.bytes_after:,}"]
+    lone = nn.Linear(64, 64)
+    assert "(model)" in str(quant.quantize_module_(lone)) and isinstance(lone, QuantizedLinear)
+    assert "QuantizedWeight(shape=[64, 64], bits=8, scheme='channel', axis=0, symmetric=True)" in repr(lone)
+
+
+def test_module_refusals():
+    bad = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    bad[1].weight.data[3, 5] = NAN
+    for model, how, kind, message in (
+        (bad, {}, ValueError, "the weight of 1: quantize: x .* NaN or infinite"),
+        (
+            nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta")),
+            {},
+            ValueError,
+            "weight of 1 is on the meta",
+        ),
+        (torch.ones(3), {}, TypeError, "model must be a torch.nn.Module, got Tensor"),
+        (gpt(), dict(bits=2), ValueError, "quantize_module_: bits must be one of 8, 4"),
+        (gpt(), dict(scheme="row"), ValueError, "scheme must be one of"),
+        (gpt(), dict(scheme="block", block_size=48), ValueError, "block_size must be a power of two"),
+        (gpt(), dict(symmetric=1), TypeError, "symmetric must be True or False"),
+        (gpt(), dict(nonfinite=None), ValueError, "nonfinite must be one of"),
+    ):
+        with pytest.raises(kind, match=message):
+            quant.quantize_module_(model, **how)
+        if isinstance(model, nn.Module):
+            assert not any(isinstance(m, QuantizedWeight) for m in model.modules())
+    quant.quantize_module_(bad, nonfinite="propagate")
+    assert bad[1].weight.isnan().sum() == 64
