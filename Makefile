@@ -34,7 +34,8 @@ cuda-on-cpu: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GENOPT_TEST_CUDA_ON_CPU=build/sanitize/_C.so \
 	  $(BIN)/python -m pytest -n 2 tests/test_bits.py tests/test_state.py tests/test_errors.py \
-	    tests/test_cuda.py tests/test_clip.py tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py tests/test_quant.py
+	    tests/test_cuda.py tests/test_clip.py tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py \
+	    tests/test_int8_state.py tests/test_int8_format.py tests/test_low_precision_weights.py tests/test_quant.py
 
 # Takes $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt.
 gpu-check:

@@ -48,6 +48,8 @@ class Case:
     cold: bool = False
     clip: float | None = None
     ema: float | None = None
+    coded: int = 0  # moments stored in 8 bits, which are read and written beside the arrays
+    rounding: str = "nearest"  # of 16-bit parameters
 
     @property
     def elements(self) -> int:
@@ -57,12 +59,15 @@ class Case:
     def bytes(self) -> int:
         if self.optimizer in quantize.NAMES:
             return self.elements * 5 + self.elements // 64
-        return self.elements * self.dtype.itemsize * (self.arrays + self.written + (self.clip is not None))
+        plain = self.dtype.itemsize * (self.arrays + self.written + (self.clip is not None))
+        return int(self.elements * (plain + self.coded * 2 * (1 + 4 / 256)))
 
     @property
     def ours(self) -> dict[str, Any]:
         """Options that only our classes have."""
         given = {"max_grad_norm": self.clip, "ema_decay": self.ema}
+        given.update({"state_dtype": torch.int8, "min_int8_size": 0} if self.coded else {})
+        given.update({"param_rounding": self.rounding} if self.rounding != "nearest" else {})
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -93,6 +98,11 @@ def cases(scale: float) -> list[Case]:
         Case("AdamW clipped 2000x1024", "AdamW", small, 4, 3, clip=1.0),
         Case("AdamW clipped 20000x64", "AdamW", tiny, 4, 3, clip=1.0),
         Case("clip_grad_norm_ " + name, "clip_grad_norm_", gpt2, 1, 0),
+        Case(f"AdamW int8 {million}", "AdamW", large, 2, 1, coded=2),
+        Case(f"AdamW int8 bf16 {million}", "AdamW", large, 2, 1, torch.bfloat16, coded=2),
+        Case("AdamW int8 2000x1024", "AdamW", small, 2, 1, coded=2),
+        Case(f"AdamW bf16 stochastic {million}", "AdamW", large, 4, 3, torch.bfloat16, rounding="stochastic"),
+        Case(f"RMSprop int8 {million}", "RMSprop", large, 2, 1, coded=1),
         Case(f"AdamW EMA {million}", "AdamW", large, 5, 4, ema=0.999),
         Case(f"quantize int8 block 256 {million}", "quantize", large, 1, 0),
         Case(f"dequantize int8 block 256 {million}", "dequantize", large, 1, 0),
@@ -122,6 +132,9 @@ def floor(case: Case) -> Callable[[], None]:
     nbytes = case.elements * case.dtype.itemsize // 64 * 64
     buffers: list[Tensor] = [torch.zeros(nbytes + 64, dtype=torch.uint8) for _ in range(case.arrays)]
     arrays = [(-(-b.data_ptr() // 64) * 64, i < case.written) for i, b in enumerate(buffers)]
+    codes = None
+    if case.coded:
+        codes = torch.zeros(int(case.elements * case.coded * (1 + 4 / 256)) // 64 * 64, dtype=torch.uint8)
     threads = torch.get_num_threads()
 
     def run() -> None:
@@ -129,6 +142,8 @@ def floor(case: Case) -> Callable[[], None]:
         if case.clip is not None:
             _C.stream(arrays[-1:], nbytes, threads)
         _C.stream(arrays, nbytes, threads)
+        if codes is not None:
+            _C.stream([(codes.data_ptr(), True)], codes.numel(), threads)
 
     return run
 

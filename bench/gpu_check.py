@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib
 import json
 import os
 import shutil
@@ -37,21 +38,23 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """``bytes`` are moved for each parameter; ``theirs`` are the variants of torch to beat.
+    """``bytes`` are moved for each parameter; ``theirs`` are torch's variants and packages to beat.
 
+    ``ours``: options that only our classes have.
     torch keeps moments of bf16 parameters in bf16, and so moves 14 bytes where fp32 moments take 22.
     """
 
     name: str
     optimizer: str
     shapes: list[int]
-    bytes: int
+    bytes: float
     goal: str
     dtype: torch.dtype = torch.float32
     kwargs: dict[str, Any] = field(default_factory=dict)
     theirs: tuple[str, ...] = ("fused",)
     clip: bool = False  # by the norm of all gradients
     scaled: bool = False  # by a GradScaler: ours finds infinities in the norm's pass, torch's in one of its own
+    ours: dict[str, Any] = field(default_factory=lambda: {"state_dtype": torch.float32})
 
 
 def cases(scale: float) -> list[Case]:
@@ -61,6 +64,8 @@ def cases(scale: float) -> list[Case]:
         return max(1, int(n * scale))
 
     one, momentum = [elements(1e9)], {"momentum": 0.9}
+    coded, rivals = {"state_dtype": torch.int8, "min_int8_size": 0}, ("fused", "bitsandbytes", "torchao")
+    stochastic, fp32 = {"param_rounding": "stochastic"}, {"state_dtype": torch.float32}
     return [
         Case("AdamW 1B", "AdamW", one, 28, "95 % of copy"),
         Case("AdamW 200 x 5M", "AdamW", [elements(5e6)] * 200, 28, "95 % of copy"),
@@ -72,6 +77,19 @@ def cases(scale: float) -> list[Case]:
         Case("AdamW clipped, GradScaler 1B", "AdamW", one, 32, "1.4 x torch", clip=True, scaled=True),
         Case("AdamW 1000 x 1024", "AdamW", [elements(1024)] * 1000, 28, "10 x torch"),
         Case("AdamW 10000 x 64", "AdamW", [elements(64)] * 10_000, 28, "10 x torch"),
+        Case("AdamW int8 1B", "AdamW", one, 16.06, "85 % of copy, 1.5 x torch", theirs=rivals, ours=coded),
+        Case("AdamW int8 bf16 1B", "AdamW", one, 10.06, "70 % of copy", torch.bfloat16, theirs=rivals, ours=coded),
+        Case("RMSprop int8 1B", "RMSprop", one, 14.03, "85 % of copy", theirs=("foreach",), ours=coded),
+        Case("AdamW bf16 stochastic 1B", "AdamW", one, 22, "92 % of copy", torch.bfloat16, ours=stochastic | fp32),
+        Case(
+            "AdamW bf16 master 1B",
+            "AdamW",
+            one,
+            28,
+            "90 % of copy",
+            torch.bfloat16,
+            ours=fp32 | {"master_weights": True},
+        ),
         Case("AdamW 2000 x 1024", "AdamW", [elements(1024)] * 2000, 28, "host 0.3 ms, 3 launches"),
     ]
 
@@ -129,12 +147,14 @@ def subject(case: Case, device: str, torchs: str | None) -> tuple[torch.optim.Op
     import genopt_ext
 
     params = parameters(case, device)
-    module: Any = torch.optim if torchs else genopt_ext.optim
-    options = {torchs: True} if torchs else {"max_grad_norm": 1.0} if case.clip else {}
+    if torchs in ("bitsandbytes", "torchao"):
+        module: Any = importlib.import_module(f"{torchs}.optim")
+        opt = getattr(module, f"{case.optimizer}8bit")(params, **case.kwargs)
+        return opt, opt.step
+    module = torch.optim if torchs else genopt_ext.optim
+    options = {torchs: True} if torchs else case.ours | ({"max_grad_norm": 1.0} if case.clip else {})
     opt = getattr(module, case.optimizer)(params, **case.kwargs, **options)
     opt.step()
-    if not torchs:
-        keep_moments_in_fp32(opt)
     scaler = (torch.amp if torchs else genopt_ext).GradScaler(device, init_scale=1.0) if case.scaled else None
     if scaler is not None:
         scaler.scale(torch.zeros((), device=device))  # makes the scale
@@ -153,12 +173,6 @@ def subject(case: Case, device: str, torchs: str | None) -> tuple[torch.optim.Op
     return opt, run if case.clip or scaler is not None else opt.step
 
 
-def keep_moments_in_fp32(opt: torch.optim.Optimizer) -> None:
-    for state in opt.state.values():
-        for name, t in state.items():
-            state[name] = t.float()
-
-
 def check(case: Case, device: str) -> None:
     """The timed step gives the numbers of the plain-torch reference."""
     from genopt_ext import optim
@@ -168,10 +182,9 @@ def check(case: Case, device: str) -> None:
     for backend in ("auto", "reference"):
         params = parameters(few, device)
         clip = {"max_grad_norm": 1.0} if case.clip else {}
-        opt = getattr(optim, case.optimizer)(params, **case.kwargs, **clip, backend=backend)
+        opt = getattr(optim, case.optimizer)(params, **case.kwargs, **case.ours, **clip, backend=backend)
         for _ in range(3):
             opt.step()
-            keep_moments_in_fp32(opt)
         results.append(params)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -184,7 +197,7 @@ def measure(case: Case, device: str, clock: Clock, copy: float, seconds: float) 
     for variant in case.theirs:
         try:
             made[f"torch {variant}"] = subject(case, device, variant)
-        except (RuntimeError, TypeError, ValueError) as error:  # fused Adagrad is not in every torch
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # fused Adagrad is not in every torch
             absent[variant] = str(error)
     rounds = clock.in_turn({name: run for name, (_, run) in made.items()}, seconds)
     opt, step = made["genopt_ext"]
@@ -209,6 +222,34 @@ def measure(case: Case, device: str, clock: Clock, copy: float, seconds: float) 
         "host_ms": statistics.median(clock.host_seconds(step) for _ in range(20)) * 1e3,
         "launches": launches,
     }
+
+
+def measure_quantization(device: str, clock: Clock, copy: float, scale: float) -> list[dict[str, Any]]:
+    """int8 in blocks of 256 into given tensors, and back, against a copy of as many bytes."""
+    from genopt_ext import quant
+
+    x = torch.randn(max(1024, int(1e9 * scale)), device=device)
+    q = quant.quantize(x, scheme="block")
+    if (quant.dequantize(q) - x).abs().max() > q.scale.max():
+        raise AssertionError("quantization: an error of more than a scale")
+    runs: dict[str, Run] = {
+        "quantize 1B": lambda: quant.quantize(x, scheme="block", nonfinite="propagate", out=q),
+        "dequantize 1B": lambda: quant.dequantize(q, out=x),
+    }
+    rounds = clock.in_turn(runs, 2.0 if scale == 1 else 0.05)
+    moved = x.nbytes + q.codes.nbytes + q.scale.nbytes
+    return [
+        {
+            "case": name,
+            "goal": "90 % of copy",
+            "bytes": moved,
+            "seconds": times,
+            "ms": (s := statistics.median(times)) * 1e3,
+        }
+        | {"of_copy": moved / s / copy, "torch_ms": float("nan"), "torch_over_ours": float("nan")}
+        | {"host_ms": float("nan"), "launches": 1}
+        for name, times in rounds.items()
+    ]
 
 
 def copy_bandwidth(device: str, clock: Clock, scale: float) -> float:
@@ -332,6 +373,8 @@ def main() -> int:
             report.add("errors", {"case": case.name, "error": str(error)})
         if device == "cuda":
             torch.cuda.empty_cache()
+    for entry in measure_quantization(device, clock, copy, scale):
+        report.add("results", entry)
     show(report.data["results"], copy)
     for each in report.data["checks"]:
         print(f"{'passed' if each['status'] == 0 else 'FAILED'} in {each['seconds']:.0f} s: {each['command']}")

@@ -43,6 +43,7 @@ RuleInfo describe(int index) {
           Rule::kHasStep,
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
+          Rule::kSquares,
           structural,
           used_states<Rule>,
           [](const Options& values, double t, bool in_double, void* storage) {
@@ -178,7 +179,7 @@ void Plan::prepare(const KernelTable& kernels) {
     Last& memo = last[row.group * 2 + in_double];
     if (memo.t != t || memo.used != row.used) {
       Prepared& made = prepared_.emplace_back();
-      made.kernel = kernels.tiles[rule.index][row.used][in_double];
+      made.kernel = kernels.tiles[rule.index][row.used & ~kWithExtra][in_double];
       rule.make_scalars(groups[row.group], t, in_double, made.scalars);
       memo = {t, row.used, static_cast<int>(prepared_.size()) - 1};
     }

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "codecs/plain.h"
+#include "codecs/int8_block.h"
 #include "rules/all.h"
 
 namespace genopt {
@@ -50,13 +50,19 @@ class LaneSums {
   double sums_[32] = {};
 };
 
-// The tensors a row names, in the order of Layout::strides. kAverage: the moving average of the weights.
-enum Operand { kParam, kGrad, kState, kAverage = kState + kMaxStates, kOperands };
+// The tensors a row names, in the order of Layout::strides. kAverage: the moving average of the weights. kExtra: what
+// the parameter's dtype can not hold, see Extra.
+enum Operand { kParam, kGrad, kState, kAverage = kState + kMaxStates, kExtra, kOperands };
 
 // Bits of a set of operands in use, beside the rule's own states: see is_used.
 constexpr unsigned kWithAverage = 1u << (kAverage - kState);
-constexpr unsigned kRests = kWithAverage << 1;  // no gradient: only the average moves
-constexpr unsigned kUses = kRests << 1;         // how many sets there are
+constexpr unsigned kWithExtra = 1u << (kExtra - kState);
+constexpr unsigned kRests = kWithExtra << 1;  // no gradient: only the average moves
+constexpr unsigned kUses = kRests << 1;       // how many sets there are
+
+// How a parameter of 16 bits is kept more precisely. kCompensation (Kahan): the parameter is the rounded sum of itself
+// and an operand of its own dtype, the rest. kMaster: the operand is the parameter in float, which is rounded from it.
+enum class Extra : uint8_t { kNone, kCompensation, kMaster };
 
 GENOPT_INLINE constexpr bool is_used(unsigned used, int operand) {
   return operand < kState || (used >> (operand - kState) & 1);
@@ -82,11 +88,14 @@ struct Row {
   int64_t first_span = 0;  // spans of all rows before this one
   std::array<void*, kOperands> data{};
   std::array<DType, kOperands> dtype{};
-  const Layout* layout = nullptr;  // null: every operand is dense, in one order
-  void* step = nullptr;            // the step counter, where the rule has one
+  std::array<float*, kMaxStates> scales{};  // of states that are stored in codes, one for each tile
+  const Layout* layout = nullptr;           // null: every operand is dense, in one order
+  void* step = nullptr;                     // the step counter, where the rule has one
   DType step_dtype = DType::kFloat32;
-  bool active = false;  // takes part in this step
-  unsigned used = 0;    // states in use, kWithAverage and kRests, as a mask
+  bool active = false;    // takes part in this step
+  unsigned used = 0;      // states in use, kWithAverage, kWithExtra and kRests, as a mask
+  unsigned unbiased = 0;  // operands of 16 bits that are not rounded to the nearest, as a mask; codes never are
+  Extra extra = Extra::kNone;
   int group = 0;
   int prepared = 0;              // index into Plan::prepared
   double norm = 0, weights = 0;  // of gradient and parameter, where measured
@@ -100,6 +109,10 @@ struct Row {
   int64_t spans(int on_device) const {
     return active && device == on_device && !(used & kRests) ? spans_of(numel) : 0;
   }
+  // The operand that holds the parameter as the rule sees it.
+  int param() const {
+    return extra == Extra::kMaster ? kExtra : kParam;
+  }
 };
 
 // A rule's own options, then the common ones.
@@ -109,6 +122,7 @@ using Options = std::array<double, kAllOptions>;
 constexpr Options kNoOptions = [] {
   Options options{};
   for (int k = kMaxOptions; k < kAllOptions; ++k) options[k] = kUnset;
+  options[kSeed] = 0;
   return options;
 }();
 
@@ -159,6 +173,7 @@ struct RuleInfo {
   bool has_step;
   std::vector<const char*> states;
   std::vector<OptionName> options;
+  unsigned squares;     // states that are never negative, as a mask
   unsigned structural;  // options that used_states depends on, as a mask
   unsigned (*used_states)(const Options&);
   // Builds the rule's Scalars for step count t in `storage`.

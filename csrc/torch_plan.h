@@ -9,6 +9,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -67,6 +68,7 @@ struct StepArguments {
   std::array<PyObject*, kDeviceTensors> tensors{};  // lists, or null
 };
 
+// Of a tensor that holds numbers, or an optimizer's state in codes.
 inline std::optional<DType> plain_dtype(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
@@ -84,15 +86,24 @@ inline std::optional<DType> plain_dtype(at::ScalarType type) {
   }
 }
 
+// The dtypes that parameters, gradients and states may mix.
+inline bool may_mix(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
 // Whether memory alone tells the tensor's values: a strided tensor where there are kernels, neither lazily
 // conjugated or negated, nor of a subclass or transform with a dispatch of its own.
-inline bool is_plain(const at::Tensor& t) {
+inline bool is_in_memory(const at::Tensor& t) {
   constexpr c10::DispatchKeySet kOthers(
       {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
        c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
   const c10::DispatchKeySet keys = t.key_set();
   const bool served = keys.has(c10::DispatchKey::CPU) || (keys.has(c10::DispatchKey::CUDA) && has_kernels(t));
-  return served && !keys.has_any(kOthers) && plain_dtype(t.scalar_type()).has_value();
+  return served && !keys.has_any(kOthers);
+}
+// And they are floating-point numbers.
+inline bool is_plain(const at::Tensor& t) {
+  return is_in_memory(t) && plain_dtype(t.scalar_type()).has_value();
 }
 
 class TorchPlan {
@@ -102,10 +113,22 @@ class TorchPlan {
       : plan_(rule_info(rule)), cuda_(plan_.rule), backend_(backend) {
     for (const OptionName& option : plan_.rule.options) option_keys_.push_back(PyUnicode_InternFromString(option.key));
     for (const OptionName& option : kCommonOptions) common_keys_.push_back(PyUnicode_InternFromString(option.key));
-    int operand = kState;
-    for (const char* name : plan_.rule.states) state_keys_.emplace_back(PyUnicode_InternFromString(name), operand++);
-    state_keys_.emplace_back(PyUnicode_InternFromString("step"), kStepHandle);
-    state_keys_.emplace_back(PyUnicode_InternFromString("ema"), kAverage);
+    const auto add_key = [this](const std::string& name, int handle, Form form) {
+      state_keys_.push_back({PyUnicode_InternFromString(name.c_str()), handle, form});
+    };
+    for (size_t i = 0; i < plan_.rule.states.size(); ++i)
+      add_key(plan_.rule.states[i], kState + static_cast<int>(i), Form::kNumbers);
+    add_key("step", kStepHandle, Form::kAny);
+    add_key("ema", kAverage, Form::kNumbers);
+    for (size_t i = 0; i < plan_.rule.states.size(); ++i) {
+      const std::string name = plan_.rule.states[i];
+      add_key(name + "_codes", kState + static_cast<int>(i), Form::kCodes);
+      add_key(name + "_scales", kFirstScales + static_cast<int>(i), Form::kAny);
+    }
+    add_key("compensation", kExtra, Form::kCompensation);
+    add_key("master", kExtra, Form::kMaster);
+    for (const char* key : {"state_dtype", "min_int8_size", "param_rounding", "master_weights"})
+      storage_keys_.push_back(PyUnicode_InternFromString(key));
   }
 
   // Takes one step, or changes nothing and says why. `skipped` rows are served elsewhere. Called with the GIL; a Python
@@ -177,10 +200,26 @@ class TorchPlan {
   }
 
  private:
-  static constexpr int kStepHandle = kOperands;
+  static constexpr int kStepHandle = kOperands, kFirstScales = kStepHandle + 1, kHandles = kFirstScales + kMaxStates;
 
   // The tensors of one row, borrowed for one step.
-  using Handles = std::array<const at::Tensor*, kOperands + 1>;
+  using Handles = std::array<const at::Tensor*, kHandles>;
+
+  // What an entry of a state dict may stand for beside its operand: it counts where the group asks for it.
+  enum class Form : uint8_t { kAny, kNumbers, kCodes, kCompensation, kMaster };
+  struct StateKey {
+    PyObject* name;
+    int handle;
+    Form form;
+  };
+
+  // How a group wants states and 16-bit parameters to be kept.
+  struct Storage {
+    std::optional<at::ScalarType> states;  // none: as they are
+    int64_t min_int8_size = 4096;
+    Extra extra = Extra::kNone;
+    bool stochastic = false;
+  };
 
   // A row's objects lie scattered in memory: reading them waits for the cache unless they are asked for
   // ahead. Where they were at the last step is only a hint, never followed.
@@ -300,12 +339,13 @@ class TorchPlan {
     options_on_devices_.clear();
     group_devices_.assign(count, kNone);
     masks_.assign(count, 0);
+    storages_.assign(count, Storage{});
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* group = PyList_GET_ITEM(param_groups, i);
       static PyObject* const params_key = PyUnicode_InternFromString("params");
       PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
       if (!params || !PyList_Check(params)) throw std::invalid_argument("a param group has no list of 'params'");
-      if (!read_options(group, static_cast<int>(i))) refusal.groups.push_back(i);
+      if (!read_options(group, static_cast<int>(i)) || !read_storage(group, storages_[i])) refusal.groups.push_back(i);
       const Options& options = plan_.groups[i];
       masks_[i] = plan_.rule.used_states(options) | (options[kEmaDecay] >= 0 ? kWithAverage : 0);
       if (clips_alone(options.data())) plan_.control.measure = true;
@@ -359,9 +399,47 @@ class TorchPlan {
       if (!value || value == Py_None) continue;
       options[k] = PyUnicode_Check(value) ? kUnset : PyFloat_AsDouble(value);
       PyErr_Clear();
-      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1)) return false;
+      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1) || (k == kSeed && options[k] > 0xffffffff))
+        return false;
     }
     return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
+  }
+
+  bool read_storage(PyObject* group, Storage& storage) const {
+    PyObject* values[4];
+    for (int i = 0; i < 4; ++i) {
+      values[i] = PyDict_GetItemWithError(group, storage_keys_[i]);
+      if (values[i] == Py_None && i == 0) values[i] = nullptr;  // only a dtype may be None
+    }
+    const auto [dtype, min_size, rounding, master] = values;
+    if (min_size) {
+      if (!PyLong_CheckExact(min_size)) return false;
+      storage.min_int8_size = PyLong_AsLongLong(min_size);
+      if (PyErr_Occurred()) PyErr_Clear();
+      if (storage.min_int8_size < 0) return false;
+    }
+    if (dtype) {
+      if (!THPDtype_Check(dtype)) return false;
+      storage.states = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+      if (storage.states != at::kFloat && storage.states != at::kBFloat16 && storage.states != at::kChar) return false;
+      static PyObject* const format = PyUnicode_InternFromString("int8_format");
+      if (storage.states == at::kChar && !PyDict_GetItemWithError(group, format)) return false;
+    }
+    if (rounding) {
+      if (!PyUnicode_Check(rounding)) return false;
+      storage.stochastic = PyUnicode_CompareWithASCIIString(rounding, "stochastic") == 0;
+      const bool kahan = PyUnicode_CompareWithASCIIString(rounding, "kahan") == 0;
+      if (kahan) storage.extra = Extra::kCompensation;
+      if (!kahan && !storage.stochastic && PyUnicode_CompareWithASCIIString(rounding, "nearest") != 0) return false;
+    }
+    if (storage.stochastic && PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) == nullptr)
+      return false;
+    if (master && !PyLong_Check(master)) return false;
+    if (master && PyObject_IsTrue(master) == 1) {
+      if (storage.stochastic || storage.extra != Extra::kNone) return false;
+      storage.extra = Extra::kMaster;
+    }
+    return true;
   }
 
   // The devices that a group's active rows are on, for read_options_on_devices.
@@ -416,12 +494,13 @@ class TorchPlan {
     return true;
   }
 
-  // The operand that a state dict holds under `key`; -1: none. Keys are mostly the interned ones.
-  int operand_of(PyObject* key) const {
+  // What a state dict holds under `key`, or null. Keys are mostly the interned ones.
+  const StateKey* find_key(PyObject* key) const {
     for (const bool by_value : {false, true})
-      for (const auto& [wanted, operand] : state_keys_)
-        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0 : key == wanted) return operand;
-    return -1;
+      for (const StateKey& wanted : state_keys_)
+        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted.name) == 0 : key == wanted.name)
+          return &wanted;
+    return nullptr;
   }
 
   // False: odd. A row without gradient is fine, and inactive.
@@ -442,10 +521,11 @@ class TorchPlan {
       grad = nullptr;
     }
     has_grad_[r] = grad != nullptr;
-    // Gradients of another dtype than the parameter's come only from an accumulation of ours.
+    // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
     if (!is_plain(param) || param.is_inference()) return false;
+    const bool mixes = grad && may_mix(grad->scalar_type()) && may_mix(param.scalar_type());
     if (grad && (!is_plain(*grad) || grad->sizes() != param.sizes() || grad->is_complex() != param.is_complex() ||
-                 (!grads_ && grad->scalar_type() != param.scalar_type())))
+                 (!grads_ && !mixes && grad->scalar_type() != param.scalar_type())))
       return false;
     const int device = kernel_device(param);
     if (backend_ == (device == kHost ? "cuda" : "cpu")) return false;
@@ -471,16 +551,41 @@ class TorchPlan {
       const at::Tensor& t = *handles[k];
       contiguous = contiguous && t.is_contiguous();
       same_strides = same_strides && t.strides() == param.strides();
-      row.dtype[k] = *plain_dtype(t.scalar_type());
+      row.dtype[k] = t.scalar_type() == at::kChar   ? DType::kInt8
+                     : t.scalar_type() == at::kByte ? DType::kUInt8
+                                                    : *plain_dtype(t.scalar_type());
       row.data[k] = k == kGrad ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
       // A GPU has no access to an address that is no multiple of the element's size.
       const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
       if (kernel_device(t) != device || (device != kHost && !aligned)) return row.active = false;
     }
-    for (int k = 0; k <= kStepHandle; ++k)
+    for (int k = 0; k < kHandles; ++k)
       hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], objects_[k]) : Hint{};
-    if (!contiguous && !same_strides) row.layout = &layouts_.emplace_back(layout_of(handles));
+    if (!contiguous && !same_strides) {
+      row.layout = &layouts_.emplace_back(layout_of(handles));
+      // Codes share a scale in the order in which they lie, which has to be the one that tiles have.
+      for (int k = kState; k < kAverage; ++k)
+        if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty()) return row.active = false;
+    }
     return true;
+  }
+
+  // What is to be kept beside the row's plain operands.
+  void choose_storage(Row& row, const at::Tensor& param) const {
+    const Storage& storage = storages_[row.group];
+    const bool is_half = param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf;
+    const bool narrow = is_half && !(row.used & kRests);
+    row.extra = narrow ? storage.extra : Extra::kNone;
+    if (row.extra != Extra::kNone) row.used |= kWithExtra;
+    row.unbiased = narrow && storage.stochastic ? 1u << kParam : 0;
+    if (states_dtype(row, param) == at::kBFloat16) row.unbiased |= (row.used & ((1u << kMaxStates) - 1)) << kState;
+  }
+
+  // How a row's states are to be stored: kChar as codes, none: any dtype of numbers.
+  std::optional<at::ScalarType> states_dtype(const Row& row, const at::Tensor& param) const {
+    const Storage& storage = storages_[row.group];
+    if (!may_mix(param.scalar_type())) return std::nullopt;
+    return storage.states == at::kChar && param.numel() < storage.min_int8_size ? at::kFloat : storage.states;
   }
 
   // A parameter's state dict, or null.
@@ -496,34 +601,72 @@ class TorchPlan {
 
   bool read_state(size_t r, PyObject* state, Handles& handles) {
     Row& row = plan_.rows[r];
-    const bool has_step = plan_.rule.has_step && !(row.used & kRests);
+    choose_storage(row, *handles[kParam]);
+    // Rounding turns with the step count.
+    constexpr unsigned kStates = (1u << kMaxStates) - 1;
+    const bool turns = row.unbiased || (row.used & kStates && states_dtype(row, *handles[kParam]) == at::kChar);
+    const bool has_step = (plan_.rule.has_step || turns) && !(row.used & kRests);
     row.step = nullptr;
-    if (!row.used && !has_step) return true;
+    row.scales = {};
     PyObject* const entries = find_state(r, state);
-    if (!entries) return false;
+    if (!entries) return !row.used && !has_step;
 
     const at::Tensor& param = *handles[kParam];
+    const std::optional<at::ScalarType> dtype = states_dtype(row, param);
+    const Form form = dtype == at::kChar ? Form::kCodes : Form::kNumbers;
+    const int device = kernel_device(param);
     PyObject *key, *value;
     for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);) {
-      const int operand = operand_of(key);
-      if (operand < 0 || (operand == kStepHandle ? !has_step : !is_used(row.used, operand))) continue;
+      const StateKey* const found = find_key(key);
+      if (!found) continue;
+      const int handle = found->handle;
+      if (handle == kStepHandle) {
+        if (!has_step) continue;
+      } else if (handle >= kFirstScales) {
+        if (form != Form::kCodes || !is_used(row.used, handle - kFirstScales + kState)) continue;
+      } else {
+        const Form wanted = handle == kAverage            ? Form::kNumbers
+                            : handle != kExtra            ? form
+                            : row.extra == Extra::kMaster ? Form::kMaster
+                                                          : Form::kCompensation;
+        // What another choice of storage has left behind is taken away first, lest it return when that does.
+        if (handle == kExtra && !(row.used & kRests) && !is_used(row.used, kExtra)) return false;
+        if (!is_used(row.used, handle)) continue;
+        if (found->form != wanted) return false;
+      }
       if (!THPVariable_Check(value)) return false;
       const at::Tensor& t = THPVariable_Unpack(value);
-      if (!is_plain(t) || t.is_inference()) return false;
-      if (operand == kStepHandle) {
+      if (!is_in_memory(t) || t.is_inference()) return false;
+      if (handle == kStepHandle) {
         if (t.numel() != 1 || (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble)) return false;
-        if (kernel_device(t) != kernel_device(param)) return false;
+        if (kernel_device(t) != device) return false;
         row.step = t.mutable_data_ptr();
         row.step_dtype = *plain_dtype(t.scalar_type());
-      } else if (t.sizes() != param.sizes() || t.is_complex() != param.is_complex()) {
+      } else if (handle >= kFirstScales) {
+        const bool fits = t.scalar_type() == at::kFloat && t.dim() == 1 && t.numel() == tiles_of(param.numel()) &&
+                          t.is_contiguous() && kernel_device(t) == device;
+        row.scales[handle - kFirstScales] = static_cast<float*>(fits ? t.mutable_data_ptr() : nullptr);
+        if (!fits || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(float)) return false;
+      } else if (t.sizes() != param.sizes() || !fits_dtype(row, handle, t.scalar_type(), param.scalar_type(), dtype)) {
         return false;
       }
-      handles[operand] = &t;
-      objects_[operand] = value;
+      handles[handle] = &t;
+      objects_[handle] = value;
     }
     for (int k = kState; k < kOperands; ++k)
       if (is_used(row.used, k) && !handles[k]) return false;
+    for (size_t i = 0; form == Form::kCodes && i < plan_.rule.states.size(); ++i)
+      if (is_used(row.used, kState + static_cast<int>(i)) && !handles[kFirstScales + i]) return false;
     return !has_step || row.step;
+  }
+
+  bool fits_dtype(const Row& row, int operand, at::ScalarType type, at::ScalarType param,
+                  std::optional<at::ScalarType> states) const {
+    if (operand == kExtra) return type == (row.extra == Extra::kMaster ? at::kFloat : param);
+    if (operand != kAverage && states == at::kChar)
+      return type == (plan_.rule.squares >> (operand - kState) & 1 ? at::kByte : at::kChar);
+    if (operand != kAverage && states && type != *states) return false;
+    return plain_dtype(type).has_value() && at::isComplexType(type) == at::isComplexType(param);
   }
 
   // A complex tensor is a real one with a last dimension of 2.
@@ -554,6 +697,7 @@ class TorchPlan {
     for (int k = 0; k < kOperands; ++k)
       if (k != kGrad || plan_.control.zero) mix(reinterpret_cast<uintptr_t>(row.data[k]));
     mix(plan_.control.zero);
+    for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
     mix(reinterpret_cast<uintptr_t>(row.step));
     mix(row.numel);
     if (row.layout) {
@@ -569,7 +713,7 @@ class TorchPlan {
   void check_overlaps(Refusal& refusal) {
     std::vector<Region> regions, gradients;
     const auto add_to = [](std::vector<Region>& regions, const at::Tensor& t, size_t r) {
-      if (!is_plain(t)) return;
+      if (!is_in_memory(t)) return;
       Region& region = regions.emplace_back(Region{
           static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)});
       if (t.is_non_overlapping_and_dense()) return;
@@ -628,7 +772,7 @@ class TorchPlan {
       const Row& row = plan_.rows[r];
       if (!row.active) continue;
       const bool steps = !(plan_.control.skip && row.device == kHost) && !plan_.control.only_measure;
-      for (int k = 0; k <= kStepHandle; ++k) {
+      for (int k = 0; k < kHandles; ++k) {
         if (!handles_[r][k]) continue;
         const bool written = k == kGrad ? plan_.control.zero : steps && !(k == kParam && (row.used & kRests));
         if (written) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
@@ -644,17 +788,19 @@ class TorchPlan {
   PyObject* grads_ = nullptr;  // of the step that is read now
   // Keys are interned and never freed.
   std::vector<PyObject*> option_keys_, common_keys_;
-  std::vector<std::pair<PyObject*, int>> state_keys_;  // with their operands
-  std::vector<int64_t> order_;                         // the row of each key of `state`, in its order; -1: of none
+  std::vector<StateKey> state_keys_;
+  std::vector<PyObject*> storage_keys_;
+  std::vector<int64_t> order_;  // the row of each key of `state`, in its order; -1: of none
 
   // Per row, filled at every step.
   std::vector<PyObject*> params_, states_;
   std::vector<Handles> handles_;
   std::vector<char> has_grad_;
-  std::array<PyObject*, kOperands + 1> objects_{};  // of the row that is read now
+  std::array<PyObject*, kHandles> objects_{};  // of the row that is read now
   std::deque<Layout> layouts_;
   // Per group.
   std::vector<unsigned> masks_;  // the states in use
+  std::vector<Storage> storages_;
   std::vector<Sources> sources_;
   std::vector<int> group_devices_;
 
@@ -665,7 +811,7 @@ class TorchPlan {
   std::vector<OptionOnDevice> options_on_devices_;
   std::vector<int> devices_;  // with active rows
 
-  std::vector<std::array<Hint, kOperands + 1>> hints_;
+  std::vector<std::array<Hint, kHandles>> hints_;
   std::vector<uint64_t> places_;  // fingerprints of the last overlap check
 };
 

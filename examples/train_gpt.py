@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 SUBJECTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch.optim.AdamW": torch.optim.AdamW,
     "genopt_ext.optim.AdamW": optim.AdamW,
+    "genopt_ext.optim.AdamW8bit": optim.AdamW8bit,
 }
 
 

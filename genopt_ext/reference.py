@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import storage
 
 
 def _rounded(x: float, like: Tensor) -> float:
@@ -187,11 +189,15 @@ def step(
     rule: str,
     param: Tensor,
     grad: Tensor,
-    state: Mapping[str, Any],
+    state: dict[str, Any],
     names: list[str],
     *,
     factor: float = 1.0,
     clip_value: float | None = None,
+    extra: str | None = None,
+    seed: int | None = None,
+    unbiased: bool = False,
+    counts: bool = True,
     **options: float,
 ) -> None:
     """One step of one parameter: load, rule, store.
@@ -200,26 +206,48 @@ def step(
         rule: a key of :data:`RULES`.
         param: updated in place; float32, float64, bfloat16, float16 or complex, any shape and strides.
         grad: of the parameter's shape.
-        state: tensors of the parameter's shape under ``names``, and ``"step"`` where the rule has one.
+        state: tensors of the parameter's shape under ``names``, or their codes, and ``"step"`` where there is one.
         factor: of the gradient.
         clip_value: limits the gradient's elements, after the factor.
+        extra: the state that keeps what the parameter can not hold: ``"master"``, ``"compensation"`` or None.
+        seed: of the random bits by which the parameter is rounded; None: to the nearest.
+        counts: whether ``"step"`` is advanced.
+        unbiased: whether states of 16 bits are not rounded to the nearest.
         options: the rule's keyword arguments.
     """
     compute = compute_dtype(param)
     if grad.is_complex():
         grad = grad.resolve_conj()
-    values = {name: _real(state[name]).to(compute) for name in names}
+    values = {name: _real(storage.read(state, name)).to(compute) for name in names}
     t = 0.0
-    if "step" in state:
+    if counts and "step" in state:
         state["step"].add_(1)
         t = state["step"].item()
     real, g = _real(param), _real(grad).to(compute)
     g = g * _rounded(factor, g)
     if clip_value is not None:
         g = g.clamp(-_rounded(clip_value, g), _rounded(clip_value, g))
-    real.copy_(RULES[rule](real.to(compute), g, values, t=t, **options))
+    start = state["master"] if extra == "master" else real.to(compute)
+    if extra == "compensation":
+        start = start + state["compensation"].to(compute)
+    new = RULES[rule](start, g, values, t=t, **options)
+    if extra == "master":
+        state["master"].copy_(new)
+    elif extra == "compensation":
+        rounded = new.to(param.dtype).to(compute)
+        state["compensation"].copy_(torch.where((rounded - rounded) == 0, new - rounded, 0.0))
+    if seed is None:
+        real.copy_(new)
+    else:
+        bits = storage.random_bits(param, seed, t)
+        storage.fill(param, storage.round_by(storage.flat(new, param), param.dtype, bits), param)
     for name in names:
-        _real(state[name]).copy_(values[name])
+        coded = state.get(name) is None
+        turns = storage.turns(param, t) if coded or (unbiased and state[name].dtype in storage.HALVES) else None
+        if param.is_complex():
+            _real(state[name]).copy_(values[name])
+        else:
+            storage.write(state, name, param, values[name], turns)
 
 
 @torch.no_grad()

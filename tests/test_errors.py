@@ -121,8 +121,8 @@ def test_refused_steps_change_nothing(case, backend, trained):
     params[1].grad = None
     if hasattr(params[1], "grad_dtype"):
         params[1].grad_dtype = None
-        params[1].grad = good.half()
-        refused(opt, params, where + "gradient is torch.float16, parameter is torch.float32; cast the gradient")
+        params[1].grad = good.double()
+        refused(opt, params, where + "gradient is torch.float64, parameter is torch.float32; cast the gradient")
         params[1].grad = None
     params[1].grad = good
     params[1].data = randn((3,), 1)

@@ -11,7 +11,12 @@
 
 namespace genopt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// The last two are codes with a scale for each tile: int8_block.h.
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kUInt8 };
+
+GENOPT_INLINE constexpr bool is_block(DType type) {
+  return type >= DType::kInt8;
+}
 
 GENOPT_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
@@ -61,6 +66,11 @@ struct BFloat16 {
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return static_cast<Stored>(f == f ? rounded : 0x7fc0);
   }
+  // One of the two neighbours of x: the upper one where 32 `bits`, as a fraction, reach up to it. Their mean is x.
+  static GENOPT_INLINE float round_by(float x, uint32_t bits) {
+    const float rounded = float_of((bits_of(x) + (bits >> 16)) & 0xffff0000u);
+    return x == x ? rounded : x;
+  }
 };
 
 struct Float16 {
@@ -95,13 +105,24 @@ struct Float16 {
     const uint32_t in_range = magnitude < (113u << 23) ? subnormal : normal;
     return static_cast<Stored>(sign | (magnitude >= 0x477ff000 ? beyond : in_range));
   }
+  // As BFloat16's.
+  static GENOPT_INLINE float round_by(float x, uint32_t bits) {
+    const uint32_t magnitude = bits_of(x) & 0x7fffffff, sign = bits_of(x) & 0x80000000;
+    const uint32_t normal = (magnitude + (bits >> 19)) & ~0x1fffu;
+    const float places = float_of(magnitude) * 0x1p24f;  // subnormals are whole multiples of 2^-24
+    const float within =
+        (places < 1024.0f ? places : 1024.0f) + static_cast<float>(static_cast<int32_t>(bits >> 16)) * 0x1p-16f;
+    const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(within)) * 0x1p-24f);
+    const float rounded = float_of(sign | (magnitude < (113u << 23) ? subnormal : normal));
+    return x == x ? rounded : x;
+  }
 };
 
-constexpr int size_of(DType type) {
-  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+GENOPT_INLINE constexpr int size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : is_block(type) ? 1 : 2;
 }
 
-// Calls visit(codec) with the codec of a dtype.
+// Calls visit(codec) with the codec of a dtype that is not is_block().
 template <class Visit>
 GENOPT_INLINE auto with_codec(DType type, Visit&& visit) {
   switch (type) {

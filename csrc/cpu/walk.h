@@ -98,53 +98,131 @@ __attribute__((noinline)) void apply_average(const Around<T>& shared, const T* p
   for (int i = 0; i < count; ++i) average[i] = around.average(average[i], p[i]);
 }
 
+template <class Block>
+__attribute__((noinline)) void decode_block(const Block& shared, const typename Block::Stored* codes, int count,
+                                            float* to) {
+  const Block block = shared;
+  // First all to the size of a float: a loop over elements of one size vectorizes well.
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) to[i] = float_of(static_cast<uint32_t>(static_cast<int32_t>(codes[i])));
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) to[i] = block.decode(static_cast<int32_t>(bits_of(to[i])));
+}
+
+// Stores values as codes and returns their scale. `turn`: the tile's.
+template <class Block>
+__attribute__((noinline)) float encode_block(const float* from, int count, uint32_t turn,
+                                             typename Block::Stored* codes) {
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, Block::magnitude(from[i]));
+  const float scale = Block::scale_for(largest);
+  const Block block(scale);
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i)
+    codes[i] = static_cast<typename Block::Stored>(block.encode(from[i], turn_of(turn, i)));
+  return scale;
+}
+
+// Rounds values to one of the neighbours that a 16-bit dtype has; `bits`: 32 for each element.
+template <class Codec, class Bits>
+__attribute__((noinline)) void round_by(Bits bits, int count, float* values) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) values[i] = Codec::round_by(values[i], bits(i));
+}
+
 // One operand of one tile, as values of the compute type: in place where it is stored so, else in a buffer.
 template <class T>
 class TileOperand {
  public:
-  T* load(const Row& row, int operand, int64_t start, int count, int padded) {
+  // Where the values are, before load() reads them or after another hand has written them.
+  T* place(const Row& row, int operand, int64_t start, int count, int padded) {
+    row_ = &row;
+    operand_ = operand;
     dtype_ = row.dtype[operand];
+    start_ = start;
     count_ = count;
     strides_ = row.layout && !row.layout->strides[operand].empty() ? &row.layout->strides[operand] : nullptr;
     base_ = static_cast<char*>(row.data[operand]);
     in_place_ = false;
     if (strides_) {
       locate(row.layout->sizes, *strides_, start, count, offsets_);
+      return buffer_;
+    }
+    base_ += start * size_of(dtype_);
+    in_place_ = dtype_ == kComputeDType<T> && count == padded && reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
+    return in_place_ ? reinterpret_cast<T*>(base_) : buffer_;
+  }
+
+  T* load(const Row& row, int operand, int64_t start, int count, int padded) {
+    T* const values = place(row, operand, start, count, padded);
+    if (in_place_) return values;
+    if (is_block(dtype_)) {
+      load_block();
+    } else if (strides_) {
       with_codec(dtype_, [this](auto codec) {
         using Codec = decltype(codec);
         for (int i = 0; i < count_; ++i)
           buffer_[i] = Codec::template decode<T>(peek<Codec>(base_ + offsets_[i] * sizeof(typename Codec::Stored)));
       });
     } else {
-      base_ += start * size_of(dtype_);
-      in_place_ = dtype_ == kComputeDType<T> && count == padded && reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
-      if (in_place_) return reinterpret_cast<T*>(base_);
       with_codec(dtype_, [this](auto codec) { decode<decltype(codec)>(base_, count_, buffer_); });
     }
     std::fill(buffer_ + count, buffer_ + padded, T(0));
     return buffer_;
   }
 
-  void store() {
+  // `keys`: Scalars, for what is not rounded to the nearest.
+  template <class Keys>
+  void store(const Keys& keys) {
     if (in_place_) return;
-    if (!strides_) {
-      with_codec(dtype_, [this](auto codec) { encode<decltype(codec)>(buffer_, count_, base_); });
+    const uint32_t key = tile_key(keys.random, start_), turn = tile_turn(keys.turn, start_);
+    if (is_block(dtype_)) {
+      store_block(turn);
       return;
     }
-    with_codec(dtype_, [this](auto codec) {
-      using Codec = decltype(codec);
+    with_codec(dtype_, [&]<class Codec>(Codec) {
+      if constexpr (sizeof(T) == 4 && sizeof(typename Codec::Stored) == 2) {
+        const bool unbiased = row_->unbiased >> operand_ & 1;
+        if (unbiased && operand_ == kParam)
+          round_by<Codec>([key](int i) { return random_bits(key, i); }, count_, buffer_);
+        if (unbiased && operand_ != kParam)
+          round_by<Codec>([turn](int i) { return turn_of(turn, i); }, count_, buffer_);
+      }
+      if (!strides_) {
+        encode<Codec>(buffer_, count_, base_);
+        return;
+      }
       for (int i = 0; i < count_; ++i)
         poke<Codec>(base_ + offsets_[i] * sizeof(typename Codec::Stored), Codec::encode(buffer_[i]));
     });
   }
 
  private:
+  float& scale() const {
+    return row_->scales[operand_ - kState][start_ / kTile];
+  }
+  // Codes lie dense, and only beside parameters that compute in float.
+  void load_block() {
+    if constexpr (sizeof(T) == 4)
+      with_block(dtype_, scale(), [this]<class Block>(const Block& block) {
+        decode_block(block, reinterpret_cast<const typename Block::Stored*>(base_), count_, buffer_);
+      });
+  }
+  void store_block(uint32_t turn) {
+    if constexpr (sizeof(T) == 4)
+      with_block(dtype_, 0, [&]<class Block>(const Block&) {
+        scale() = encode_block<Block>(buffer_, count_, turn, reinterpret_cast<typename Block::Stored*>(base_));
+      });
+  }
+
   alignas(64) T buffer_[kTile];
   int64_t offsets_[kTile];
+  const Row* row_;
   char* base_;
   const std::vector<int64_t>* strides_;
+  int64_t start_;
+  int operand_, count_;
   DType dtype_;
-  int count_;
   bool in_place_;
 };
 
@@ -184,12 +262,51 @@ int64_t run_direct(const Scalars& scalars, const Row& row, int64_t start, int64_
 template <class T>
 using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
 
-// Reads `count` values back as they are after being stored with a dtype.
+// Whole tiles of rows with parameter and gradient in float and all states in codes; returns where it ended.
+template <unsigned kUsed, class Scalars>
+int64_t run_coded(const Scalars& scalars, const Row& row, int64_t start, int64_t stop) {
+  bool fits = is_direct<Float32>(row, kParam) && is_direct<Float32>(row, kGrad);
+  for (int k = kState; k < kAverage; ++k) fits = fits && (!is_used(kUsed, k) || is_block(row.dtype[k]));
+  if (!fits) return start;
+  alignas(64) float values[kMaxStates][kTile];
+  const auto each_state = [&](auto visit) {
+    for (int k = 0; k < kMaxStates; ++k)
+      if (is_used(kUsed, kState + k))
+        with_block(row.dtype[kState + k], row.scales[k][start / kTile],
+                   [&]<class Block>(const Block& block) { visit(k, block, element<Block>(row, kState + k, start)); });
+  };
+  for (; stop - start >= kTile; start += kTile) {
+    // The next tile is asked for a little at a time: a core has room for some ten lines under way.
+    prefetch(row, kParam, start + kTile, kTile);
+    each_state([&](int k, const auto& block, auto* codes) { decode_block(block, codes, kTile, values[k]); });
+    prefetch(row, kGrad, start + kTile, kTile);
+    apply<float, Float32, kUsed>(scalars, element<Float32>(row, kParam, start), element<Float32>(row, kGrad, start),
+                                 values[0], values[1], values[2], static_cast<float*>(nullptr), kTile);
+    const uint32_t turn = tile_turn(scalars.turn, start);
+    each_state([&]<class Block>(int k, const Block&, auto* codes) {
+      prefetch(row, kState + k, start + kTile, kTile);
+      row.scales[k][start / kTile] = encode_block<Block>(values[k], kTile, turn, codes);
+    });
+  }
+  return start;
+}
+
+// Joins values with the rest that they were rounded off, and parts them again.
 template <class T>
-void round_as(DType dtype, T* values, int count) {
-  if (dtype == kComputeDType<T>) return;
+__attribute__((noinline)) void join_rest(const T* rest, int count, T* p) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) p[i] += rest[i];
+}
+template <class T>
+void part_rest(DType dtype, int count, T* p, T* rest) {
   with_codec(dtype, [=](auto codec) {
-    for (int i = 0; i < count; ++i) values[i] = decltype(codec)::template decode<T>(decltype(codec)::encode(values[i]));
+    using Codec = decltype(codec);
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) {
+      const T rounded = Codec::template decode<T>(Codec::encode(p[i]));
+      rest[i] = rounded - rounded == T(0) ? p[i] - rounded : T(0);  // infinity leaves nothing over
+      p[i] = rounded;
+    }
   });
 }
 
@@ -199,33 +316,51 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   scalars.around.factor *= static_cast<T>(row.factor);
   const int64_t stop = std::min(end * kTile, row.numel);
   int64_t start = begin * kTile;
+  const bool is_plain = row.extra == Extra::kNone && !row.unbiased;
   if constexpr (!(kUsed & kRests)) {
     // The usual cases first: all in the compute type, or all bf16.
-    start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
-    if constexpr (sizeof(T) == 4) start = run_direct<BFloat16, T, kUsed>(scalars, row, start, stop);
+    if (is_plain) start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
+    if constexpr (sizeof(T) == 4)
+      if (is_plain) start = run_direct<BFloat16, T, kUsed>(scalars, row, start, stop);
+    if constexpr (sizeof(T) == 4 && kUsed != 0 && kUsed < kWithAverage)
+      if (is_plain) start = run_coded<kUsed>(scalars, row, start, stop);
     if (start == stop) return;
   }
 
   TileOperand<T> operands[kOperands];
+  const int param = row.param();
   for (; start < stop; start += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
     T* values[kOperands] = {};
-    for (int k = 0; k < kOperands; ++k) {
-      if (!is_used(kUsed, k) || (kUsed & kRests && k == kGrad)) continue;
+    const auto load = [&](int k) {
       if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
       values[k] = operands[k].load(row, k, start, count, padded);
+    };
+    load(param);
+    T* const p = values[param];
+    for (int k = kGrad; k < kExtra; ++k)
+      if (is_used(kUsed, k) && !(kUsed & kRests && k == kGrad)) load(k);
+    if constexpr (!(kUsed & kRests)) {
+      if (row.extra == Extra::kCompensation) {
+        load(kExtra);
+        join_rest(values[kExtra], count, p);
+      }
+      apply<T, Values<T>, kUsed % kWithAverage>(scalars, p, values[kGrad], values[kState], values[kState + 1],
+                                                values[kState + 2], static_cast<T*>(nullptr), padded);
+      if (row.extra == Extra::kCompensation) part_rest(row.dtype[kParam], count, p, values[kExtra]);
+      if (row.extra == Extra::kMaster)
+        std::copy(p, p + count, operands[kParam].place(row, kParam, start, count, padded));
+      for (int k = 0; k < kOperands; ++k)
+        if (k == kParam || (k != kGrad && k != kAverage && values[k])) operands[k].store(scalars);
     }
-    if constexpr (!(kUsed & kRests))
-      apply<T, Values<T>, kUsed % kWithAverage>(scalars, values[kParam], values[kGrad], values[kState],
-                                                values[kState + 1], values[kState + 2], static_cast<T*>(nullptr),
-                                                padded);
     if constexpr (is_used(kUsed, kAverage)) {
-      round_as(row.dtype[kParam], values[kParam], count);
-      apply_average(scalars.around, values[kParam], values[kAverage], padded);
+      // Of the parameter as it is stored.
+      if (!(kUsed & kRests) && param == kParam)
+        values[kParam] = operands[kParam].load(row, kParam, start, count, padded);
+      apply_average(scalars.around, values[param], values[kAverage], padded);
+      operands[kAverage].store(scalars);
     }
-    for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad && values[k] && !(kUsed & kRests && k == kParam)) operands[k].store();
   }
 }
 

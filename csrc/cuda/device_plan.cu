@@ -57,7 +57,7 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options) {
     made.dtype[k] = row.dtype[k];
     if (!is_used(row.used, k) || (k == kGrad && row.used & kRests)) continue;
     if (k != kGrad) made.data[k] = row.data[k];
-    halves = halves && size_of(row.dtype[k]) == 2;
+    halves = halves && size_of(row.dtype[k]) <= 2;
     if (row.layout && !row.layout->strides[k].empty()) made.strided |= 1 << k;
   }
   made.numel = row.numel;
@@ -68,6 +68,9 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options) {
   made.clips_alone = clips_alone(options.data());
   made.by_tensor = clips_by_tensor(options.data());
   made.weighs = options[kAgc] >= 0;
+  std::copy(row.scales.begin(), row.scales.end(), made.scales);
+  made.unbiased = static_cast<uint8_t>(row.unbiased);
+  made.extra = row.extra;
   made.piece = row.dtype[kParam] == DType::kFloat64 ? 2 : halves ? 8 : 4;
   if (row.layout) {
     const auto& sizes = row.layout->sizes;

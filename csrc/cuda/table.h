@@ -25,6 +25,7 @@ namespace genopt::cuda {
 
 struct DeviceRow {
   void* data[kOperands];  // data[kGrad] is not used: see grads
+  float* scales[kMaxStates];
   int64_t numel;
   void* step;      // null: the rule counts none
   int64_t layout;  // words from the start of the layouts
@@ -37,6 +38,13 @@ struct DeviceRow {
   uint8_t clips_alone;  // its group is left out of the optimizer's norm
   uint8_t by_tensor;    // its group clips by tensor
   uint8_t weighs;       // and by the parameter's norm
+  uint8_t unbiased;     // as Row::unbiased
+  Extra extra;
+  uint8_t unused[4];
+
+  GENOPT_INLINE int param() const {
+    return extra == Extra::kMaster ? kExtra : kParam;
+  }
 };
 
 constexpr int kRowWords = sizeof(DeviceRow) / 8;

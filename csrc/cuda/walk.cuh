@@ -60,7 +60,16 @@ struct Tile {
   __device__ int element(int j) const {
     return j / row.piece * (kWarp * row.piece) + lane * row.piece + j % row.piece;
   }
+  __device__ float* scale(int operand) const {
+    return row.scales[operand - kState] + start / kTile;
+  }
 };
+
+// States may be stored in codes, where the rule computes in float.
+template <class T>
+__device__ constexpr bool may_be_block(int operand) {
+  return sizeof(T) == 4 && operand >= kState && operand < kAverage;
+}
 
 // Elements that can not be accessed as pieces pass through here one by one, in rolled loops: unrolled for
 // every dtype and operand they would be most of the program. Each thread has slots of its own.
@@ -77,7 +86,13 @@ class LaneOperand {
   T values[kElements];
 
   __device__ void load(const Tile& tile, int operand, void* data) {
-    dtype_ = tile.row.dtype[operand];
+    load(tile, operand, data, tile.row.dtype[operand]);
+  }
+  // For an operand of which only a choice is known when this is compiled: arrays of the row stay in registers.
+  __device__ void load(const Tile& tile, int operand, void* data, DType dtype) {
+    dtype_ = dtype;
+    is_block_ = may_be_block<T>(operand) && is_block(dtype_);
+    if (is_block_) scale_ = *tile.scale(operand);
     const int size = size_of(dtype_), bytes = size * tile.row.piece;
     strided_ = tile.row.strided >> operand & 1;
     base_ = static_cast<char*>(data) + (strided_ ? 0 : tile.start * size);
@@ -88,18 +103,26 @@ class LaneOperand {
     if (bytes == 16) {
       load_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
-      load_pieces<uint2>(tile);
+      is_block_&& bytes == 4 ? load_pieces<uint1>(tile) : load_pieces<uint2>(tile);
     }
   }
 
   __device__ void load_slots(const Tile& tile, int operand, T (*slots)[kThreads]) const {
     if (whole_) return;
 #pragma unroll 1
-    for (int j = 0; j < kElements; ++j)
+    for (int j = 0; j < kElements; ++j) {
+      const bool exists = tile.element(j) < tile.count;
+      if (is_block_) {
+        slots[j][threadIdx.x] = with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
+          return exists ? static_cast<T>(block.decode(*place<Block>(tile, operand, j))) : T(0);
+        });
+        continue;
+      }
       slots[j][threadIdx.x] = with_codec(dtype_, [&](auto codec) {
         using Codec = decltype(codec);
-        return tile.element(j) < tile.count ? Codec::template decode<T>(*place<Codec>(tile, operand, j)) : T(0);
+        return exists ? Codec::template decode<T>(*place<Codec>(tile, operand, j)) : T(0);
       });
+    }
   }
 
   __device__ void decode(const T (*slots)[kThreads]) {
@@ -108,11 +131,61 @@ class LaneOperand {
       for (int j = 0; j < kElements; ++j) values[j] = slots[j][threadIdx.x];
       return;
     }
+    if constexpr (sizeof(T) == 4)
+      if (is_block_) {
+        with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
+#pragma unroll
+          for (int j = 0; j < kElements; ++j)
+            values[j] = block.decode(static_cast<typename Block::Stored>(raw_[j / 4] >> (j % 4 * 8)));
+        });
+        return;
+      }
     with_fast_codec([&](auto codec) {
       using Codec = decltype(codec);
 #pragma unroll
       for (int j = 0; j < kElements; ++j) values[j] = Codec::template decode<T>(stored<typename Codec::Stored>(j));
     });
+  }
+
+  // Rounds the values to one of the neighbours that a 16-bit dtype has. `bits(i)`: 32 for element i of the tile.
+  template <class Bits>
+  __device__ void round_by(const Tile& tile, Bits bits) {
+    if constexpr (sizeof(T) == 4) {
+      const bool is_bfloat16 = dtype_ == DType::kBFloat16;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const uint32_t given = bits(tile.element(j));
+        values[j] = is_bfloat16 ? BFloat16::round_by(values[j], given) : Float16::round_by(values[j], given);
+      }
+    }
+  }
+
+  // Finds the scale of a tile of codes, and encodes what goes out in pieces. All lanes call it. `turn`: the tile's.
+  __device__ void encode_block(const Tile& tile, int operand, uint32_t turn) {
+    if (!is_block_) return;
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const uint32_t magnitude = Int8::magnitude(values[j]);
+      if ((whole_ || tile.element(j) < tile.count) && magnitude > largest) largest = magnitude;
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    with_block(dtype_, 0.0f, [&]<class Block>(const Block&) {
+      scale_ = Block::scale_for(largest);
+      if (!whole_) return;
+      const Block block(scale_);
+      raw_[0] = raw_[1] = 0;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        raw_[j / 4] |= static_cast<uint32_t>(block.encode(values[j], turn_of(turn, tile.element(j))) & 0xff)
+                       << (j % 4 * 8);
+    });
+    if (tile.lane == 0) *tile.scale(operand) = scale_;
+  }
+
+  // For an operand that was not loaded.
+  __device__ void place(const Tile& tile, int operand, void* data) {
+    load(tile, operand, data);
   }
 
   __device__ void store(const Tile& tile, T (*slots)[kThreads]) {
@@ -121,26 +194,37 @@ class LaneOperand {
       for (int j = 0; j < kElements; ++j) slots[j][threadIdx.x] = values[j];
       return;
     }
-    with_fast_codec([&](auto codec) {
+    if (!is_block_)
+      with_fast_codec([&](auto codec) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) set_stored(j, decltype(codec)::encode(values[j]));
-    });
-    if (size_of(dtype_) * tile.row.piece == 16) {
+        for (int j = 0; j < kElements; ++j) set_stored(j, decltype(codec)::encode(values[j]));
+      });
+    const int bytes = size_of(dtype_) * tile.row.piece;
+    if (bytes == 16) {
       store_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
-      store_pieces<uint2>(tile);
+      is_block_&& bytes == 4 ? store_pieces<uint1>(tile) : store_pieces<uint2>(tile);
     }
   }
 
-  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads]) const {
+  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads], uint32_t turn = 0) const {
     if (whole_) return;
 #pragma unroll 1
-    for (int j = 0; j < kElements; ++j)
-      if (tile.element(j) < tile.count)
-        with_codec(dtype_, [&](auto codec) {
-          using Codec = decltype(codec);
-          *place<Codec>(tile, operand, j) = Codec::encode(slots[j][threadIdx.x]);
+    for (int j = 0; j < kElements; ++j) {
+      if (tile.element(j) >= tile.count) continue;
+      const T value = slots[j][threadIdx.x];
+      if (is_block_) {
+        with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
+          *place<Block>(tile, operand, j) = static_cast<typename Block::Stored>(
+              block.encode(static_cast<float>(value), turn_of(turn, tile.element(j))));
         });
+        continue;
+      }
+      with_codec(dtype_, [&](auto codec) {
+        using Codec = decltype(codec);
+        *place<Codec>(tile, operand, j) = Codec::encode(value);
+      });
+    }
   }
 
  private:
@@ -188,7 +272,7 @@ class LaneOperand {
       if (!has_piece(tile, i)) continue;
       const Piece piece = from[i * kWarp];
       raw_[i * kEach] = piece.x;
-      raw_[i * kEach + 1] = piece.y;
+      if constexpr (kEach >= 2) raw_[i * kEach + 1] = piece.y;
       if constexpr (kEach == 4) raw_[i * kEach + 2] = piece.z, raw_[i * kEach + 3] = piece.w;
     }
   }
@@ -202,7 +286,7 @@ class LaneOperand {
       if (!has_piece(tile, i)) continue;
       Piece piece;
       piece.x = raw_[i * kEach];
-      piece.y = raw_[i * kEach + 1];
+      if constexpr (kEach >= 2) piece.y = raw_[i * kEach + 1];
       if constexpr (kEach == 4) piece.z = raw_[i * kEach + 2], piece.w = raw_[i * kEach + 3];
       to[i * kWarp] = piece;
     }
@@ -238,8 +322,9 @@ class LaneOperand {
 
   uint32_t raw_[kWords];
   char* base_;
+  float scale_;  // of codes
   DType dtype_;
-  bool strided_, whole_;
+  bool strided_, whole_, is_block_;
 };
 
 template <unsigned kUsed, class T, class Scalars>
@@ -276,7 +361,8 @@ template <class T>
 __device__ void average(const Around<T>& around, LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> e;
   load_whole(e, tile, kAverage, tile.row.data[kAverage], slots);
-  with_codec(tile.row.dtype[kParam], [&](auto codec) {
+  const bool has_master = tile.row.extra == Extra::kMaster;
+  with_codec(has_master ? tile.row.dtype[kExtra] : tile.row.dtype[kParam], [&](auto codec) {
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
       e.values[j] =
@@ -285,15 +371,51 @@ __device__ void average(const Around<T>& around, LaneOperand<T>& param, const Ti
   store_whole(e, tile, kAverage, slots);
 }
 
+// Before the rule, for a parameter with a compensation: p + c.
+template <class T>
+__device__ void join_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
+  LaneOperand<T> rest;
+  load_whole(rest, tile, kExtra, tile.row.data[kExtra], slots);
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) param.values[j] += rest.values[j];
+}
+
+// After it: p as it will be stored, and c as what that leaves over.
+template <class T>
+__device__ void part_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
+  LaneOperand<T> rest;
+  rest.place(tile, kExtra, tile.row.data[kExtra]);
+  with_codec(tile.row.dtype[kParam], [&](auto codec) {
+    using Codec = decltype(codec);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const T rounded = Codec::template decode<T>(Codec::encode(param.values[j]));
+      rest.values[j] = rounded - rounded == T(0) ? param.values[j] - rounded : T(0);
+      param.values[j] = rounded;
+    }
+  });
+  store_whole(rest, tile, kExtra, slots);
+}
+
+// The parameter, rounded from its master.
+template <class T>
+__device__ void store_rounded(const LaneOperand<T>& master, const Tile& tile, T (*slots)[kThreads]) {
+  LaneOperand<T> param;
+  param.place(tile, kParam, tile.row.data[kParam]);
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) param.values[j] = master.values[j];
+  store_whole(param, tile, kParam, slots);
+}
+
 // One warp takes one tile, of rows that compute in T.
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const __grid_constant__ Table table) {
   const int lane = threadIdx.x % kWarp;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (tile >= table.tiles) return;
   const int r = find_row(table.words + table.first_tile(0), table.rows, tile, lane);
   const uint64_t grad = table.words[table.grad(r)];
-  const DeviceRow row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
   if (!grad || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
   const bool skips = table.may_skip && table.words[Table::kSkip] != 0, rests = (row.used & kRests) != 0;
   const bool zeroes = table.zeroes && !rests;
@@ -312,7 +434,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
   const Tile here{row, table.words + table.layouts() + row.layout, start, rest < kTile ? static_cast<int>(rest) : kTile,
                   lane};
   const auto loads = [&](int k) { return k == kParam || (!rests && is_used(row.used, k)); };
-  const auto address = [&](int k) { return k == kGrad ? reinterpret_cast<void*>(grad) : row.data[k]; };
+  // What is loaded as operand k: the parameter is its master, where it has one.
+  const auto source = [&](int k) { return k == kParam ? row.param() : k; };
+  const bool has_master = row.extra == Extra::kMaster;
+  const auto dtype = [&](int k) { return k == kParam && has_master ? row.dtype[kExtra] : row.dtype[k]; };
+  const auto address = [&](int k) {
+    return k == kGrad ? reinterpret_cast<void*>(grad) : k == kParam && has_master ? row.data[kExtra] : row.data[k];
+  };
   __shared__ Slots<T, kUsable> slots;
 
   LaneOperand<T> x[kOperands];
@@ -323,23 +451,40 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) update(const
   }
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
-    if (loads(k)) x[k].load(here, k, address(k));
+    if (loads(k)) x[k].load(here, source(k), address(k), dtype(k));
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
-    if (loads(k)) x[k].load_slots(here, k, slots.values[k]);
+    if (loads(k)) x[k].load_slots(here, source(k), slots.values[k]);
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
     if (loads(k)) x[k].decode(slots.values[k]);
   if (!rests) {
+    if (row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
     [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
       ((row.used % kWithAverage == kMasks ? apply<kMasks>(scalars, x) : void()), ...);
     }(typename Rule::Masks{});
+    if (row.extra == Extra::kCompensation) part_rest(x[kParam], here, slots.values[kParam]);
+    if (has_master) store_rounded(x[kParam], here, slots.values[kParam]);
+    if (row.unbiased & 1 << kParam) {
+      const uint32_t key = tile_key(scalars.random, start);
+      x[kParam].round_by(here, [key](int i) { return random_bits(key, i); });
+    }
+    const uint32_t turn = tile_turn(scalars.turn, start);
+#pragma unroll
+    for (int k = kState; k < kUsable; ++k) {
+      if (!loads(k)) continue;
+      if (is_block(row.dtype[k])) {
+        x[k].encode_block(here, k, turn);
+      } else if (row.unbiased >> k & 1) {
+        x[k].round_by(here, [turn](int i) { return turn_of(turn, i); });
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kUsable; ++k)
       if (k != kGrad && loads(k)) x[k].store(here, slots.values[k]);
 #pragma unroll
     for (int k = 0; k < kUsable; ++k)
-      if (k != kGrad && loads(k)) x[k].store_slots(here, k, slots.values[k]);
+      if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], turn);
   }
   if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
   if (zeroes) zero(x[kGrad], here, slots.values[kGrad]);

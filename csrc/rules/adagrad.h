@@ -15,6 +15,7 @@ struct Adagrad {
   static constexpr const char* kStates[] = {"sum"};
   static constexpr unsigned kSum = 0b1;
   using Masks = StateMasks<kSum>;
+  static constexpr unsigned kSquares = 0b1;  // states that are never negative
 
   static constexpr OptionName kOptions[] = {{"lr"}, {"lr_decay"}, {"eps"}, {"weight_decay"}, {"maximize"}};
   struct Options {

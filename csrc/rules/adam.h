@@ -20,6 +20,7 @@ struct Adam {
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr unsigned kMoments = 0b011, kWithMaximum = 0b111;
   using Masks = StateMasks<kMoments, kWithMaximum>;
+  static constexpr unsigned kSquares = 0b110;  // states that are never negative
 
   static constexpr OptionName kOptions[] = {{"lr"},           {"betas", 0}, {"betas", 1}, {"eps"},
                                             {"weight_decay"}, {"amsgrad"},  {"maximize"}, {"decoupled_weight_decay"}};

@@ -11,16 +11,16 @@
 #include <cstring>
 #include <iterator>
 
-#include "math.h"
+#include "random.h"
 
 namespace genopt {
 
 constexpr int kMaxOptions = 8;  // of a rule
 
 // Options that every rule has, after its own; kUnset where a group does not have one.
-enum CommonOption { kMaxGradNorm = kMaxOptions, kClipPerParam, kAgc, kClipGradValue, kEmaDecay, kAllOptions };
-constexpr OptionName kCommonOptions[] = {
-    {"max_grad_norm"}, {"clip_per_param"}, {"agc"}, {"clip_grad_value"}, {"ema_decay"}};
+enum CommonOption { kMaxGradNorm = kMaxOptions, kClipPerParam, kAgc, kClipGradValue, kEmaDecay, kSeed, kAllOptions };
+constexpr OptionName kCommonOptions[] = {{"max_grad_norm"},   {"clip_per_param"}, {"agc"},
+                                         {"clip_grad_value"}, {"ema_decay"},      {"rounding_seed"}};
 constexpr double kUnset = -1;
 
 template <class T>
@@ -51,9 +51,13 @@ template <class Rule, class T>
 struct Scalars {
   typename Rule::template Update<T> update;
   Around<T> around;
+  uint32_t random, turn;  // of the step: random.h
 
   GENOPT_INLINE Scalars(const double* options, double t)
-      : update(own(options), t), around(update.sign, options[kClipGradValue], options[kEmaDecay]) {
+      : update(own(options), t),
+        around(update.sign, options[kClipGradValue], options[kEmaDecay]),
+        random(step_key(options[kSeed], t)),
+        turn(step_turn(t)) {
   }
 
  private:

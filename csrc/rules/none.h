@@ -13,6 +13,7 @@ struct None {
   static constexpr bool kHasStep = false;
   static constexpr const char* kStates[] = {"none"};
   using Masks = StateMasks<0b0>;
+  static constexpr unsigned kSquares = 0;  // states that are never negative
 
   static constexpr OptionName kOptions[] = {{"add"}};
   struct Options {

@@ -21,6 +21,7 @@ struct RMSprop {
   static constexpr const char* kStates[] = {"square_avg", "momentum_buffer", "grad_avg"};
   static constexpr unsigned kSquare = 0b001, kMomentum = 0b010, kCentered = 0b100;
   using Masks = StateMasks<kSquare, kSquare | kMomentum, kSquare | kCentered, kSquare | kMomentum | kCentered>;
+  static constexpr unsigned kSquares = 0b001;  // states that are never negative
 
   static constexpr OptionName kOptions[] = {{"lr"},       {"alpha"},    {"eps"},     {"weight_decay"},
                                             {"momentum"}, {"centered"}, {"maximize"}};

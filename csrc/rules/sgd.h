@@ -16,6 +16,7 @@ struct Sgd {
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr unsigned kPlain = 0b0, kWithMomentum = 0b1;
   using Masks = StateMasks<kPlain, kWithMomentum>;
+  static constexpr unsigned kSquares = 0;  // states that are never negative
 
   static constexpr OptionName kOptions[] = {{"lr"},           {"momentum"}, {"dampening"},
                                             {"weight_decay"}, {"nesterov"}, {"maximize"}};

@@ -7,13 +7,19 @@ import torch.optim as _torch_optim
 from torch.optim import *  # noqa: F403
 
 from .adagrad import Adagrad as Adagrad
+from .adagrad import Adagrad8bit as Adagrad8bit
 from .adam import Adam as Adam
+from .adam import Adam8bit as Adam8bit
 from .adam import AdamW as AdamW
+from .adam import AdamW8bit as AdamW8bit
 from .rmsprop import RMSprop as RMSprop
+from .rmsprop import RMSprop8bit as RMSprop8bit
 from .sgd import SGD as SGD
+from .sgd import SGD8bit as SGD8bit
 
 OURS = ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD")
-__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *OURS})  # noqa: PLE0605
+EIGHT_BIT = tuple(f"{name}8bit" for name in OURS)  # the same with state_dtype=torch.int8
+__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *OURS, *EIGHT_BIT})  # noqa: PLE0605
 
 # So that `from genopt_ext.optim.lr_scheduler import StepLR` works as it does with torch.
 for _name in ("lr_scheduler", "swa_utils"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .. import storage
 from .optimizer import FusedOptimizer
 from .options import Range, StepOptions
 
@@ -43,6 +44,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     rule = "adagrad"
     sparse_class = "torch.optim.Adagrad"
+    squares = frozenset({"sum"})
     ranges = {
         "lr": Range("learning rate"),
         "lr_decay": Range("lr_decay value"),
@@ -91,6 +93,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             fused=fused,
         )
         self._set_options(step_options, capturable=capturable)
+        for i, _, p in self._places():  # torch has made it in the parameter's dtype
+            if (dtype := storage.state_dtype(self.param_groups[i], p)) is not None:
+                del self.state[p]["sum"]
+                self.state[p].update(storage.make(p, "sum", self._initial_value(p, "sum"), dtype, signed=False))
 
     @classmethod
     def state_names(cls, group: dict[str, Any]) -> list[str]:
@@ -105,3 +111,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             return super()._initial_value(param, name)
         value = self.defaults["initial_accumulator_value"]
         return complex(value, value) if param.is_complex() else value
+
+
+class Adagrad8bit(Adagrad):
+    """:class:`Adagrad` with moments in 8 bits: ``state_dtype`` is ``torch.int8`` unless given."""
+
+    default_state_dtype = torch.int8

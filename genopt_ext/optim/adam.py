@@ -43,6 +43,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     rule = "adam"
     sparse_class = "torch.optim.SparseAdam"
+    squares = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
     ranges = {
         "lr": Range("learning rate"),
         "betas": Range("beta parameter at index {}", below=1.0, items=2),
@@ -140,3 +141,15 @@ class AdamW(Adam, torch.optim.AdamW):
             fused=fused,
         )
         self._set_options(step_options)
+
+
+class Adam8bit(Adam):
+    """:class:`Adam` with moments in 8 bits: ``state_dtype`` is ``torch.int8`` unless given."""
+
+    default_state_dtype = torch.int8
+
+
+class AdamW8bit(AdamW):
+    """:class:`AdamW` with moments in 8 bits: ``state_dtype`` is ``torch.int8`` unless given."""
+
+    default_state_dtype = torch.int8

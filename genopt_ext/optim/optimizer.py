@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _backend, clip, reference
-from .options import FLAGS, GROUP_OPTIONS, NORM_CLIPS, Range, StepOptions, clips_alone
+from .. import _backend, clip, reference, storage
+from .options import (
+    FLAGS,
+    GROUP_OPTIONS,
+    NORM_CLIPS,
+    STORAGE_OPTIONS,
+    Range,
+    StepOptions,
+    check_storage,
+    clips_alone,
+)
 
 if TYPE_CHECKING:
     from ..in_backward import InBackward
@@ -47,6 +56,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     has_step: ClassVar[bool] = True
     sparse_class: ClassVar[str] = "torch.optim.SGD or torch.optim.Adagrad"
     ranges: ClassVar[dict[str, Range]]
+    squares: ClassVar[frozenset[str]] = frozenset()  # states that are never negative
+    default_state_dtype: ClassVar[torch.dtype | None] = None
 
     backend: str = "auto"
     skip_nonfinite: bool = False
@@ -102,6 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in step_options:
             if name not in StepOptions.__annotations__:
                 raise TypeError(f"{where}.__init__() got an unexpected keyword argument '{name}'")
+        step_options.setdefault("state_dtype", self.default_state_dtype)
         self._check_options(where, {**options, **step_options})
         _backend.resolve(backend)
         self.backend = backend
@@ -112,7 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         given: dict[str, Any] = {**step_options, **more}
         self.max_grad_norm = given.pop("max_grad_norm", None)
         self.skip_nonfinite = bool(given.pop("skip_nonfinite", False))
-        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        unset = {name for name, value in given.items() if value is None or value is False or value == "nearest"}
+        given = {name: value for name, value in given.items() if name not in unset}
         self.defaults.update(given)
         for group in self.param_groups:
             self._set_defaults(group)
@@ -122,6 +135,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, value in self.defaults.items():
             if name not in group and name != "params":
                 group[name] = None if alone and name in NORM_CLIPS else value
+        self._complete(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Adds what the group's other options ask for."""
+        if group.get("state_dtype") == torch.int8:
+            group.setdefault("min_int8_size", storage.MIN_INT8_SIZE)
+            group["int8_format"] = storage.FORMAT
+        else:
+            group.pop("int8_format", None)
+        if group.get("param_rounding") == "stochastic":
+            group.setdefault("rounding_seed", torch.initial_seed() & 0xFFFFFFFF)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -154,6 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, allowed in GROUP_OPTIONS.items():
             if options.get(name) is not None:
                 allowed.check(where, name, options[name])
+        check_storage(where, options)
         norms = [name for name in NORM_CLIPS if options.get(name) is not None]
         if len(norms) > 1:
             raise ValueError(f"{where}: {' and '.join(norms)} clip by a norm each; give only one of them")
@@ -161,7 +186,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if name in options and not isinstance(options[name], (bool, int)):
                 raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
         if options.get("differentiable"):
-            torch_class = f"torch.optim.{type(self).__name__}"
+            torch_class = f"torch.optim.{type(self).__name__.removesuffix('8bit')}"
             raise ValueError(f"{where}: differentiable=True is not served by fused kernels; use {torch_class}")
         if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
             raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
@@ -225,6 +250,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         # torch casts between its hooks and the assignment; what the last hook leaves is kept beside it.
         def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            for i, group in enumerate(final["param_groups"]):
+                check_storage(f"{type(self).__name__}.load_state_dict: group {i}", group)
             loaded.update(final)
 
         before = self.param_groups
@@ -239,6 +266,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in (*GROUP_OPTIONS, "capturable", "fused"):
                 if name in old and name not in new and not (clips and name in NORM_CLIPS):
                     new[name] = old[name]
+            # How it is stored is this optimizer's own choice, whatever was saved.
+            for name in STORAGE_OPTIONS:
+                new.pop(name, None)
+                if name in old:
+                    new[name] = old[name]
+            if "rounding_seed" in old:
+                new.setdefault("rounding_seed", old["rounding_seed"])
+            self._complete(new)
         self.discard_accumulated()
         saved_params = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -247,10 +282,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not isinstance(saved, Tensor):
                     continue
                 current = self.state[p][name]
-                dtype = saved.dtype if saved.is_floating_point() else current.dtype
+                coded = name.endswith(("_codes", "_scales"))
+                dtype = saved.dtype if saved.is_floating_point() or coded else current.dtype
                 if current is saved or current.dtype != dtype:
                     device = current.device
                     self.state[p][name] = saved.detach().to(device=device, dtype=dtype, copy=True)
+        for i, k, p in self._places():
+            self._store_anew((i, k, p))
+            if not self.has_step and "step" not in self._further_names(self.param_groups[i], p):
+                self.state.get(p, {}).pop("step", None)  # which only rounding had counted
 
     # The step
 
@@ -406,6 +446,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         rows, groups, overlaps, _, _ = refusal
         for i in groups:
             self._check_group(i, self.param_groups[i])
+            self._complete(self.param_groups[i])
         self._check_overlaps(places, overlaps)
         missing = {r: names for r in rows if (names := self._check(places[r]))}
         away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
@@ -414,6 +455,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = self._make_state([(places[r], names) for r, names in missing.items()])
         for r, state in zip(missing, made, strict=True):
             self.state[places[r][2]].update(state)
+        for r in rows:
+            self._store_anew(places[r])
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
@@ -496,9 +539,23 @@ class FusedOptimizer(torch.optim.Optimizer):
                 scale *= clip.tensor_coefficient(group, norms[0] * scale, norms[1])
             value = group.get("clip_grad_value")
             names = self.state_names(group)
-            reference.step(self.rule, p, g, state, names, factor=scale, clip_value=value, **options)
+            reference.step(
+                self.rule,
+                p,
+                g,
+                state,
+                names,
+                factor=scale,
+                clip_value=value,
+                extra=storage.extra(group, p),
+                seed=int(group.get("rounding_seed", 0)) if storage.is_stochastic(group, p) else None,
+                unbiased=storage.state_dtype(group, p) == torch.bfloat16,
+                counts=self.has_step or "step" in self._further_names(group, p),
+                **options,
+            )
         if group.get("ema_decay") is not None and "ema" in state:
-            reference.average(p, state["ema"], float(group["ema_decay"]))
+            source = state["master"] if g is not None and storage.extra(group, p) == "master" else p
+            reference.average(source, state["ema"], float(group["ema_decay"]))
 
     @staticmethod
     def _clips_by_tensor(group: dict[str, Any]) -> bool:
@@ -568,15 +625,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A device's step counters are views of one buffer: they stay together in memory.
         devices = [p.device if p.is_cuda else torch.device("cpu") for (_, _, p), names in missing if "step" in names]
         counters = {d: iter(torch.zeros(devices.count(d), device=d).unbind()) for d in set(devices)}
-        for state, ((_, _, p), names) in zip(made, missing, strict=True):
+        for state, ((i, _, p), names) in zip(made, missing, strict=True):
             for name in names:
                 if name == "step":
                     state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
                 else:
-                    narrow = name == "ema" and not p.is_complex() and p.element_size() < 4
-                    value, dtype = self._initial_value(p, name), torch.float32 if narrow else p.dtype
-                    state[name] = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)
+                    dtype = storage.state_dtype(self.param_groups[i], p)
+                    if name in ("ema", "master"):
+                        dtype = torch.float32 if p.dtype in storage.HALVES else None
+                    elif name == "compensation":
+                        dtype = None
+                    value = self._initial_value(p, name)
+                    state.update(storage.make(p, name, value, dtype, signed=name not in self.squares))
+                    if name == "master":
+                        state[name].copy_(p)
         return made
+
+    def _store_anew(self, place: Place) -> None:
+        """Stores the parameter's states as its group asks for them, where they are stored in another way."""
+        i, _, p = place
+        state, group = self.state.get(p), self.param_groups[i]
+        if not state:
+            return
+        self._complete(group)
+        for name in dict.fromkeys((*self.state_names(group), *storage.names_in(state))):
+            there = state.get(name) is not None or state.get(name + "_codes") is not None
+            dtype = storage.state_dtype(group, p)
+            if name in storage.names_in(state):
+                self._check_codes(place, state, name)
+            if there and not storage.is_stored(state, name, p, dtype):
+                self._refuse_capture()
+                storage.convert(state, name, p, dtype, signed=name not in self.squares)
+        for name in ("master", "compensation"):
+            if name != storage.extra(group, p):
+                state.pop(name, None)
 
     # What goes around the step
 
@@ -703,7 +785,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(f"parameter is {p.layout}, expected torch.strided", "store it dense")
         if g.shape != p.shape:
             refuse(f"gradient has shape {list(g.shape)}, parameter {list(p.shape)}", "clear gradients with zero_grad()")
-        if g.dtype != p.dtype and not self._micro_batches:
+        mixes = g.dtype in storage.MIXES and p.dtype in storage.MIXES
+        if g.dtype != p.dtype and not mixes and not self._micro_batches:
             refuse(f"gradient is {g.dtype}, parameter is {p.dtype}", f"cast the gradient to {p.dtype}")
         if g.device != p.device:
             refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
@@ -713,23 +796,44 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse("parameter is an inference tensor", "make it outside of torch.inference_mode()")
         if group.get("capturable") and p.device.type == "cpu":
             refuse("capturable=True, but it is on cpu, where there are no graphs to capture", "use capturable=False")
-        missing = self._check_state(refuse, p, self.state.get(p, {}), self.state_names(group))
-        if group.get("ema_decay") is not None and self.state.get(p, {}).get("ema") is None:
-            missing.append("ema")
+        state = self.state.get(p, {})
+        missing = self._check_state(refuse, place, state, self.state_names(group))
+        for name in self._further_names(group, p):
+            if state.get(name) is None and name not in missing:
+                missing.append(name)
         return missing
 
-    def _check_state(self, refuse: Callable[[str, str], None], p: Tensor, state: Any, names: list[str]) -> list[str]:
+    def _further_names(self, group: dict[str, Any], p: Tensor) -> list[str]:
+        """What else the group's options ask for, which is made where it lacks."""
+        names = ["ema"] if group.get("ema_decay") is not None else []
+        if (extra := storage.extra(group, p)) is not None:
+            names.append(extra)
+        narrow = storage.state_dtype(group, p) in (torch.int8, torch.bfloat16)
+        if storage.is_stochastic(group, p) or (narrow and self.state_names(group)):
+            names.append("step")  # rounding turns with it
+        return names
+
+    def _check_state(self, refuse: Callable[[str, str], None], place: Place, state: Any, names: list[str]) -> list[str]:
+        p = place[2]
         if not isinstance(state, dict):
             refuse(f"its state is {type(state).__name__}, expected dict", "delete it to start anew")
         wanted = (["step"] if self.has_step else []) + names
-        absent = [name for name in wanted if state.get(name) is None]
-        if len(absent) == len(wanted):
+        absent = [name for name in wanted if state.get(name) is None and state.get(name + "_codes") is None]
+        scales = [name for name in names if state.get(name + "_scales") is not None]
+        if len(absent) == len(wanted) and not scales:
             return wanted
+        for name in scales:
+            self._check_codes(place, state, name)
         if absent:
             fix = f"add torch.zeros_like(parameter) as state['{absent[0]}'], or delete its state to start anew"
             refuse(f"its state has {sorted(state)} but no '{absent[0]}', which the group's options ask for", fix)
-        for name in [*names, *(["ema"] if state.get("ema") is not None else [])]:
-            t = state[name]
+        for name in names:
+            if state.get(name) is None and name not in scales:
+                self._check_codes(place, state, name)
+        for name in [*names, "ema", "master", "compensation"]:
+            t = state.get(name)
+            if t is None:
+                continue
             if not isinstance(t, Tensor) or t.shape != p.shape:
                 got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
                 refuse(f"state '{name}' has {got}, expected {list(p.shape)}", "load a checkpoint of this model")
@@ -744,3 +848,24 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "replace it with torch.tensor(float(step))",
             )
         return []
+
+    def _check_codes(self, place: Place, state: dict[str, Any], name: str) -> None:
+        p = place[2]
+
+        def refuse(problem: str, fix: str) -> None:
+            raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {problem}; {fix}")
+
+        fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
+        blocks = -(-p.numel() // storage.BLOCK)
+        code_dtype = torch.uint8 if name in self.squares else torch.int8
+        for key, dtype, shape in (
+            (name + "_codes", code_dtype, list(p.shape)),
+            (name + "_scales", torch.float32, [blocks]),
+        ):
+            t = state.get(key)
+            if not isinstance(t, Tensor):
+                refuse(f"its state has {sorted(state)}, and '{key}' is {type(t).__name__}", fix)
+            elif t.dtype != dtype or list(t.shape) != shape:
+                refuse(f"state '{key}' is {t.dtype} of shape {list(t.shape)}, expected {dtype} of {shape}", fix)
+            elif t.device != p.device:
+                refuse(f"state '{key}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")

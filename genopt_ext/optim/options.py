@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
+
+from .. import storage
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Range:
             raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be {kind}{allowed}")
 
 
-FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "maximize", "nesterov", "skip_nonfinite")
+FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "master_weights", "maximize", "nesterov") + (
+    "skip_nonfinite",
+)
 
 
 class StepOptions(TypedDict, total=False):
@@ -66,6 +71,17 @@ class StepOptions(TypedDict, total=False):
         ema_decay: keeps a moving average of the weights in ``state[p]["ema"]`` (float32 for 16-bit parameters), equal
             to :class:`torch.optim.swa_utils.AveragedModel` with this decay, updated after every step. In [0, 1). See
             :meth:`FusedOptimizer.swap_ema`.
+        state_dtype: how moments are stored: ``torch.float32``, ``torch.bfloat16``, or ``torch.int8`` for one code of 8
+            bits each and a float32 scale for every 256. None: as torch, in the parameter's dtype. Complex and float64
+            parameters and tensor subclasses keep the state that torch has. What is stored narrow is rounded without
+            bias, which needs a step count: SGD then has ``state[p]["step"]``.
+        min_int8_size: parameters with fewer elements have float32 moments where ``state_dtype`` is int8.
+        param_rounding: how bfloat16 and float16 parameters take an update that may be smaller than what separates two
+            of their numbers. ``"nearest"``: as torch, which loses it; ``"stochastic"``: to either neighbour, such that
+            the mean is right, by bits that depend on ``torch.initial_seed()``, step and element alone; ``"kahan"``:
+            what rounding leaves over is kept in ``state[p]["compensation"]``, in the parameter's dtype.
+        master_weights: keeps bfloat16 and float16 parameters as float32 in ``state[p]["master"]`` and rounds them from
+            there; a change made to such a parameter by other hands is lost.
         skip_nonfinite: a step whose gradients hold NaN or infinity changes nothing, and is counted in
             ``opt.skipped_steps``; nothing waits for the device.
     """
@@ -76,6 +92,47 @@ class StepOptions(TypedDict, total=False):
     clip_grad_value: float | None
     ema_decay: float | None
     skip_nonfinite: bool
+    state_dtype: torch.dtype | None
+    min_int8_size: int
+    param_rounding: str
+    master_weights: bool
+
+
+STORAGE_OPTIONS = ("state_dtype", "min_int8_size", "param_rounding", "master_weights")
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+PARAM_ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+
+def check_storage(where: str, options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for options that say how state and parameters are stored."""
+    dtype = options.get("state_dtype")
+    if dtype is not None and dtype not in STATE_DTYPES:
+        kind = ValueError if isinstance(dtype, torch.dtype) else TypeError
+        allowed = ", ".join(map(str, STATE_DTYPES))
+        raise kind(f"{where}: Invalid state_dtype: {dtype!r}; it must be one of {allowed}, or None")
+    size = options.get("min_int8_size", 0)
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"{where}: min_int8_size must be an integer, got {size!r}")
+    if size < 0:
+        raise ValueError(f"{where}: Invalid min_int8_size: {size}; it must be a number of elements >= 0")
+    rounding = options.get("param_rounding", "nearest")
+    if rounding not in PARAM_ROUNDINGS:
+        kind = ValueError if isinstance(rounding, str) else TypeError
+        allowed = ", ".join(map(repr, PARAM_ROUNDINGS))
+        raise kind(f"{where}: Invalid param_rounding: {rounding!r}; it must be one of {allowed}")
+    if options.get("master_weights") and rounding != "nearest":
+        raise ValueError(
+            f"{where}: master_weights=True keeps parameters in float32, and param_rounding={rounding!r} rounds them; "
+            "give only one of them"
+        )
+    seed = options.get("rounding_seed", 0)
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"{where}: rounding_seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    if (version := options.get("int8_format", storage.FORMAT)) != storage.FORMAT:
+        raise ValueError(
+            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of format {storage.FORMAT}; "
+            "load it with the version that saved it, and save it with state_dtype=torch.float32"
+        )
 
 
 NORM_CLIPS = ("max_grad_norm", "clip_per_param", "agc")

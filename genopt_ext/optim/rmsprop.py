@@ -44,6 +44,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     rule = "rmsprop"
+    squares = frozenset({"square_avg"})
     ranges = {
         "lr": Range("learning rate"),
         "alpha": Range("alpha value"),
@@ -104,3 +105,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
         names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
         return {name: group[name] for name in names}
+
+
+class RMSprop8bit(RMSprop):
+    """:class:`RMSprop` with moments in 8 bits: ``state_dtype`` is ``torch.int8`` unless given."""
+
+    default_state_dtype = torch.int8

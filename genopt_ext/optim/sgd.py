@@ -98,3 +98,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return {name: group[name] for name in names}
+
+
+class SGD8bit(SGD):
+    """:class:`SGD` with moments in 8 bits: ``state_dtype`` is ``torch.int8`` unless given."""
+
+    default_state_dtype = torch.int8

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -68,9 +69,8 @@ struct Warp {
   enum State { kRuns, kWaits, kEnded };
   std::array<Context, kLanes> lanes;
   std::array<State, kLanes> states{};
-  std::array<bool, kLanes> predicates{};
-  std::array<uint64_t, kLanes> values{}, exchanged{};  // what lanes offer, and what all had offered when all waited
-  unsigned ballot = 0, lane = 0;
+  std::array<uint64_t, kLanes> values{}, exchanged{};  // what lanes bring to a collective, and what all had brought
+  unsigned ballot = 0, largest = 0, lane = 0;
   Context scheduler;
   const std::function<void()>* thread = nullptr;
 
@@ -104,14 +104,24 @@ struct Warp {
         states[lane] = kRuns;
         scheduler.switch_to(lanes[lane]);
       }
-      ballot = 0;
+      ballot = largest = 0;
       for (unsigned i = 0; i < kLanes; ++i) {
         if (states[i] != states[0]) fail("some lanes of a warp wait in a collective, and others ended");
-        ballot |= static_cast<unsigned>(predicates[i]) << i;
+        ballot |= static_cast<unsigned>(values[i] != 0) << i;
+        largest = std::max(largest, static_cast<unsigned>(values[i]));
       }
       exchanged = values;
       if (states[0] == kEnded) return;
     }
+  }
+
+  // A lane waits until all have come.
+  void meet(const char* what, unsigned mask, uint64_t value) {
+    if (mask != ~0u) fail(what);
+    const unsigned own = lane;
+    values[own] = value;
+    states[own] = kWaits;
+    lanes[own].switch_to(scheduler);
   }
 };
 
@@ -129,21 +139,18 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) 
 }  // namespace
 
 unsigned __ballot_sync(unsigned mask, bool predicate) {
-  if (mask != ~0u) fail("__ballot_sync: only whole warps are supported");
-  Warp& warp = Warp::instance();
-  const unsigned lane = warp.lane;
-  warp.predicates[lane] = predicate;
-  warp.states[lane] = Warp::kWaits;
-  warp.lanes[lane].switch_to(warp.scheduler);
-  return warp.ballot;
+  Warp::instance().meet("__ballot_sync: only whole warps are supported", mask, predicate);
+  return Warp::instance().ballot;
+}
+unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  Warp::instance().meet("__reduce_max_sync: only whole warps are supported", mask, value);
+  return Warp::instance().largest;
 }
 
 uint64_t cuda_on_cpu_exchange(unsigned mask, uint64_t value, int lanes) {
-  if (mask != ~0u) fail("__shfl_xor_sync: only whole warps are supported");
   Warp& warp = Warp::instance();
   const unsigned lane = warp.lane;
-  warp.values[lane] = value;
-  __syncwarp();
+  warp.meet("__shfl_xor_sync: only whole warps are supported", mask, value);
   return warp.exchanged[(lane ^ static_cast<unsigned>(lanes)) % kLanes];
 }
 

@@ -2,9 +2,10 @@
 // sanitizers see every access. It has what they use and no more: anything else does not compile.
 //
 // A block's threads are fibers. A warp's 32 lanes run one after the other, each until it ends or reaches a
-// collective (__ballot_sync, __shfl_xor_sync, __syncwarp); when all have, the collective is computed and they go on.
-// Lanes that disagree on whether they reach one are an error, as on a GPU. Blocks and warps run in order: races between
-// them are not seen here. A kernel runs when it is launched, or when the graph that captured it is.
+// collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync, __syncwarp); when all have, the collective is computed
+// and they go on. Lanes that disagree on whether they reach one are an error, as on a GPU. Blocks and warps run in
+// order: races between them are not seen here. A kernel runs when it is launched, or when the graph that captured it
+// is.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +26,9 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {
   }
 };
+struct uint1 {
+  unsigned x;
+};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -34,6 +38,7 @@ struct alignas(16) uint4 {
 
 extern dim3 threadIdx, blockIdx;
 unsigned __ballot_sync(unsigned mask, bool predicate);
+unsigned __reduce_max_sync(unsigned mask, unsigned value);
 // `value` of the lane whose number differs in the bits of `lanes`.
 uint64_t cuda_on_cpu_exchange(unsigned mask, uint64_t value, int lanes);
 template <class T>

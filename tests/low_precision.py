@@ -1,0 +1,241 @@
+"""What the tests of narrow state and of 16-bit weights share: gradients that strain a map, the layout of the state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from cases import NATIVE, Case, assert_same_bits, assert_same_state, randn
+from torch import Tensor
+
+from genopt_ext import _backend
+
+TILE = 256
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+SIXTEEN = (torch.bfloat16, torch.float16)
+INT8 = dict(state_dtype=torch.int8, min_int8_size=1)
+SIGNED = ("exp_avg", "grad_avg", "momentum_buffer")
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+# An error that the map may have, whichever it is, as a part of the largest element in a block.
+MAP_ERROR = 0.1
+
+# How weights of 16 bits may be kept.
+KEPT = [dict(param_rounding="stochastic"), dict(param_rounding="kahan"), dict(master_weights=True)]
+
+# Of the gradient path, for each of its kinds.
+WIDE = [
+    dict(max_grad_norm=10.0, skip_nonfinite=True, ema_decay=0.7),
+    dict(clip_per_param=5.0),
+    dict(agc=0.2, clip_grad_value=0.3, ema_decay=0.9),
+    dict(clip_grad_value=0.5, skip_nonfinite=True),
+]
+
+
+def places(opt: torch.optim.Optimizer) -> list[Any]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def grouped(params: list[Any], per_group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One group for each entry, each with every so many parameters."""
+    return [{"params": params[i :: len(per_group)], **own} for i, own in enumerate(per_group)]
+
+
+def seeded(make: Callable[[], Any], seed: int = 7) -> Any:
+    """``make()`` where torch's initial seed is ``seed``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def come_and_go(step: int) -> Callable[[int], bool]:
+    return lambda i: (i + step) % 4 == 3
+
+
+def gradient(p: Tensor, step: int, i: int = 0, scale: float = 1.0) -> Tensor:
+    """Magnitudes over eight decades, and zeros, of the dtype that the parameter's gradients have."""
+    seed = 1000 * (step + 1) + i
+    spread = (3 * randn(p.shape, seed + 500_000)).clamp(-9, 9).exp()
+    grad = scale * randn(p.shape, seed) * spread * (randn(p.shape, seed + 700_000) > -1)
+    dtype = getattr(p, "grad_dtype", None) or p.dtype
+    return grad.clamp(-3e4, 3e4).to(dtype)
+
+
+def set_strained(params: list[Any], step: int, skip: Callable[[int], bool] = lambda i: False, scale: float = 1.0):
+    for i, p in enumerate(params):
+        p.grad = None if skip(i) else gradient(p, step, i, scale)
+
+
+def spoil(params: list[Any], value: float) -> None:
+    """One element of one gradient becomes ``value``."""
+    p = next(p for p in reversed(params) if p.grad is not None and p.numel())
+    p.grad[tuple(n // 2 for n in p.shape)] = value
+
+
+def take(opt: Any, params: list[Any], step: int, wide: dict[str, Any] | None = None) -> None:
+    """A step; with the gradient path's options in ``wide`` also one that is skipped, accumulates, zeroes or swaps."""
+    if wide is None:
+        set_strained(params, step)
+        opt.step()
+        return
+    set_strained(params, step, come_and_go(step))
+    if wide.get("skip_nonfinite") and step % 3 == 0:  # the first one too
+        spoil(params, float("nan") if step else float("inf"))
+    if step == 2:
+        opt.accumulate()
+        set_strained(params, 50)
+        opt.accumulate()
+        set_strained(params, 51, come_and_go(step))
+    opt.step_and_zero_() if step % 2 else opt.step()
+    if any("ema" in opt.state.get(p, {}) for p in params):
+        kept = [p.detach().clone() for p in params]
+        with opt.swap_ema():
+            pass
+        for p, old in zip(params, kept, strict=True):
+            assert_same_bits(p.detach(), old, "after swap_ema")
+
+
+def run_both(
+    case: Case,
+    make_params: Callable[[], list[Any]],
+    options: dict[str, Any],
+    per_group: Sequence[dict[str, Any]] = ({},),
+    steps: int = 3,
+    act: Callable[[Any, list[Any], int], None] = take,
+) -> list[Any]:
+    """The kernels' and the reference's optimizer after the same steps, found to have the same bits."""
+    opts = []
+    for backend in (NATIVE, "reference"):
+        params = make_params()
+        opt = seeded(lambda: case.ours(grouped(params, per_group), backend=backend, **options))  # noqa: B023
+        for step in range(steps):
+            act(opt, params, step)
+        opts.append(opt)
+    assert_same(*opts, (case, options, per_group))
+    return opts
+
+
+def strides(t: Tensor) -> list[int]:
+    """Where they mean something."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1] if t.numel() else []
+
+
+def assert_same(a: Any, b: Any, what: object = "") -> None:
+    """Parameters and state: bits, dtypes, strides; and what groups say of their state."""
+    assert_same_state(a, b, what)
+    sa, sb = a.state_dict(), b.state_dict()
+    for key, state in sa["state"].items():
+        for name, t in state.items():
+            assert strides(t) == strides(sb["state"][key][name]), (what, key, name)
+    for ga, gb in zip(sa["param_groups"], sb["param_groups"], strict=True):
+        for name in ("int8_format", "rounding_seed", "state_dtype", "param_rounding"):
+            assert ga.get(name) == gb.get(name), (what, name)
+    if a.grad_norm is not None and b.grad_norm is not None:
+        assert_same_bits(a.grad_norm, b.grad_norm, (what, "grad_norm"))
+    if a.skip_nonfinite:
+        assert_same_bits(a.skipped_steps, b.skipped_steps, (what, "skipped_steps"))
+
+
+def moments(case: Case) -> list[str]:
+    """The names of the states, by torch."""
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    opt = case.torch([p])
+    opt.step()
+    return [name for name, t in opt.state[p].items() if name != "step" and t is not None]
+
+
+def assert_state(case: Case, opt: Any, p: Tensor, dtype: torch.dtype | None, what: object = "", extra=()) -> None:
+    """``p`` has exactly the agreed state: codes and scales, or moments of ``dtype``."""
+    state = opt.state[p]
+    what = (case, tuple(p.shape), p.dtype, dtype, what)
+    expected = set(extra)
+    for name in moments(case):
+        if dtype != torch.int8:
+            expected.add(name)
+            assert name in state and state[name].dtype == dtype, (what, name, list(state))
+            assert state[name].shape == p.shape, (what, name)
+            continue
+        expected |= {f"{name}_codes", f"{name}_scales"}
+        assert expected <= set(state), (what, name, list(state))
+        codes, scales = state[f"{name}_codes"], state[f"{name}_scales"]
+        assert codes.dtype == (torch.uint8 if name in SQUARES else torch.int8), (what, name, codes.dtype)
+        assert codes.shape == p.shape, (what, name)
+        assert strides(codes) == strides(torch.empty_like(p)), (what, name)
+        assert scales.dtype == torch.float32 and scales.shape == (-(-p.numel() // TILE),), (what, name, scales.shape)
+        assert codes.device == scales.device == p.device, (what, name)
+    assert set(state) - {"step"} == expected, (what, list(state))
+
+
+def plain(case: Case, opt: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """An optimizer with float32 state that has loaded the other's, and its parameters, copies of the other's."""
+    copies = [[torch.nn.Parameter(p.detach().clone()) for p in group["params"]] for group in opt.param_groups]
+    other = case.ours([{"params": row} for row in copies], **options)
+    other.load_state_dict(opt.state_dict())
+    return other, [p for row in copies for p in row]
+
+
+def decoded(case: Case, opt: Any) -> list[dict[str, Tensor]]:
+    """Each parameter's moments in float32."""
+    other, params = plain(case, opt)
+    return [{n: t for n, t in other.state.get(p, {}).items() if n in SIGNED + SQUARES} for p in params]
+
+
+def in_memory(t: Tensor) -> Tensor:
+    """The elements in the order in which they lie."""
+    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+    return t.permute(order).reshape(-1)
+
+
+def blocks(t: Tensor) -> list[Tensor]:
+    return list(in_memory(t.detach()).split(TILE))
+
+
+def assert_decoded_like(mine: dict[str, Tensor], truth: dict[str, Tensor], what: object = "", error=MAP_ERROR) -> None:
+    """Within the map's error; zeros are zeros, signs are kept, and squares that are not zero do not become it."""
+    assert mine.keys() == truth.keys(), what
+    for name, t in truth.items():
+        assert mine[name].dtype == torch.float32, (what, name)
+        for k, (a, b) in enumerate(zip(blocks(mine[name]), blocks(t), strict=True)):
+            where = (what, name, "block", k)
+            a, b = a.double(), b.double()
+            assert a.isfinite().all(), where
+            largest = b.abs().max()
+            assert (a - b).abs().max() <= error * largest, (where, (a - b).abs().max(), largest)
+            assert (a[b == 0] == 0).all(), where
+            assert (a * b >= 0).all(), where
+            if name in SQUARES:
+                assert (a[b != 0] > 0).all(), where
+
+
+def saved(state_dict: Any) -> Any:
+    """Through a file, as ``weights_only=True`` allows."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def snapshot(opt: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    def copied(t: Any) -> Any:
+        return t.clone() if isinstance(t, Tensor) else t
+
+    keep = [{n: copied(t) for n, t in opt.state.get(p, {}).items()} for p in places(opt)]
+    return [p.detach().clone() for p in places(opt)], keep
+
+
+def assert_unchanged(opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]], what: object = "") -> None:
+    for p, old, state in zip(places(opt), *before, strict=True):
+        assert_same_bits(p.detach(), old, what)
+        now = opt.state.get(p, {})
+        assert now.keys() == state.keys(), (what, list(now), list(state))
+        for name, t in state.items():
+            if isinstance(t, Tensor) and t.device.type != "meta":
+                assert now[name].dtype == t.dtype, (what, name)
+                assert_same_bits(now[name], t, (what, name))
+
+
+def built() -> bool:
+    return _backend.native is not None

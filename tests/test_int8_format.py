@@ -1,0 +1,65 @@
+"""The format of 8-bit state, byte by byte: a contract with checkpoints. A change here is a new format number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, assert_same_bits
+
+from genopt_ext import optim, storage
+
+SIGNED = [-127, -112, -31, -1, 0, 1, 2, 30, 31, 32, 96, 111, 112, 126, 127]
+UNSIGNED = [0, 1, 2, 62, 63, 64, 191, 240, 254, 255]
+# For the scale 1.25: 16 codes an octave for the uppermost 6 or 12 octaves, 4 below.
+SIGNED_VALUES = [-1.25, -0.65625, -0.01953125, -0.0001068115234375, 0.0, 0.0001068115234375, 0.0001220703125]
+SIGNED_VALUES += [0.015625, 0.01953125, 0.0205078125, 0.328125, 0.625, 0.65625, 1.1875, 1.25]
+UNSIGNED_VALUES = [0.0, 6.51925802230835e-09, 7.450580596923828e-09, 0.000244140625, 0.00030517578125]
+UNSIGNED_VALUES += [0.0003204345703125, 0.078125, 0.65625, 1.1875, 1.25]
+
+
+@pytest.mark.parametrize(
+    "codes, values, dtype",
+    [(SIGNED, SIGNED_VALUES, torch.int8), (UNSIGNED, UNSIGNED_VALUES, torch.uint8)],
+    ids=["signed", "unsigned"],
+)
+def test_golden_values(codes, values, dtype):
+    found = storage.decode(torch.tensor(codes, dtype=dtype), torch.tensor([1.25]))
+    assert_same_bits(found, torch.tensor(values), codes)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_is_one_number(signed):
+    """Codes rise with their values; what was read is written as the same code, whichever way it is rounded."""
+    codes = torch.arange(-127, 128).to(torch.int8) if signed else torch.arange(256).to(torch.uint8)
+    for scale in (1.0, 1.25, 1.5, 1.75, 2.0**-112 if signed else 2.0**-98, 1.75 * 2.0**126):
+        values = storage.decode(codes, torch.tensor([scale]))
+        assert (values.diff() > 0).all() and values[-1] == scale, scale
+        for turn in (0, 1, 1 << 31, (1 << 32) - 1):
+            again, scales = storage.encode(values, signed, torch.full((len(codes),), turn))
+            assert torch.equal(again, codes) and scales.tolist() == [scale], (scale, turn)
+
+
+def test_golden_state():
+    """A step's codes and scales, as the first version has written them."""
+    p = torch.nn.Parameter(torch.zeros(260, device=DEVICE))
+    opt = optim.AdamW8bit([p], min_int8_size=1)
+    for step in range(3):
+        p.grad = torch.linspace(-1, 2, 260).to(DEVICE) * (step + 1)
+        opt.step()
+    state = {name: t.cpu() for name, t in opt.state[p].items()}
+    assert list(state) == ["step", "exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales"]
+    at = [0, 1, 60, 85, 86, 87, 128, 200, 255, 256, 259]
+    assert state["exp_avg_codes"].dtype == torch.int8 and state["exp_avg_sq_codes"].dtype == torch.uint8
+    assert state["exp_avg_codes"][at].tolist() == GOLDEN["exp_avg_codes"]
+    assert state["exp_avg_sq_codes"][at].tolist() == GOLDEN["exp_avg_sq_codes"]
+    assert state["exp_avg_scales"].tolist() == GOLDEN["exp_avg_scales"]
+    assert state["exp_avg_sq_scales"].tolist() == GOLDEN["exp_avg_sq_scales"]
+    assert opt.state_dict()["param_groups"][0]["int8_format"] == 1
+
+
+GOLDEN = {
+    "exp_avg_codes": [-109, -109, -81, -26, -19, 23, 93, 115, 124, 125, 125],
+    "exp_avg_scales": [1.25, 1.25],
+    "exp_avg_sq_codes": [224, 223, 168, 55, 39, 47, 190, 236, 254, 251, 252],
+    "exp_avg_sq_scales": [0.0546875, 0.0625],
+}
