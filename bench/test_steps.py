@@ -82,6 +82,7 @@ class Replay:
         return next(self.ticks)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile meets its own
 @pytest.mark.parametrize("subject", NAMES)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
 def test_step(benchmark: Any, index: int, subject: str) -> None:

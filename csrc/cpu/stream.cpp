@@ -16,7 +16,7 @@ typedef uint64_t Line __attribute__((vector_size(64)));
 std::atomic<uint64_t> zero{0};
 std::atomic<uint64_t> sink;  // keeps the reads of arrays that are not written alive
 
-void write_past_caches(Line* to, Line line) {
+void write_past_caches(Line* to, const Line& line) {
 #if defined(__x86_64__)
   __m128i quarters[4];
   std::memcpy(quarters, &line, sizeof line);
