@@ -33,7 +33,7 @@ from recipe import KINDS, OPTIONS, SCALES, Recipe, double
 
 import genopt_ext
 from genopt_ext import _backend, optim
-from genopt_ext.optim.options import StepOptions
+from genopt_ext.optim.options import STORAGE_OPTIONS, StepOptions
 
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
 
@@ -109,7 +109,7 @@ def saved_state(opt, params):
 
 @pytest.mark.parametrize("name", optim.OURS)
 def test_options_are_keyword_only(name):
-    assert {*OPTIONS, "skip_nonfinite"} == set(StepOptions.__annotations__)
+    assert {*OPTIONS, *STORAGE_OPTIONS, "skip_nonfinite"} == set(StepOptions.__annotations__)
     # Where none is set, groups have torch's keys and no others.
     unset = {option: None for option in OPTIONS}
     ours = getattr(optim, name)(parameters([(3,)]), skip_nonfinite=False, **unset).state_dict()["param_groups"]
