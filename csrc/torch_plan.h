@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <unordered_map>
@@ -405,7 +406,9 @@ class TorchPlan {
     return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
   }
 
+  // False: something is wrong, or what goes with an option lacks; the rest is read all the same.
   bool read_storage(PyObject* group, Storage& storage) const {
+    bool complete = true;
     PyObject* values[4];
     for (int i = 0; i < 4; ++i) {
       values[i] = PyDict_GetItemWithError(group, storage_keys_[i]);
@@ -414,8 +417,9 @@ class TorchPlan {
     const auto [dtype, min_size, rounding, master] = values;
     if (min_size) {
       if (!PyLong_CheckExact(min_size)) return false;
-      storage.min_int8_size = PyLong_AsLongLong(min_size);
-      if (PyErr_Occurred()) PyErr_Clear();
+      int overflow = 0;
+      storage.min_int8_size = PyLong_AsLongLongAndOverflow(min_size, &overflow);
+      if (overflow > 0) storage.min_int8_size = std::numeric_limits<int64_t>::max();
       if (storage.min_int8_size < 0) return false;
     }
     if (dtype) {
@@ -423,7 +427,7 @@ class TorchPlan {
       storage.states = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
       if (storage.states != at::kFloat && storage.states != at::kBFloat16 && storage.states != at::kChar) return false;
       static PyObject* const format = PyUnicode_InternFromString("int8_format");
-      if (storage.states == at::kChar && !PyDict_GetItemWithError(group, format)) return false;
+      if (storage.states == at::kChar) complete = PyDict_GetItemWithError(group, format) != nullptr;
     }
     if (rounding) {
       if (!PyUnicode_Check(rounding)) return false;
@@ -432,14 +436,13 @@ class TorchPlan {
       if (kahan) storage.extra = Extra::kCompensation;
       if (!kahan && !storage.stochastic && PyUnicode_CompareWithASCIIString(rounding, "nearest") != 0) return false;
     }
-    if (storage.stochastic && PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) == nullptr)
-      return false;
+    if (storage.stochastic) complete &= PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) != nullptr;
     if (master && !PyLong_Check(master)) return false;
     if (master && PyObject_IsTrue(master) == 1) {
       if (storage.stochastic || storage.extra != Extra::kNone) return false;
       storage.extra = Extra::kMaster;
     }
-    return true;
+    return complete;
   }
 
   // The devices that a group's active rows are on, for read_options_on_devices.

@@ -216,6 +216,21 @@ def is_stored(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | 
     return state.get(name) is not None and (dtype is None or state[name].dtype == dtype)
 
 
+def fits(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> bool:
+    """Whether the state ``name`` is one of ``p``: of its shape and on its device, with as many scales as blocks."""
+    plain, codes, scales = (state.get(name + suffix) for suffix in ("", "_codes", "_scales"))
+    if plain is not None:
+        return isinstance(plain, Tensor) and (plain.shape, plain.device) == (p.shape, p.device)
+    if not (isinstance(codes, Tensor) and isinstance(scales, Tensor) and codes.device == scales.device == p.device):
+        return False
+    dtypes = (torch.int8 if signed else torch.uint8, torch.float32)
+    return (
+        codes.shape == p.shape
+        and list(scales.shape) == [-(-p.numel() // BLOCK)]
+        and (codes.dtype, scales.dtype) == dtypes
+    )
+
+
 def _lie_alike(codes: Tensor, p: Tensor) -> bool:
     """Whether codes lie in the order of the parameter's elements, without holes."""
     expected = 1
@@ -236,6 +251,9 @@ def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | No
         return
     state.update(make(p, name, 0.0, dtype, signed))
     write(state, name, p, values.float())
+    # A block that waits for its first gradient goes on to.
+    waits = _blocks((flat(values, p) != 0) | ~flat(values, p).signbit()).any(1).logical_not()
+    state[name + "_scales"][waits] = -0.0
 
 
 def names_in(state: dict[str, Any]) -> Collection[str]:

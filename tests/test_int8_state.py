@@ -1378,3 +1378,64 @@ def test_fuzz(drawn):
 def test_moments_are_known():
     """The names that tell signs from squares are all that torch has."""
     assert {name for case in CASES for name in moments(case)} == set(SIGNED + SQUARES)
+
+
+# Found in review
+
+
+@pytest.mark.parametrize(
+    "more", [{}, dict(param_rounding="kahan"), dict(master_weights=True), dict(param_rounding="stochastic")], ids=str
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_options_set_by_hand_make_what_they_ask_for(more, trained):
+    """Several at once, of rows that are converted and of rows that are not: as the reference does."""
+
+    def act(opt, params, step):
+        if step == trained:
+            opt.param_groups[0].update(state_dtype=torch.int8, **more)
+        take(opt, params, step)
+
+    case = FIRST["AdamW"] if trained else FIRST["SGD"]
+    run_both(case, lambda: parameters([(5000,), (100,)], torch.bfloat16), {}, steps=3, act=act)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize("ours", [dict(state_dtype=torch.int8), dict()], ids=str)
+def test_moments_of_another_shape_are_refused_by_the_step(shape, ours, backend):
+    """Also where the number of elements is the same; and loading does not fail half way."""
+    p, q = torch.nn.Parameter(randn(shape, 0)), torch.nn.Parameter(randn((128, 64), 1))
+    saved_in = optim.AdamW([p], **(dict() if ours else dict(state_dtype=torch.int8)))
+    take(saved_in, [p], 0)
+    opt = optim.AdamW([q], lr=0.1, backend=backend, **ours)
+    opt.load_state_dict(saved_in.state_dict())
+    before = q.detach().clone()
+    q.grad = torch.ones_like(q)
+    with pytest.raises(RuntimeError, match="group 0 parameter 0 .*exp_avg.*shape"):
+        opt.step()
+    assert torch.equal(q, before)
+
+
+def test_a_momentum_that_waits_goes_on_to_wait(backend):
+    """Loaded or converted: only the first gradient enters it undampened."""
+    kwargs = dict(lr=1.0, momentum=0.9, dampening=0.5, backend=backend)
+    p = torch.nn.Parameter(torch.zeros(64, 64))
+    first = optim.SGD([p], skip_nonfinite=True, **kwargs)
+    p.grad = torch.full_like(p, INF)
+    first.step()
+    q = torch.nn.Parameter(torch.zeros(64, 64))
+    second = optim.SGD8bit([q], **kwargs)
+    second.load_state_dict(first.state_dict())
+    first.param_groups[0]["state_dtype"] = torch.int8
+    for opt, each in ((first, p), (second, q)):
+        each.grad = torch.ones_like(each)
+        opt.step()
+        assert (each == -1).all()
+
+
+def test_masters_of_another_dtype_become_float32(backend):
+    p = torch.nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
+    opt = optim.AdamW([p], master_weights=True, backend=backend)
+    take(opt, [p], 0)
+    opt.state[p]["master"] = opt.state[p]["master"].bfloat16()
+    take(opt, [p], 1)
+    assert opt.state[p]["master"].dtype == torch.float32

@@ -651,14 +651,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in dict.fromkeys((*self.state_names(group), *storage.names_in(state))):
             there = state.get(name) is not None or state.get(name + "_codes") is not None
             dtype = storage.state_dtype(group, p)
-            if name in storage.names_in(state):
-                self._check_codes(place, state, name)
-            if there and not storage.is_stored(state, name, p, dtype):
+            signed = name not in self.squares
+            # What does not fit is left for the step to refuse.
+            if there and storage.fits(state, name, p, signed) and not storage.is_stored(state, name, p, dtype):
                 self._refuse_capture()
-                storage.convert(state, name, p, dtype, signed=name not in self.squares)
-        for name in ("master", "compensation"):
+                storage.convert(state, name, p, dtype, signed)
+        for name, dtype in (("master", torch.float32), ("compensation", p.dtype)):
             if name != storage.extra(group, p):
                 state.pop(name, None)
+            elif isinstance(state.get(name), Tensor) and state[name].dtype != dtype:
+                state[name] = state[name].to(dtype)
 
     # What goes around the step
 
