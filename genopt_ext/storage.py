@@ -19,7 +19,7 @@ MIN_INT8_SIZE = 4096
 MIXES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that parameters, gradients and states may mix
 HALVES = (torch.bfloat16, torch.float16)
 
-_FINE, _COARSE = 19, 21  # bits of a float below a code's last one, with 16 and with 4 codes an octave
+_FINE = 19  # bits of a float below a code's last one, where an octave has 16 codes; 2 more where it has 4
 
 
 def state_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype | None:
@@ -71,9 +71,10 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
 
 
-def _lines(scales: Tensor, signed: bool) -> tuple[Tensor, Tensor, int, int]:
-    """The bits of blocks' scales, whether blocks have codes, the largest code, and octaves with 16 codes each."""
-    return scales.view(torch.int32)[:, None], scales[:, None] > 0, *((127, 6) if signed else (255, 12))
+def _border(scales: Tensor, signed: bool) -> tuple[Tensor, int, int]:
+    """From where on octaves have 16 codes: the bits of values and the code; and the largest code."""
+    largest, octaves = (127, 6) if signed else (255, 12)
+    return scales.view(torch.int32)[:, None] - (octaves << 23), largest - 16 * octaves, largest
 
 
 def _scales_for(largest: Tensor, signed: bool) -> Tensor:
@@ -98,32 +99,32 @@ def encode(x: Tensor, signed: bool, turns: Tensor | None = None) -> tuple[Tensor
     bits = _blocks(x).view(torch.int32)
     size = bits & 0x7FFFFFFF
     scales = _scales_for(size.amax(1) if len(size) else size.new_zeros(0), signed)
-    top, has_codes, largest, octaves = _lines(scales, signed)
+    border, code, largest = _border(scales, signed)
     turn = torch.full_like(size, 1 << 31, dtype=torch.int64) if turns is None else _blocks(turns)
-    near = ((size + (turn >> (32 - _FINE)).int()) >> _FINE) + largest - (top >> _FINE)
-    far = ((size + (turn >> (32 - _COARSE)).int()) >> _COARSE) + largest - 12 * octaves - (top >> _COARSE)
-    codes = torch.maximum(near, far).clamp(0 if signed else 1, largest)
-    codes = torch.where(has_codes & ((size != 0) | signed), codes, 0)
+    fine = size - border
+    codes = ((torch.maximum(fine, fine >> 2) + (turn >> (32 - _FINE)).int()) >> _FINE) + code
+    codes = codes.clamp(0 if signed else 1, largest)
+    codes = torch.where((scales[:, None] > 0) & ((size != 0) | signed), codes, 0)
     codes = torch.where(bits < 0, -codes, codes) if signed else codes
     return codes.to(torch.int8 if signed else torch.uint8).view(-1)[: len(x)], scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The values of a vector of codes, in float32."""
-    top, has_codes, largest, octaves = _lines(scales, codes.dtype == torch.int8)
+    border, code, _ = _border(scales, codes.dtype == torch.int8)
     numbers = _blocks(codes).int()
-    below = largest - numbers.abs()
-    distance = torch.maximum(below << _FINE, (below << _COARSE) - (3 * octaves << 23))
-    values = (top - distance).view(torch.float32)
+    fine = (numbers.abs() - code) << _FINE
+    values = (border + torch.minimum(fine, fine << 2)).view(torch.float32)
     values = torch.where(numbers < 0, -values, values)
-    fills = torch.where(has_codes, 0.0, scales[:, None])
+    fills = torch.where(scales[:, None] > 0, 0.0, scales[:, None])
     return torch.where(numbers == 0, fills, values).view(-1)[: len(codes)]
 
 
 # The way to round: csrc/rules/random.h, csrc/codecs/plain.h
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (held in int64) of which every bit changes all others."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -132,15 +133,15 @@ def _mix(x: Tensor) -> Tensor:
 def random_bits(p: Tensor, seed: int, t: float) -> Tensor:
     """32 random bits for each element of ``p`` in its order in memory, at step ``t``: int64."""
     i = torch.arange(p.numel(), device=p.device)
-    step = _mix(torch.tensor(int(seed)) ^ _mix(torch.tensor(int(max(t, 0)) & 0xFFFFFFFF))).item()
-    return _mix((_mix((i >> 32) ^ int(step)) + i) & 0xFFFFFFFF)
+    step = mix(torch.tensor(int(seed)) ^ mix(torch.tensor(int(max(t, 0)) & 0xFFFFFFFF))).item()
+    return mix((mix((i >> 32) ^ int(step)) + i) & 0xFFFFFFFF)
 
 
 def turns(p: Tensor, t: float) -> Tensor:
     """The elements' turns at step ``t``: as :func:`random_bits`, evenly spread over elements and steps."""
     i = torch.arange(p.numel(), device=p.device)
     step = int(max(t, 0)) & 0xFFFFFFFF
-    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + _mix(torch.tensor(step >> 8)).item()) & 0xFFFFFFFF
+    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(torch.tensor(step >> 8)).item()) & 0xFFFFFFFF
 
 
 def round_by(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 // How a tile of 256 moments is stored in a byte each: as floats of 8 bits that count down from the tile's scale.
 //
 //   scale   the tile's largest magnitude, rounded up to 2 fraction bits, as float32
-//   code c  the float32 with the bits  bits(scale) - d, where e = L - |c|, d = max(e << 19, (e << 21) - (36 or 18 <<
-//   23));
-//           c = 0 is zero
+//   code c  the float32 with the bits  B + min(e << 19, e << 21), where e = |c| - C; c = 0 is zero
+//           B is bits(scale) - (K << 23) and C is L - 16 K, the code that stands for it
 //
-//                L     octaves with 16 codes each   octaves with 4 below them
-//   Int8, signed 127   6                            7.75
-//   UInt8        255   12                           15.75
+//                L     K: octaves with 16 codes each   octaves with 4 below them
+//   Int8, signed 127   6                               7.75
+//   UInt8        255   12                              15.75
 //
 // Both ways are integer shifts. What was read is stored as the same code again, and between two codes a value is linear
 // in its bits, so that rounding by evenly spread numbers (rules/random.h) is unbiased. It has to be: a moment moves by
@@ -30,26 +29,24 @@ struct Int8Block {
   static constexpr DType kDType = kSigned ? DType::kInt8 : DType::kUInt8;
   static constexpr int32_t kLargest = kSigned ? 127 : 255;
   static constexpr int32_t kOctaves = kSigned ? 6 : 12;               // with 16 codes each
-  static constexpr int kFine = 19, kCoarse = 21;                      // bits below a code's last one, there and below
+  static constexpr int32_t kBorder = kLargest - 16 * kOctaves;        // the code where they begin
+  static constexpr int kFine = 19;                                    // bits below a code's last one there
   static constexpr uint32_t kLowest = kSigned ? 15 << 23 : 29 << 23;  // a scale whose codes are all normal numbers
   static constexpr uint32_t kHighest = 0x7f600000u;
-  static constexpr uint32_t kNearest = 1u << 31;
 
-  uint32_t top;          // the scale's bits
-  int32_t fine, coarse;  // codes, less the bits of their values >> kFine and kCoarse
-  float fill;            // the value of code 0
-  int32_t limit;         // the largest code that the scale allows
+  int32_t border;  // the bits of the value of kBorder
+  int32_t fill;    // of the value of code 0
+  int32_t limit;   // the largest code that the scale allows
 
   GENOPT_INLINE explicit Int8Block(float scale)
-      : top(bits_of(scale)),
-        fine(kLargest - static_cast<int32_t>(top >> kFine)),
-        coarse(kLargest - 12 * kOctaves - static_cast<int32_t>(top >> kCoarse)),
-        fill(scale > 0.0f ? 0.0f : scale),
+      : border(signed_bits(scale) - (kOctaves << 23)),
+        fill(scale > 0.0f ? 0 : signed_bits(scale)),
         limit(scale > 0.0f ? kLargest : 0) {
   }
 
-  static GENOPT_INLINE uint32_t magnitude(float x) {
-    return bits_of(x) & 0x7fffffffu;
+  template <class V>
+  static GENOPT_INLINE auto magnitude(V x) {
+    return signed_bits(x) & INT32_MAX;
   }
 
   // For a tile whose largest magnitude, as bits, this is.
@@ -60,26 +57,26 @@ struct Int8Block {
     return float_of(rounded < kLowest ? kLowest : rounded < kHighest ? rounded : kHighest);
   }
 
-  GENOPT_INLINE float decode(int32_t number) const {
-    const int32_t below = kLargest - (kSigned && number < 0 ? -number : number);
-    const int32_t near = below << kFine, far = (below << kCoarse) - (3 * kOctaves << 23);
-    const int32_t distance = near > far ? near : far;
-    const uint32_t bits = top - static_cast<uint32_t>(distance);
-    const uint32_t value = kSigned ? bits | (static_cast<uint32_t>(number) & 0x80000000u) : bits;
-    const uint32_t is_zero = -static_cast<uint32_t>(number == 0);  // as arithmetic, loops over it vectorize better
-    return float_of((value & ~is_zero) | (bits_of(fill) & is_zero));
+  // `I`: int32_t, or several.
+  template <class I>
+  GENOPT_INLINE auto decode(I code) const {
+    const I size = kSigned ? absolute(code) : code;
+    const I fine = (size - I(kBorder)) << kFine, coarse = fine << 2;
+    I bits = smaller(fine, coarse) + border;
+    if constexpr (kSigned) bits = bits | (code & INT32_MIN);
+    return float_of(choose(code == 0, I(fill), bits));
   }
 
-  // `turn`: 32 bits that decide which way to round, or kNearest. An average of squares that is not zero stays so.
-  GENOPT_INLINE int32_t encode(float x, uint32_t turn) const {
-    const uint32_t size = magnitude(x);
-    const int32_t near = static_cast<int32_t>((size + (turn >> (32 - kFine))) >> kFine) + fine;
-    const int32_t far = static_cast<int32_t>((size + (turn >> (32 - kCoarse))) >> kCoarse) + coarse;
-    const int32_t least = kSigned ? 0 : static_cast<int32_t>(size < 1 ? size : 1);
-    int32_t code = near > far ? near : far;
-    code = code < least ? least : code;
-    code = code > limit ? limit : code;
-    return kSigned && static_cast<int32_t>(bits_of(x)) < 0 ? -code : code;
+  // `turn`: 32 bits that decide which way to round. An average of squares that is not zero stays so.
+  template <class V, class U>
+  GENOPT_INLINE auto encode(V x, U turn) const {
+    const auto size = magnitude(x);
+    using I = std::remove_cv_t<decltype(size)>;
+    const I fine = size - I(border), coarse = fine >> 2;
+    I code = ((larger(fine, coarse) + as_signed(turn >> (32 - kFine))) >> kFine) + kBorder;
+    code = larger(code, kSigned ? I(0) : smaller(size, I(1)));
+    code = smaller(code, I(limit));
+    return kSigned ? choose(signed_bits(x) < 0, -code, code) : code;
   }
 };
 

@@ -24,6 +24,13 @@ GENOPT_INLINE uint32_t bits_of(float x) {
   return bits;
 }
 
+GENOPT_INLINE int32_t signed_bits(float x) {
+  return static_cast<int32_t>(bits_of(x));
+}
+GENOPT_INLINE int32_t as_signed(uint32_t x) {
+  return static_cast<int32_t>(x);
+}
+
 GENOPT_INLINE float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -62,14 +69,18 @@ struct BFloat16 {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(f));
     return stored;
 #endif
-    const uint32_t bits = bits_of(f);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return static_cast<Stored>(f == f ? rounded : 0x7fc0);
+    return static_cast<Stored>(encode_bits(f));
+  }
+  template <class V>
+  static GENOPT_INLINE auto encode_bits(V x) {
+    const auto bits = bits_of(x);
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return choose(x == x, rounded, decltype(rounded + 0u)(0x7fc0u));
   }
   // One of the two neighbours of x: the upper one where 32 `bits`, as a fraction, reach up to it. Their mean is x.
-  static GENOPT_INLINE float round_by(float x, uint32_t bits) {
-    const float rounded = float_of((bits_of(x) + (bits >> 16)) & 0xffff0000u);
-    return x == x ? rounded : x;
+  template <class V, class U>
+  static GENOPT_INLINE V round_by(V x, U bits) {
+    return choose(x == x, float_of((bits_of(x) + (bits >> 16)) & 0xffff0000u), x);
   }
 };
 

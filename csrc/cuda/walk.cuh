@@ -114,7 +114,7 @@ class LaneOperand {
       const bool exists = tile.element(j) < tile.count;
       if (is_block_) {
         slots[j][threadIdx.x] = with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
-          return exists ? static_cast<T>(block.decode(*place<Block>(tile, operand, j))) : T(0);
+          return exists ? static_cast<T>(block.decode(int32_t{*place<Block>(tile, operand, j)})) : T(0);
         });
         continue;
       }
@@ -136,7 +136,7 @@ class LaneOperand {
         with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
 #pragma unroll
           for (int j = 0; j < kElements; ++j)
-            values[j] = block.decode(static_cast<typename Block::Stored>(raw_[j / 4] >> (j % 4 * 8)));
+            values[j] = block.decode(int32_t{static_cast<typename Block::Stored>(raw_[j / 4] >> (j % 4 * 8))});
         });
         return;
       }
@@ -166,7 +166,7 @@ class LaneOperand {
     uint32_t largest = 0;
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      const uint32_t magnitude = Int8::magnitude(values[j]);
+      const uint32_t magnitude = static_cast<uint32_t>(Int8::magnitude(values[j]));
       if ((whole_ || tile.element(j) < tile.count) && magnitude > largest) largest = magnitude;
     }
     largest = __reduce_max_sync(~0u, largest);
@@ -177,8 +177,9 @@ class LaneOperand {
       raw_[0] = raw_[1] = 0;
 #pragma unroll
       for (int j = 0; j < kElements; ++j)
-        raw_[j / 4] |= static_cast<uint32_t>(block.encode(values[j], turn_of(turn, tile.element(j))) & 0xff)
-                       << (j % 4 * 8);
+        raw_[j / 4] |=
+            static_cast<uint32_t>(block.encode(values[j], turn_of(turn, static_cast<uint32_t>(tile.element(j)))) & 0xff)
+            << (j % 4 * 8);
     });
     if (tile.lane == 0) *tile.scale(operand) = scale_;
   }
@@ -216,7 +217,7 @@ class LaneOperand {
       if (is_block_) {
         with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
           *place<Block>(tile, operand, j) = static_cast<typename Block::Stored>(
-              block.encode(static_cast<float>(value), turn_of(turn, tile.element(j))));
+              block.encode(static_cast<float>(value), turn_of(turn, static_cast<uint32_t>(tile.element(j)))));
         });
         continue;
       }
@@ -467,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
     if (has_master) store_rounded(x[kParam], here, slots.values[kParam]);
     if (row.unbiased & 1 << kParam) {
       const uint32_t key = tile_key(scalars.random, start);
-      x[kParam].round_by(here, [key](int i) { return random_bits(key, i); });
+      x[kParam].round_by(here, [key](uint32_t i) { return random_bits(key, i); });
     }
     const uint32_t turn = tile_turn(scalars.turn, start);
 #pragma unroll
@@ -476,7 +477,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
       if (is_block(row.dtype[k])) {
         x[k].encode_block(here, k, turn);
       } else if (row.unbiased >> k & 1) {
-        x[k].round_by(here, [turn](int i) { return turn_of(turn, i); });
+        x[k].round_by(here, [turn](uint32_t i) { return turn_of(turn, i); });
       }
     }
 #pragma unroll

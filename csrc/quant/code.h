@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../codecs/plain.h"
+#include "../rules/random.h"
 
 namespace genopt::quant {
 
@@ -94,15 +95,6 @@ GENOPT_INLINE int zero_point_of(const Reach<T>& reach, float scale, CodeRange co
   const T steps = number_of<T>(reach.low) * (T(1) / static_cast<T>(scale));
   const int point = static_cast<int>(round_small(steps)) + codes.lowest;
   return point < codes.highest ? point : codes.highest;
-}
-
-// A bijection that spreads every bit.
-GENOPT_INLINE uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
 }
 
 // What elements share whose index has the same upper half.

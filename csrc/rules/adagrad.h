@@ -22,7 +22,7 @@ struct Adagrad {
     double lr, lr_decay, eps, weight_decay, maximize;
   };
 
-  static unsigned used_states(const Options&) {
+  static GENOPT_INLINE unsigned used_states(const Options&) {
     return kSum;
   }
 
@@ -37,8 +37,8 @@ struct Adagrad {
       sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
-    template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T& s, T&, T&) const {
+    template <unsigned kUsed, class V>
+    GENOPT_INLINE void apply(V& p, V g, V& s, V&, V&) const {
       g = l2 != T(0) ? g + l2 * p : g;
       s = s + g * g;
       p = p - rate * (g / (square_root(s) + eps));

@@ -28,7 +28,7 @@ struct Adam {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };
 
-  static unsigned used_states(const Options& o) {
+  static GENOPT_INLINE unsigned used_states(const Options& o) {
     return o.amsgrad != 0 ? kWithMaximum : kMoments;
   }
 
@@ -48,13 +48,13 @@ struct Adam {
       sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
-    template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T& m, T& v, T& v_max) const {
+    template <unsigned kUsed, class V>
+    GENOPT_INLINE void apply(V& p, V g, V& m, V& v, V& v_max) const {
       g = l2 != T(0) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);
       if constexpr (kUsed == kWithMaximum) v_max = maximum(v_max, v);
-      T u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
+      V u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
       u = decay != T(0) ? decay * p + u : u;
       p = p - u;
     }

@@ -36,13 +36,16 @@ struct Around {
   }
 
   // NaN stays NaN.
-  GENOPT_INLINE T gradient(T g) const {
+  template <class V>
+  GENOPT_INLINE V gradient(V g) const {
+    const V most(limit), least(-limit);
     g = factor * g;
-    g = g > limit ? limit : g;
-    return g < -limit ? -limit : g;
+    g = choose(g > most, most, g);
+    return choose(g < least, least, g);
   }
-  GENOPT_INLINE T average(T e, T p) const {
-    return (is_unset(e) ? p : to_average(e, p)) + T(0);
+  template <class V>
+  GENOPT_INLINE V average(V e, V p) const {
+    return choose(is_unset(e), p, to_average(e, p)) + T(0);
   }
 };
 

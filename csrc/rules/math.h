@@ -18,6 +18,37 @@
 
 namespace genopt {
 
+// What follows takes numbers, or several at once (cpu/vectors.h), as V: those bring spellings of their own of
+// these functions, of is_unset and of square_root.
+
+template <class T>
+GENOPT_INLINE T choose(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+
+template <class T>
+GENOPT_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+GENOPT_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+GENOPT_INLINE T absolute(T x) {
+  return x < 0 ? -x : x;
+}
+
+// As double, and back.
+template <class T>
+GENOPT_INLINE double widened(T x) {
+  return static_cast<double>(x);
+}
+template <class T>
+GENOPT_INLINE T narrowed(T, double x) {
+  return static_cast<T>(x);
+}
+
 // start + weight * (end - start), from the nearer end, so that weight = 1 gives `end` exactly.
 // More accurate than beta * start + (1 - beta) * end: its fixed point does not move with the rounding
 // of beta, and it rounds once at the size of the result.
@@ -31,22 +62,24 @@ struct Lerp {
     coefficient = coefficient - from_end;
   }
 
-  GENOPT_INLINE T operator()(T start, T end) const {
-    return (from_end != T(0) ? end : start) + coefficient * (end - start);
+  template <class V>
+  GENOPT_INLINE V operator()(V start, V end) const {
+    return choose(from_end != T(0), end, start) + coefficient * (end - start);
   }
 };
 
 // Infinity becomes the largest finite number; NaN stays NaN.
-template <class T>
-GENOPT_INLINE T finite(T x) {
-  return x > std::numeric_limits<T>::max() ? std::numeric_limits<T>::max() : x;
+template <class T, class V>
+GENOPT_INLINE V finite(V x) {
+  const V most(std::numeric_limits<T>::max());
+  return choose(x > most, most, x);
 }
 
 // The running average of squares. A gradient whose square overflows counts as the largest finite one:
 // the average stays finite and recovers, where infinity would freeze the parameter for good.
-template <class T>
-GENOPT_INLINE T average_square(T average, T g, const Lerp<T>& lerp) {
-  return lerp(finite(average), finite(g * g));
+template <class T, class V>
+GENOPT_INLINE V average_square(V average, V g, const Lerp<T>& lerp) {
+  return lerp(finite<T>(average), finite<T>(g * g));
 }
 
 // States that a first gradient sets rather than changes begin as -0.0, which no update leaves: it adds +0.0 to what it
@@ -65,10 +98,9 @@ GENOPT_INLINE bool is_unset(T x) {
 }
 
 // The larger one; NaN in either argument gives NaN (a plain maximum may lose it).
-template <class T>
-GENOPT_INLINE T maximum(T a, T b) {
-  const T larger = a > b ? a : b;
-  return a != a ? a : larger;
+template <class V>
+GENOPT_INLINE V maximum(V a, V b) {
+  return choose(a != a, a, larger(a, b));
 }
 
 GENOPT_INLINE float square_root(float x) {
@@ -79,9 +111,9 @@ GENOPT_INLINE double square_root(double x) {
 }
 
 // p - rate * u through double, so that p is rounded once, and the rate not at all.
-template <class T>
-GENOPT_INLINE T descend(T p, double rate, double u) {
-  return static_cast<T>(static_cast<double>(p) - rate * u);
+template <class V, class Wide>
+GENOPT_INLINE V descend(V p, double rate, Wide u) {
+  return narrowed(p, widened(p) - rate * u);
 }
 
 // base^n by repeated squaring: unlike pow, the same bits in every maths library.

@@ -20,7 +20,7 @@ struct None {
     double add;
   };
 
-  static unsigned used_states(const Options&) {
+  static GENOPT_INLINE unsigned used_states(const Options&) {
     return 0b0;
   }
 
@@ -37,8 +37,8 @@ struct None {
       return add == T(0) && around.factor == T(1) && around.limit > std::numeric_limits<T>::max();
     }
 
-    template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T&, T&, T&) const {
+    template <unsigned kUsed, class V>
+    GENOPT_INLINE void apply(V& p, V g, V&, V&, V&) const {
       p = add != T(0) ? p + g : g;
     }
   };

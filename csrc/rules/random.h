@@ -9,11 +9,10 @@ namespace genopt {
 
 // A bijection of 32 bits of which every input bit changes every output bit with probability near 1/2 (the constants are
 // those of C. Wellons' "lowbias32").
-GENOPT_INLINE uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
+template <class U>
+GENOPT_INLINE U mix(U x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
@@ -28,9 +27,10 @@ GENOPT_INLINE uint32_t tile_key(uint32_t step_key, int64_t start) {
   return mix(step_key ^ static_cast<uint32_t>(start >> 32)) + static_cast<uint32_t>(start);
 }
 
-// 32 bits for element i of a tile.
-GENOPT_INLINE uint32_t random_bits(uint32_t tile_key, int i) {
-  return mix(tile_key + static_cast<uint32_t>(i));
+// 32 bits for element i of a tile; `U`: uint32_t, or several.
+template <class U>
+GENOPT_INLINE U random_bits(uint32_t tile_key, U i) {
+  return mix(tile_key + i);
 }
 
 // Moments move by a small part of what separates two codes. For them evenly spread numbers do better than random ones:
@@ -41,11 +41,13 @@ GENOPT_INLINE uint32_t step_turn(double t) {
   const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t > 0 ? t : 0));
   return step * 0x9e3779b9u + mix(step >> 8);
 }
+constexpr uint32_t kTurn = 0x91e10da5u;  // from one element to the next
 GENOPT_INLINE uint32_t tile_turn(uint32_t step_turn, int64_t start) {
-  return step_turn + static_cast<uint32_t>(start) * 0x91e10da5u;
+  return step_turn + static_cast<uint32_t>(start) * kTurn;
 }
-GENOPT_INLINE uint32_t turn_of(uint32_t tile_turn, int i) {
-  return tile_turn + static_cast<uint32_t>(i) * 0x91e10da5u;
+template <class U>
+GENOPT_INLINE U turn_of(uint32_t tile_turn, U i) {
+  return tile_turn + i * kTurn;
 }
 
 }  // namespace genopt

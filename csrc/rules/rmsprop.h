@@ -29,7 +29,7 @@ struct RMSprop {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize;
   };
 
-  static unsigned used_states(const Options& o) {
+  static GENOPT_INLINE unsigned used_states(const Options& o) {
     return kSquare | (o.momentum > 0 ? kMomentum : 0) | (o.centered != 0 ? kCentered : 0);
   }
 
@@ -48,19 +48,19 @@ struct RMSprop {
       sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
-    template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T g, T& s, T& b, T& c) const {
+    template <unsigned kUsed, class V>
+    GENOPT_INLINE void apply(V& p, V g, V& s, V& b, V& c) const {
       g = l2 != T(0) ? g + l2 * p : g;
       s = average_square(s, g, lerp);
-      T variance = s;
+      V variance = s;
       if constexpr ((kUsed & kCentered) != 0) {
         c = lerp(c, g);
         variance = maximum(s - c * c, std::numeric_limits<T>::epsilon() * s);
       }
-      const T u = g / (square_root(variance) + eps);
+      const V u = g / (square_root(variance) + eps);
       if constexpr ((kUsed & kMomentum) != 0) {
         b = momentum * b + u;
-        p = descend(p, rate, b);
+        p = descend(p, rate, widened(b));
       } else {
         p = p - static_cast<T>(rate) * u;
       }

@@ -24,7 +24,7 @@ struct Sgd {
     double lr, momentum, dampening, weight_decay, nesterov, maximize;
   };
 
-  static unsigned used_states(const Options& o) {
+  static GENOPT_INLINE unsigned used_states(const Options& o) {
     return o.momentum != 0 ? kWithMomentum : kPlain;
   }
 
@@ -44,14 +44,14 @@ struct Sgd {
       nesterov = o.nesterov != 0 ? 1.0 : 0.0;
     }
 
-    template <unsigned kUsed>
-    GENOPT_INLINE void apply(T& p, T grad, T& buffer, T&, T&) const {
-      double g = static_cast<double>(grad);
-      g = l2 != 0.0 ? g + l2 * static_cast<double>(p) : g;
+    template <unsigned kUsed, class V>
+    GENOPT_INLINE void apply(V& p, V grad, V& buffer, V&, V&) const {
+      auto g = widened(grad);
+      g = l2 != 0.0 ? g + l2 * widened(p) : g;
       if constexpr (kUsed == kWithMomentum) {
-        const double old = static_cast<double>(buffer);
-        const double b = is_unset(old) ? g : momentum * old + g_weight * g;
-        buffer = static_cast<T>(b) + T(0);
+        const auto old = widened(buffer);
+        const auto b = choose(is_unset(old), g, momentum * old + g_weight * g);
+        buffer = narrowed(buffer, b) + T(0);
         g = nesterov != 0.0 ? g + momentum * b : b;
       }
       p = descend(p, rate, g);

@@ -20,25 +20,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..storage import mix
 from .form import Form
 
 _TINY = torch.finfo(torch.float32).tiny
 _MASK = 0xFFFFFFFF
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (held in int64) that spreads every bit: ``mix`` in ``csrc/quant/code.h``."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
-
-
 def random_numbers(seed: Tensor, index: Tensor) -> Tensor:
     """Numbers in [0, 1), float32 multiples of 2**-24, for elements at ``index`` (int64): a function of both alone."""
     seed = seed.to(index.device).reshape(())
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    key = _mix(_mix(_mix(low) ^ high) ^ (index >> 32))
-    bits = _mix((((index & _MASK) * 0x9E3779B1) & _MASK) ^ key)
+    key = mix(mix(mix(low) ^ high) ^ (index >> 32))
+    bits = mix((((index & _MASK) * 0x9E3779B1) & _MASK) ^ key)
     return (bits >> 8).float() * 2.0**-24
 
 

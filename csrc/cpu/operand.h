@@ -1,0 +1,233 @@
+// One operand of one tile: decoded from whatever way it is stored into values of the compute type, and encoded again.
+// Included by walk.h, once for each GENOPT_CAPABILITY. Plain loops stand in functions of their own, not inlined: the
+// compiler then vectorizes each of them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "../plan.h"
+#include "vectors.h"
+
+namespace genopt::GENOPT_CAPABILITY {
+
+// Tiles are padded to a whole number of the widest vectors, so the rule has no scalar tail.
+constexpr int kLanes = 16;
+
+template <class T>
+constexpr DType kComputeDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// Where `count` elements from element `start` of a strided operand lie, in elements from its base.
+inline void locate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t start, int count,
+                   int64_t* offsets) {
+  constexpr int kMaxDims = 64;  // torch's own limit
+  int64_t index[kMaxDims];
+  const int dims = static_cast<int>(sizes.size());
+  int64_t offset = 0, rest = start;
+  for (int d = dims - 1; d >= 0; --d) {
+    index[d] = rest % sizes[d];
+    rest /= sizes[d];
+    offset += index[d] * strides[d];
+  }
+  for (int i = 0; i < count; ++i) {
+    offsets[i] = offset;
+    for (int d = dims - 1; d >= 0; --d) {
+      offset += strides[d];
+      if (++index[d] < sizes[d]) break;
+      offset -= strides[d] * sizes[d];
+      index[d] = 0;
+    }
+  }
+}
+
+template <class Codec>
+GENOPT_INLINE typename Codec::Stored peek(const char* address) {
+  typename Codec::Stored value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+}
+
+template <class Codec>
+GENOPT_INLINE void poke(char* address, typename Codec::Stored value) {
+  std::memcpy(address, &value, sizeof value);
+}
+
+template <class Codec, class T>
+__attribute__((noinline)) void decode(const char* from, int count, T* to) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i)
+    to[i] = Codec::template decode<T>(peek<Codec>(from + i * sizeof(typename Codec::Stored)));
+}
+
+template <class Codec, class T>
+__attribute__((noinline)) void encode(const T* from, int count, char* to) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) poke<Codec>(to + i * sizeof(typename Codec::Stored), Codec::encode(from[i]));
+}
+
+// 0, 1, 2, ...
+GENOPT_INLINE Words count_up() {
+  alignas(GENOPT_VECTOR_BYTES) static constexpr auto kFirst = [] {
+    std::array<uint32_t, kWidth> numbers{};
+    for (int j = 0; j < kWidth; ++j) numbers[j] = j;
+    return numbers;
+  }();
+  return load<Words>(kFirst.data());
+}
+
+// The turns of a tile's elements from i on.
+GENOPT_INLINE Words turns_from(uint32_t tile_turn, uint32_t i) {
+  return turn_of(turn_of(tile_turn, i), count_up());
+}
+
+// `count` values; `to` has room for whole vectors, and codes are copied where they have not.
+template <class Block>
+__attribute__((noinline)) void decode_block(const Block& shared, const typename Block::Stored* codes, int count,
+                                            float* to) {
+  const Block block = shared;
+  typename Block::Stored padded[kTile];
+  if (count % kWidth) codes = std::copy(codes, codes + count, padded) - count;
+  for (int i = 0; i < count; i += kWidth) store(to + i, block.decode(load_ints(codes + i)));
+}
+
+// Stores values as codes and returns their scale. `turn`: the tile's.
+template <class Block>
+__attribute__((noinline)) float encode_block(const float* from, int count, uint32_t turn,
+                                             typename Block::Stored* codes) {
+  Words most(0);
+  for (int i = 0; i < count; i += kWidth) most = larger(most, as_unsigned(Block::magnitude(load<Floats>(from + i))));
+  const float scale = Block::scale_for(largest(most));
+  const Block block(scale);
+  typename Block::Stored padded[kTile];
+  auto* const to = count % kWidth ? padded : codes;
+  for (int i = 0; i < count; i += kWidth) store_ints(to + i, block.encode(load<Floats>(from + i), turns_from(turn, i)));
+  if (to != codes) std::copy(to, to + count, codes);
+  return scale;
+}
+
+// Rounds values to one of the neighbours that a 16-bit dtype has; `bits`: 32 for each element.
+template <class Codec, class Bits>
+__attribute__((noinline)) void round_by(Bits bits, int count, float* values) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) values[i] = Codec::round_by(values[i], bits(i));
+}
+
+// One operand of one tile, as values of the compute type: in place where it is stored so, else in a buffer.
+template <class T>
+class TileOperand {
+ public:
+  // Where the values are, before load() reads them or after another hand has written them.
+  T* place(const Row& row, int operand, int64_t start, int count, int padded) {
+    row_ = &row;
+    operand_ = operand;
+    dtype_ = row.dtype[operand];
+    start_ = start;
+    count_ = count;
+    strides_ = row.layout && !row.layout->strides[operand].empty() ? &row.layout->strides[operand] : nullptr;
+    base_ = static_cast<char*>(row.data[operand]);
+    in_place_ = false;
+    if (strides_) {
+      locate(row.layout->sizes, *strides_, start, count, offsets_);
+      return buffer_;
+    }
+    base_ += start * size_of(dtype_);
+    in_place_ = dtype_ == kComputeDType<T> && count == padded && reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
+    return in_place_ ? reinterpret_cast<T*>(base_) : buffer_;
+  }
+
+  T* load(const Row& row, int operand, int64_t start, int count, int padded) {
+    T* const values = place(row, operand, start, count, padded);
+    if (in_place_) return values;
+    if (operand >= kState && is_block(dtype_)) {
+      load_block();
+    } else if (strides_) {
+      with_codec(dtype_, [this](auto codec) {
+        using Codec = decltype(codec);
+        for (int i = 0; i < count_; ++i)
+          buffer_[i] = Codec::template decode<T>(peek<Codec>(base_ + offsets_[i] * sizeof(typename Codec::Stored)));
+      });
+    } else {
+      with_codec(dtype_, [this](auto codec) { decode<decltype(codec)>(base_, count_, buffer_); });
+    }
+    std::fill(buffer_ + count, buffer_ + padded, T(0));
+    return buffer_;
+  }
+
+  // `keys`: Scalars, for what is not rounded to the nearest.
+  template <class Keys>
+  void store(const Keys& keys) {
+    if (in_place_) return;
+    const uint32_t key = tile_key(keys.random, start_), turn = tile_turn(keys.turn, start_);
+    if (operand_ >= kState && is_block(dtype_)) {
+      store_block(turn);
+      return;
+    }
+    with_codec(dtype_, [&]<class Codec>(Codec) {
+      if constexpr (sizeof(T) == 4 && sizeof(typename Codec::Stored) == 2) {
+        const bool unbiased = row_->unbiased >> operand_ & 1;
+        if (unbiased && operand_ == kParam)
+          round_by<Codec>([key](uint32_t i) { return random_bits(key, i); }, count_, buffer_);
+        if (unbiased && operand_ != kParam)
+          round_by<Codec>([turn](uint32_t i) { return turn_of(turn, i); }, count_, buffer_);
+      }
+      if (!strides_) {
+        encode<Codec>(buffer_, count_, base_);
+        return;
+      }
+      for (int i = 0; i < count_; ++i)
+        poke<Codec>(base_ + offsets_[i] * sizeof(typename Codec::Stored), Codec::encode(buffer_[i]));
+    });
+  }
+
+ private:
+  float& scale() const {
+    return row_->scales[operand_ - kState][start_ / kTile];
+  }
+  // Codes lie dense, and only beside parameters that compute in float.
+  void load_block() {
+    if constexpr (sizeof(T) == 4)
+      with_block(dtype_, scale(), [this]<class Block>(const Block& block) {
+        decode_block(block, reinterpret_cast<const typename Block::Stored*>(base_), count_, buffer_);
+      });
+  }
+  void store_block(uint32_t turn) {
+    if constexpr (sizeof(T) == 4)
+      with_block(dtype_, 0, [&]<class Block>(const Block&) {
+        scale() = encode_block<Block>(buffer_, count_, turn, reinterpret_cast<typename Block::Stored*>(base_));
+      });
+  }
+
+  alignas(64) T buffer_[kTile];
+  int64_t offsets_[kTile];
+  const Row* row_;
+  char* base_;
+  const std::vector<int64_t>* strides_;
+  int64_t start_;
+  int operand_, count_;
+  DType dtype_;
+  bool in_place_;
+};
+
+// Asks for an operand's memory from element `start` on. Loading, computing and storing a tile take turns;
+// with the next tile under way the memory is not idle while the rule computes.
+inline void prefetch(const Row& row, int operand, int64_t start, int count) {
+  if (!row.data[operand] || (row.layout && !row.layout->strides[operand].empty())) return;
+  const int size = size_of(row.dtype[operand]);
+  const char* const from = static_cast<const char*>(row.data[operand]) + start * size;
+  for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
+}
+
+template <class Codec>
+typename Codec::Stored* element(const Row& row, int operand, int64_t i) {
+  return row.data[operand] ? static_cast<typename Codec::Stored*>(row.data[operand]) + i : nullptr;
+}
+
+// Whether an operand lies dense and aligned, stored with a codec.
+template <class Codec>
+bool is_direct(const Row& row, int operand) {
+  return !row.layout && row.dtype[operand] == Codec::kDType &&
+         reinterpret_cast<uintptr_t>(row.data[operand]) % sizeof(typename Codec::Stored) == 0;
+}
+
+}  // namespace genopt::GENOPT_CAPABILITY

@@ -1,0 +1,211 @@
+// Several numbers at once, as the widest vectors of the instruction set that this copy of the walk is compiled for.
+// Arithmetic is the compiler's own (GNU vectors); rules and codecs that are templates take these in place of a number.
+// Included by walk.h alone, once for each GENOPT_CAPABILITY.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../codecs/plain.h"
+
+namespace genopt::GENOPT_CAPABILITY {
+
+constexpr int kWidth = GENOPT_VECTOR_BYTES / 4;  // numbers in a vector, whatever their type
+
+// The compiler's vectors; spelled out, as GCC 12 takes no vector_size that depends on a template's parameter.
+template <class T>
+struct RawVector;
+#define GENOPT_RAW_VECTOR(T)                                         \
+  template <>                                                        \
+  struct RawVector<T> {                                              \
+    typedef T Type __attribute__((vector_size(sizeof(T) * kWidth))); \
+  };
+GENOPT_RAW_VECTOR(int8_t)
+GENOPT_RAW_VECTOR(uint8_t)
+GENOPT_RAW_VECTOR(uint16_t)
+GENOPT_RAW_VECTOR(int32_t)
+GENOPT_RAW_VECTOR(uint32_t)
+GENOPT_RAW_VECTOR(int64_t)
+GENOPT_RAW_VECTOR(float)
+GENOPT_RAW_VECTOR(double)
+#undef GENOPT_RAW_VECTOR
+
+template <class T>
+struct Vector {
+  using Raw = typename RawVector<T>::Type;
+  Raw raw;
+
+  Vector() = default;
+  GENOPT_INLINE Vector(Raw values) : raw(values) {
+  }
+  GENOPT_INLINE Vector(T x) : raw(x - Raw{}) {  // x - 0 keeps the sign of a zero
+  }
+
+  friend GENOPT_INLINE Vector operator+(Vector a, Vector b) {
+    return a.raw + b.raw;
+  }
+  friend GENOPT_INLINE Vector operator-(Vector a, Vector b) {
+    return a.raw - b.raw;
+  }
+  friend GENOPT_INLINE Vector operator*(Vector a, Vector b) {
+    return a.raw * b.raw;
+  }
+  friend GENOPT_INLINE Vector operator/(Vector a, Vector b) {
+    return a.raw / b.raw;
+  }
+  friend GENOPT_INLINE Vector operator-(Vector a) {
+    return -a.raw;
+  }
+  friend GENOPT_INLINE Vector operator&(Vector a, Vector b) {
+    return a.raw & b.raw;
+  }
+  friend GENOPT_INLINE Vector operator|(Vector a, Vector b) {
+    return a.raw | b.raw;
+  }
+  friend GENOPT_INLINE Vector operator^(Vector a, Vector b) {
+    return a.raw ^ b.raw;
+  }
+  friend GENOPT_INLINE Vector operator<<(Vector a, int places) {
+    return a.raw << places;
+  }
+  friend GENOPT_INLINE Vector operator>>(Vector a, int places) {
+    return a.raw >> places;
+  }
+
+  // Comparisons: all ones where true.
+  using Mask = decltype(Raw{} < Raw{});
+  friend GENOPT_INLINE Mask operator<(Vector a, Vector b) {
+    return a.raw < b.raw;
+  }
+  friend GENOPT_INLINE Mask operator>(Vector a, Vector b) {
+    return a.raw > b.raw;
+  }
+  friend GENOPT_INLINE Mask operator==(Vector a, Vector b) {
+    return a.raw == b.raw;
+  }
+  friend GENOPT_INLINE Mask operator!=(Vector a, Vector b) {
+    return a.raw != b.raw;
+  }
+  friend GENOPT_INLINE Vector choose(Mask condition, Vector a, Vector b) {
+    return condition ? a.raw : b.raw;
+  }
+  friend GENOPT_INLINE Vector choose(bool condition, Vector a, Vector b) {
+    return condition ? a.raw : b.raw;
+  }
+  friend GENOPT_INLINE Vector larger(Vector a, Vector b) {
+    return a.raw > b.raw ? a.raw : b.raw;
+  }
+  friend GENOPT_INLINE Vector smaller(Vector a, Vector b) {
+    return a.raw < b.raw ? a.raw : b.raw;
+  }
+  friend GENOPT_INLINE Vector absolute(Vector a) {
+    return a.raw < 0 ? -a.raw : a.raw;
+  }
+};
+
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+using Ints = Vector<int32_t>;
+using Words = Vector<uint32_t>;
+
+template <class V>
+GENOPT_INLINE V load(const void* from) {
+  V values;
+  std::memcpy(&values.raw, from, sizeof values.raw);
+  return values;
+}
+template <class T>
+GENOPT_INLINE void store(void* to, Vector<T> values) {
+  std::memcpy(to, &values.raw, sizeof values.raw);
+}
+
+GENOPT_INLINE Ints signed_bits(Floats x) {
+  return (Ints::Raw)x.raw;
+}
+GENOPT_INLINE Words bits_of(Floats x) {
+  return (Words::Raw)x.raw;
+}
+GENOPT_INLINE Floats float_of(Words bits) {
+  return (Floats::Raw)bits.raw;
+}
+GENOPT_INLINE Floats float_of(Ints bits) {
+  return (Floats::Raw)bits.raw;
+}
+GENOPT_INLINE Ints as_signed(Words x) {
+  return (Ints::Raw)x.raw;
+}
+GENOPT_INLINE Words as_unsigned(Ints x) {
+  return (Words::Raw)x.raw;
+}
+GENOPT_INLINE Floats square_root(Floats x) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_maskz_sqrt_ps(0xffff, x.raw);
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_sqrt_ps(x.raw);
+#else
+  for (int i = 0; i < kWidth; ++i) x.raw[i] = sqrtf(x.raw[i]);
+  return x;
+#endif
+}
+GENOPT_INLINE Doubles widened(Floats x) {
+  return __builtin_convertvector(x.raw, Doubles::Raw);
+}
+GENOPT_INLINE Floats narrowed(Floats, Doubles x) {
+  return __builtin_convertvector(x.raw, Floats::Raw);
+}
+GENOPT_INLINE Floats::Mask is_unset(Floats x) {
+  return signed_bits(x).raw == INT32_MIN;
+}
+GENOPT_INLINE Doubles::Mask is_unset(Doubles x) {
+  return (Vector<int64_t>::Raw)x.raw == INT64_MIN;
+}
+
+// Codes of one byte, and numbers of two, as integers of four.
+GENOPT_INLINE Ints load_ints(const int8_t* from) {
+#if GENOPT_VECTOR_BYTES == 64
+  return (Ints::Raw)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif GENOPT_VECTOR_BYTES == 32
+  return (Ints::Raw)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(load<Vector<int8_t> >(from).raw, Ints::Raw);
+#endif
+}
+GENOPT_INLINE Ints load_ints(const uint8_t* from) {
+#if GENOPT_VECTOR_BYTES == 64
+  return (Ints::Raw)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif GENOPT_VECTOR_BYTES == 32
+  return (Ints::Raw)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(load<Vector<uint8_t> >(from).raw, Ints::Raw);
+#endif
+}
+GENOPT_INLINE Ints load_ints(const uint16_t* from) {
+#if GENOPT_VECTOR_BYTES == 64
+  return (Ints::Raw)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif GENOPT_VECTOR_BYTES == 32
+  return (Ints::Raw)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(load<Vector<uint16_t> >(from).raw, Ints::Raw);
+#endif
+}
+// The low bytes.
+GENOPT_INLINE void store_ints(int8_t* to, Ints x) {
+  store(to, Vector<int8_t>(__builtin_convertvector(x.raw, Vector<int8_t>::Raw)));
+}
+GENOPT_INLINE void store_ints(uint8_t* to, Ints x) {
+  store(to, Vector<uint8_t>(__builtin_convertvector(x.raw, Vector<uint8_t>::Raw)));
+}
+GENOPT_INLINE void store_ints(uint16_t* to, Ints x) {
+  store(to, Vector<uint16_t>(__builtin_convertvector(x.raw, Vector<uint16_t>::Raw)));
+}
+
+GENOPT_INLINE uint32_t largest(Words x) {
+  uint32_t result = 0;
+  for (int i = 0; i < kWidth; ++i) result = x.raw[i] > result ? x.raw[i] : result;
+  return result;
+}
+
+}  // namespace genopt::GENOPT_CAPABILITY
