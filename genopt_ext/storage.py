@@ -123,6 +123,10 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 # The way to round: csrc/rules/random.h, csrc/codecs/plain.h
 
 
+def _number(x: int) -> Tensor:
+    return torch.tensor(x, device="cpu")  # whatever device is the default
+
+
 def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
@@ -132,7 +136,7 @@ def _mix(x: Tensor) -> Tensor:
 def random_bits(p: Tensor, seed: int, t: float) -> Tensor:
     """32 random bits for each element of ``p`` in its order in memory, at step ``t``: int64."""
     i = torch.arange(p.numel(), device=p.device)
-    step = _mix(torch.tensor(int(seed)) ^ _mix(torch.tensor(int(max(t, 0)) & 0xFFFFFFFF))).item()
+    step = _mix(_number(int(seed)) ^ _mix(_number(int(max(t, 0)) & 0xFFFFFFFF))).item()
     return _mix((_mix((i >> 32) ^ int(step)) + i) & 0xFFFFFFFF)
 
 
@@ -140,7 +144,7 @@ def turns(p: Tensor, t: float) -> Tensor:
     """The elements' turns at step ``t``: as :func:`random_bits`, evenly spread over elements and steps."""
     i = torch.arange(p.numel(), device=p.device)
     step = int(max(t, 0)) & 0xFFFFFFFF
-    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + _mix(torch.tensor(step >> 8)).item()) & 0xFFFFFFFF
+    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + _mix(_number(step >> 8)).item()) & 0xFFFFFFFF
 
 
 def round_by(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
@@ -176,11 +180,11 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     """The state ``name`` of ``p``, full of ``value``. ``dtype``: int8 for codes, None for the parameter's."""
     if dtype != torch.int8:
         return {name: torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)}
-    code, scale = encode(torch.full((1,), float(value.real)), signed)
+    code, scale = encode(torch.full((1,), float(value.real), dtype=torch.float32, device="cpu"), signed)
     filler = float(value.real) if value == 0 else scale.item()  # -0.0 stays
     return {
         name + "_codes": _dense_like(p, code.dtype).fill_(code.item()),
-        name + "_scales": torch.full((-(-p.numel() // BLOCK),), filler, device=p.device),
+        name + "_scales": torch.full((-(-p.numel() // BLOCK),), filler, dtype=torch.float32, device=p.device),
     }
 
 
