@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -81,7 +78,6 @@ def test_elements_do_not_depend_on_where_they_stand(case):
 
 DIGEST = """
 import sys, torch
-sys.path[:0] = {path!r}
 torch.set_num_threads({threads})
 from cases import CASES, parameters, train
 from genopt_ext import _C
@@ -96,14 +92,12 @@ print(_C.cpu_capability(), torch.hash_tensor(torch.cat([b.flatten() for b in bit
 
 
 @pytest.mark.skipif(NATIVE != "cpu" or not hasattr(torch, "hash_tensor"), reason="CPU kernels; hash_tensor")
-def test_same_bits_on_every_instruction_set_and_thread_count():
-    path = [os.path.dirname(__file__), *filter(None, sys.path)]
+def test_same_bits_on_every_instruction_set_and_thread_count(fresh):
     digests = {}
     capabilities = _backend.native.cpu_capabilities()
     for capability, threads in [(c, 2) for c in capabilities] + [(capabilities[0], 1), (capabilities[0], 3)]:
-        env = {**os.environ, "GENOPT_CPU_CAPABILITY": capability}
-        code = DIGEST.format(path=path, threads=threads)
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        code = DIGEST.format(threads=threads)
+        out = fresh(code, GENOPT_CPU_CAPABILITY=capability)
         assert out.returncode == 0, out.stderr
         used, digests[capability, threads] = out.stdout.split()
         assert used == capability

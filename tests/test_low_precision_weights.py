@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -201,13 +198,12 @@ def test_same_bits_for_every_thread_count_and_run(kept):
 
 DIGEST = """
 import sys, torch
-sys.path[:0] = {path!r}
 from cases import CASES, parameters
 from low_precision import INT8, KEPT, set_strained
 from genopt_ext import _C
 bits = []
 for case in CASES:
-    for kept, dtype in zip([{{}}, *KEPT], (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)):
+    for kept, dtype in zip([{}, *KEPT], (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)):
         params = parameters([(3001,), (30, 7), ()], dtype)
         torch.manual_seed(7)
         opt = case.ours(params, backend="cpu", **kept, **INT8)
@@ -221,12 +217,10 @@ print(_C.cpu_capability(), torch.hash_tensor(torch.cat(bits)).item())
 
 
 @pytest.mark.skipif(NATIVE != "cpu" or not built() or not hasattr(torch, "hash_tensor"), reason="CPU kernels")
-def test_same_bits_on_every_instruction_set():
-    path = [os.path.dirname(__file__), *filter(None, sys.path)]
+def test_same_bits_on_every_instruction_set(fresh):
     digests = {}
     for capability in _backend.native.cpu_capabilities():
-        env = {**os.environ, "GENOPT_CPU_CAPABILITY": capability}
-        out = subprocess.run([sys.executable, "-c", DIGEST.format(path=path)], env=env, capture_output=True, text=True)
+        out = fresh(DIGEST, GENOPT_CPU_CAPABILITY=capability)
         assert out.returncode == 0, out.stderr
         used, digests[capability] = out.stdout.split()
         assert used == capability
