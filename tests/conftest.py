@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+pytest.register_assert_rewrite("cases", "low_precision", "recipe")
+
 # Before anything imports genopt_ext.
 if path := os.environ.get("GENOPT_TEST_CUDA_ON_CPU"):
     spec = importlib.util.spec_from_file_location("genopt_ext._C", path)
