@@ -5,7 +5,9 @@ A new optimizer adds its entries here; test_api.py checks that none is missing.
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
@@ -25,6 +27,7 @@ SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)
 SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 NAN, INF = float("nan"), float("inf")
 NON_FINITE = [NAN, INF, -INF, 3e38, -3e38, 1e20, 1e-40, -1e-45, 0.0, -0.0]
+COPIES = dict(deepcopy=copy.deepcopy, pickle=lambda x: pickle.loads(pickle.dumps(x)))
 BACKENDS = ("auto", "reference")  # for tests that hold for kernels and reference alike
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    COPIES,
     DEVICE,
     INF,
     NAN,
@@ -377,9 +376,6 @@ def run_scaled(case: Case, make_scaler: Any, dtype: torch.dtype, scale: float, o
             p.grad = randn(p.shape, 10 * step + i, dtype)
         alone.step()
     return list(zip(places(opts[0]), params, strict=True))
-
-
-COPIES = dict(deepcopy=copy.deepcopy, pickle=lambda x: pickle.loads(pickle.dumps(x)))
 
 
 def assert_copies_train_on_alone(opt: Any, params: list[Any], how: str, what: object = "") -> None:

@@ -12,6 +12,7 @@ import torch
 from cases import (
     BACKENDS,
     CASES,
+    COPIES,
     FIRST,
     INF,
     NAN,
@@ -36,7 +37,6 @@ from low_precision import (
     ADAMW,
     BLOCKS,
     CODED,
-    COPIES,
     INT8,
     KEPT,
     KERNELS,

@@ -9,6 +9,7 @@ import torch
 from cases import (
     BACKENDS,
     CASES,
+    COPIES,
     FIRST,
     INF,
     NAN,
@@ -30,7 +31,6 @@ from low_precision import (
     ADAMW,
     BLOCKS,
     CODED,
-    COPIES,
     INT8,
     KEPT,
     KERNELS,
