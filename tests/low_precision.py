@@ -466,7 +466,7 @@ def assert_shared_memory_is_refused(opt: Any, params: list[Any], name: str) -> N
     assert_unchanged(opt, before, name)
 
 
-# What a user may do between two steps; the first ones change no number
+# What a user may do between two steps without changing a number
 
 
 def clone_state(opt, params):

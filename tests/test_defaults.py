@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from cases import DEVICE, FIRST, assert_same_bits
+from cases import BACKENDS, DEVICE, FIRST, assert_same_bits, pairs
 from low_precision import INT8, assert_same, saved, seeded
 
 import genopt_ext
@@ -64,18 +64,19 @@ def trained(name, backend, options):
     return opt, other
 
 
-@pytest.mark.parametrize("name", FIRST)
-@pytest.mark.parametrize("default", ["dtype", "device"])
-def test_steps(default, name, backend):
-    for options in OPTIONS:
-        expected = trained(name, backend, options)
-        with other_default(default):
-            found = trained(name, backend, options)
-        for a, b in zip(expected, found, strict=True):
-            assert_same(a, b, (default, name, backend, options))
-            for state, other in zip(a.state.values(), b.state.values(), strict=True):
-                for key, t in state.items():
-                    assert (t.dtype, t.device) == (other[key].dtype, other[key].device), (default, options, key)
+@pytest.mark.parametrize(
+    ("name", "options", "default", "backend"), pairs(list(FIRST), OPTIONS, ["dtype", "device"], BACKENDS), ids=str
+)
+def test_steps(name, options, default, backend):
+    what = (name, options, default, backend)
+    expected = trained(name, backend, options)
+    with other_default(default):
+        found = trained(name, backend, options)
+    for a, b in zip(expected, found, strict=True):
+        assert_same(a, b, what)
+        for state, other in zip(a.state.values(), b.state.values(), strict=True):
+            for key, t in state.items():
+                assert (t.dtype, t.device) == (other[key].dtype, other[key].device), (what, key)
 
 
 @pytest.mark.parametrize("default", ["dtype", "device"])
