@@ -195,7 +195,9 @@ def clip_grads_with_norm_(
         TypeError, ValueError: ``max_norm`` is no number, or below 0.
     """
     bound = _number("clip_grads_with_norm_", "max_norm", max_norm)
-    factor = coefficient(bound, torch.as_tensor(total_norm).double()).reshape(1)
+    # as_tensor() would move a tensor to the default device.
+    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64, device="cpu")
+    factor = coefficient(bound, norm.double()).reshape(1)
     for device, here in _by_device(p.grad for p in _listed(parameters) if p.grad is not None).items():
         if not _run(here, list(here), {}, group_scales=[factor.to(device)]):
             own = factor.to(device).squeeze()
@@ -239,8 +241,8 @@ def clip_grad_norm_(
         if _run(grads, list(grads), {}, max_norm=bound, norm=NORMS[norm], grad_norm=[total]):
             return total
     if error_if_nonfinite:  # by its place among all parameters, with a gradient or without
-        everything = [torch.zeros(0) if p.grad is None else p.grad for p in listed]
-        total = get_total_norm(everything, norm, True, foreach) if grads else get_total_norm([], norm)
+        everything = [grads[0].new_zeros(0) if p.grad is None else p.grad for p in listed] if grads else []
+        total = get_total_norm(everything, norm, True, foreach)
     else:
         total = get_total_norm(grads, norm, False, foreach)
     clip_grads_with_norm_(listed, bound, total, foreach)

@@ -123,6 +123,10 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 # The way to round: csrc/rules/random.h, csrc/codecs/plain.h
 
 
+def _number(x: int) -> Tensor:
+    return torch.tensor(x, device="cpu")  # whatever device is the default
+
+
 def mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit numbers (held in int64) of which every bit changes all others."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
@@ -133,7 +137,7 @@ def mix(x: Tensor) -> Tensor:
 def random_bits(p: Tensor, seed: int, t: float) -> Tensor:
     """32 random bits for each element of ``p`` in its order in memory, at step ``t``: int64."""
     i = torch.arange(p.numel(), device=p.device)
-    step = mix(torch.tensor(int(seed)) ^ mix(torch.tensor(int(max(t, 0)) & 0xFFFFFFFF))).item()
+    step = mix(_number(int(seed)) ^ mix(_number(int(max(t, 0)) & 0xFFFFFFFF))).item()
     return mix((mix((i >> 32) ^ int(step)) + i) & 0xFFFFFFFF)
 
 
@@ -141,7 +145,7 @@ def turns(p: Tensor, t: float) -> Tensor:
     """The elements' turns at step ``t``: as :func:`random_bits`, evenly spread over elements and steps."""
     i = torch.arange(p.numel(), device=p.device)
     step = int(max(t, 0)) & 0xFFFFFFFF
-    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(torch.tensor(step >> 8)).item()) & 0xFFFFFFFF
+    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(_number(step >> 8)).item()) & 0xFFFFFFFF
 
 
 def round_by(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
@@ -177,11 +181,11 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     """The state ``name`` of ``p``, full of ``value``. ``dtype``: int8 for codes, None for the parameter's."""
     if dtype != torch.int8:
         return {name: torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)}
-    code, scale = encode(torch.full((1,), float(value.real)), signed)
+    code, scale = encode(torch.full((1,), float(value.real), dtype=torch.float32, device="cpu"), signed)
     filler = float(value.real) if value == 0 else scale.item()  # -0.0 stays
     return {
         name + "_codes": _dense_like(p, code.dtype).fill_(code.item()),
-        name + "_scales": torch.full((-(-p.numel() // BLOCK),), filler, device=p.device),
+        name + "_scales": torch.full((-(-p.numel() // BLOCK),), filler, dtype=torch.float32, device=p.device),
     }
 
 

@@ -5,9 +5,12 @@ A new optimizer adds its entries here; test_api.py checks that none is missing.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -23,6 +26,29 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)
 SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 NAN, INF = float("nan"), float("inf")
+NON_FINITE = [NAN, INF, -INF, 3e38, -3e38, 1e20, 1e-40, -1e-45, 0.0, -0.0]
+COPIES = dict(deepcopy=copy.deepcopy, pickle=lambda x: pickle.loads(pickle.dumps(x)))
+BACKENDS = ("auto", "reference")  # for tests that hold for kernels and reference alike
+
+
+def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows of a table such that any two entries of two axes meet in one of them.
+
+    For axes of which no three depend on one another: a rule, how a state is stored and who steps are such.
+    """
+    meetings = {row: set(combinations(enumerate(row), 2)) for row in product(*(range(len(axis)) for axis in axes))}
+    to_meet = set[Any]().union(*meetings.values())
+    rows = []
+    while to_meet:
+        row = max(meetings, key=lambda row: len(meetings[row] & to_meet))
+        to_meet -= meetings[row]
+        rows.append(tuple(axis[i] for axis, i in zip(axes, row, strict=True)))
+    return rows
+
+
+def in_turn(cases: Sequence[Any], *axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All rows of the axes, each with the next of the cases."""
+    return [(cases[i % len(cases)], *row) for i, row in enumerate(product(*axes))]
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,31 @@ def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(DEVICE, dtype)
+
+
+def layouts(dtype=torch.float32):
+    """Parameters in every kind of layout, each of at least two tiles where it can be."""
+    base = randn((40, 30, 20), 1, dtype)
+    return {
+        "transposed": base.clone().transpose(0, 2),
+        "channels_last": randn((4, 6, 5, 7), 2, dtype).to(memory_format=torch.channels_last),
+        "every other": base.clone()[:, ::2, 1:],
+        "rows": base.clone()[3:30],
+        "odd offset": randn((1030,), 3, dtype)[1:],
+        "one column": base.clone()[:, 5, 7],
+        "flipped sizes": base.clone().permute(2, 0, 1)[1:],
+        "size one": randn((1, 300, 1), 4, dtype).transpose(0, 1),
+        "scalar of a view": base.clone()[1, 2, 3],
+    }
+
+
+def strided(values, pads, steps, order):
+    """``values`` in memory with gaps, in dimension order ``order``."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    sizes = [values.shape[d] * steps[d] + pads[d] for d in order]
+    room = torch.full(sizes, 7.0, dtype=values.dtype)
+    view = room[tuple(slice(pads[d], pads[d] + values.shape[d] * steps[d], steps[d]) for d in order)]
+    return view.permute(inverse).copy_(values) if order else values.clone()
 
 
 def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:

@@ -7,11 +7,17 @@ extension that CMake builds with ``GENOPT_PYTHON=ON``: its CUDA kernels run on a
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+pytest.register_assert_rewrite("cases", "low_precision", "recipe")
 
 # Before anything imports genopt_ext.
 if path := os.environ.get("GENOPT_TEST_CUDA_ON_CPU"):
@@ -28,3 +34,51 @@ if device := os.environ.get("GENOPT_TEST_DEVICE"):
 def backend(request: pytest.FixtureRequest) -> str:
     """For tests that hold for kernels and reference alike."""
     return str(request.param)
+
+
+# One process imports torch, which takes seconds, and forks for each piece of code.
+SERVER = """
+import json, os, sys, traceback
+import torch, torch._dynamo  # what every optimizer's constructor would import
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            for fd, path in enumerate((os.devnull, job["out"], job["err"])):
+                os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
+            os.environ.update(job["env"])
+            sys.path[:0] = job["path"]
+            exec(job["code"], {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+Fresh = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    """``fresh(code, **env)`` runs ``code`` in a process that has torch, and nothing of genopt_ext yet."""
+    folder = tmp_path_factory.mktemp("fresh")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    count = itertools.count()
+
+    def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+        out, err = (folder / f"{next(count)}" for _ in range(2))
+        path = [os.path.dirname(__file__), *filter(None, sys.path)]
+        job = dict(code=code, env=env, path=path, out=str(out), err=str(err))
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        return subprocess.CompletedProcess(code, int(server.stdout.readline()), out.read_text(), err.read_text())
+
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True) as server:
+        yield run

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from cases import (
+    BACKENDS,
     CASES,
     DEVICE,
     FIRST,
@@ -18,6 +19,7 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    pairs,
     parameters,
     randn,
 )
@@ -30,7 +32,10 @@ SGD = Case("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5))
 FACTORS = dict(growth_factor=4.0, backoff_factor=0.25, growth_interval=2)
 
 
-@pytest.fixture(params=["torch", "ours"])
+SCALERS = ("torch", "ours")
+
+
+@pytest.fixture(params=SCALERS)
 def make_scaler(request):
     def make(init_scale=1024.0, **more):
         scaler = genopt_ext.GradScaler if request.param == "ours" else torch.amp.GradScaler
@@ -92,9 +97,13 @@ WIDE = [dict(max_grad_norm=10.0), {}, dict(agc=0.2, clip_grad_value=0.1)]
 
 
 @pytest.mark.parametrize(
-    ("case", "wide"), [(c, w) for c in CASES for w in (WIDE if c in STATEFUL[2:4] else WIDE[:1])], ids=str
+    ("row", "make_scaler", "backend"),
+    pairs([(c, w) for c in CASES for w in (WIDE if c in STATEFUL[2:4] else WIDE[:1])], SCALERS, BACKENDS),
+    indirect=["make_scaler"],
+    ids=str,
 )
-def test_scaled_steps(case, wide, make_scaler, backend):
+def test_scaled_steps(row, make_scaler, backend):
+    case, wide = row
     """What unscale_, torch's clipping and torch's step give; the skipped first step and a later one included."""
     params = parameters(SHAPES)
     recipe = Recipe(case, [{"params": params}], **wide)
@@ -119,8 +128,12 @@ def test_scaled_steps(case, wide, make_scaler, backend):
     assert not hasattr(opt, "found_inf") or opt.found_inf is None
 
 
-@pytest.mark.parametrize("wide", [{}, dict(max_grad_norm=10.0), dict(clip_per_param=1.0)], ids=str)
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
+@pytest.mark.parametrize(
+    ("case", "wide", "make_scaler", "backend"),
+    pairs(STATEFUL, [{}, dict(max_grad_norm=10.0), dict(clip_per_param=1.0)], SCALERS, BACKENDS),
+    indirect=["make_scaler"],
+    ids=str,
+)
 def test_the_ordinary_path_gives_the_same(case, wide, make_scaler, backend):
     """For scales that are powers of two, to the bit."""
     opts, scales = [], []

@@ -280,11 +280,6 @@ def test_subclasses_are_served_by_the_reference_with_one_warning():
     assert opt.state[plain]["step"].item() == 2
 
 
-def run(code, **env):
-    environ = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))}
-    return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
-
-
 STEP = """
 import torch, warnings
 from genopt_ext import optim
@@ -297,51 +292,51 @@ print(len(told), *(w.message for w in told))
 """
 
 
-def test_without_the_extension_the_reference_serves_with_one_warning():
+def test_without_the_extension_the_reference_serves_with_one_warning(fresh):
     block = "import sys; sys.modules['genopt_ext._C'] = None; sys.modules['genopt_ext._build_info'] = None\n"
-    out = run(block + STEP)
+    out = fresh(block + STEP)
     assert out.returncode == 0, out.stderr
     assert re.match(
         r"1 genopt_ext: the native extension is not built; run `pip install .*reference is used", out.stdout
     )
-    out = run(block + STEP.replace("AdamW([p])", "AdamW([p], backend='cpu')"))
+    out = fresh(block + STEP.replace("AdamW([p])", "AdamW([p], backend='cpu')"))
     assert "RuntimeError: backend is 'cpu', but the native extension is not built; run `pip install" in out.stderr
 
 
 @pytest.mark.skipif(_backend.native is None, reason="needs the extension")
-def test_another_torch_is_told_in_one_sentence():
+def test_another_torch_is_told_in_one_sentence(fresh):
     other = "import sys, types; sys.modules['genopt_ext._build_info'] = types.SimpleNamespace(TORCH='2.2.0')\n"
-    out = run(other + STEP)
+    out = fresh(other + STEP)
     assert out.returncode == 0, out.stderr
     sentence = "the native extension was built with torch 2.2.0 and runs with torch"
     assert sentence in out.stderr and "pip install" in out.stderr
 
 
 @pytest.mark.skipif(_backend.native is None, reason="needs the extension")
-def test_environment_variables():
-    assert "GENOPT_BACKEND must be one of" in run(STEP, GENOPT_BACKEND="gpu").stderr
-    assert "GENOPT_CPU_CAPABILITY is 'avx1024', but this processor" in run(STEP, GENOPT_CPU_CAPABILITY="avx1024").stderr
+def test_environment_variables(fresh):
+    assert "GENOPT_BACKEND must be one of" in fresh(STEP, GENOPT_BACKEND="gpu").stderr
+    assert (
+        "GENOPT_CPU_CAPABILITY is 'avx1024', but this processor" in fresh(STEP, GENOPT_CPU_CAPABILITY="avx1024").stderr
+    )
     code = STEP + "import genopt_ext._backend as b; print(b.resolve('auto'), b.resolve('cpu'))"
-    assert run(code, GENOPT_BACKEND="reference").stdout.split()[-2:] == ["reference", "cpu"]
+    assert fresh(code, GENOPT_BACKEND="reference").stdout.split()[-2:] == ["reference", "cpu"]
     code = STEP + "from genopt_ext import _C; print(_C.cpu_capability())"
-    assert run(code, GENOPT_CPU_CAPABILITY="default").stdout.split()[-1] == "default"
+    assert fresh(code, GENOPT_CPU_CAPABILITY="default").stdout.split()[-1] == "default"
 
 
-def test_env_report():
-    out = subprocess.run([sys.executable, "-m", "genopt_ext.env"], capture_output=True, text=True)
+def test_env_report(fresh):
+    report = "import runpy; runpy.run_module('genopt_ext.env', run_name='__main__')"
+    out = fresh(report)
     assert out.returncode == 0, out.stderr
     for line in ("genopt_ext", "torch", "built with", "cpu", "cuda"):
         assert re.search(rf"^{line}\b.*: \S", out.stdout, re.MULTILINE), out.stdout
-    out = subprocess.run(
-        [sys.executable, "-m", "genopt_ext.env"],
-        env={**os.environ, "GENOPT_CPU_CAPABILITY": "none"},
-        capture_output=True,
-        text=True,
-    )
+    out = fresh(report, GENOPT_CPU_CAPABILITY="none")
     assert out.returncode == 0 and "GENOPT_CPU_CAPABILITY is 'none'" in out.stdout, out
 
 
 def test_importing_costs_no_compiler_stack():
-    out = run("import sys, genopt_ext; print('torch._dynamo' in sys.modules)")
+    code = "import sys, genopt_ext; print('torch._dynamo' in sys.modules)"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    out = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert out.stdout.strip() == "False", out
     assert importlib.util.find_spec("genopt_ext.optim") is not None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -15,13 +12,17 @@ from cases import (
     DEVICE,
     DTYPES,
     NATIVE,
+    NON_FINITE,
     SIZES,
     Case,
     assert_same_bits,
     assert_same_state,
+    layouts,
+    pairs,
     parameters,
     randn,
     set_grads,
+    strided,
     train,
 )
 from hypothesis import given, settings
@@ -81,7 +82,6 @@ def test_elements_do_not_depend_on_where_they_stand(case):
 
 DIGEST = """
 import sys, torch
-sys.path[:0] = {path!r}
 torch.set_num_threads({threads})
 from cases import CASES, parameters, train
 from genopt_ext import _C
@@ -96,39 +96,25 @@ print(_C.cpu_capability(), torch.hash_tensor(torch.cat([b.flatten() for b in bit
 
 
 @pytest.mark.skipif(NATIVE != "cpu" or not hasattr(torch, "hash_tensor"), reason="CPU kernels; hash_tensor")
-def test_same_bits_on_every_instruction_set_and_thread_count():
-    path = [os.path.dirname(__file__), *filter(None, sys.path)]
+def test_same_bits_on_every_instruction_set_and_thread_count(fresh):
     digests = {}
     capabilities = _backend.native.cpu_capabilities()
     for capability, threads in [(c, 2) for c in capabilities] + [(capabilities[0], 1), (capabilities[0], 3)]:
-        env = {**os.environ, "GENOPT_CPU_CAPABILITY": capability}
-        code = DIGEST.format(path=path, threads=threads)
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        code = DIGEST.format(threads=threads)
+        out = fresh(code, GENOPT_CPU_CAPABILITY=capability)
         assert out.returncode == 0, out.stderr
         used, digests[capability, threads] = out.stdout.split()
         assert used == capability
     assert len(set(digests.values())) == 1, digests
 
 
-def layouts(dtype=torch.float32):
-    """Parameters in every kind of layout, each of at least two tiles where it can be."""
-    base = randn((40, 30, 20), 1, dtype)
-    return {
-        "transposed": base.clone().transpose(0, 2),
-        "channels_last": randn((4, 6, 5, 7), 2, dtype).to(memory_format=torch.channels_last),
-        "every other": base.clone()[:, ::2, 1:],
-        "rows": base.clone()[3:30],
-        "odd offset": randn((1030,), 3, dtype)[1:],
-        "one column": base.clone()[:, 5, 7],
-        "flipped sizes": base.clone().permute(2, 0, 1)[1:],
-        "size one": randn((1, 300, 1), 4, dtype).transpose(0, 1),
-        "scalar of a view": base.clone()[1, 2, 3],
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("layout", layouts())
-@pytest.mark.parametrize("case", [CASES[2], CASES[10], CASES[14], CASES[16]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "layout", "dtype"),
+    pairs(
+        [CASES[2], CASES[10], CASES[14], CASES[16]], list(layouts()), [torch.float32, torch.bfloat16, torch.complex64]
+    ),
+    ids=str,
+)
 def test_layouts(case, layout, dtype):
     results = []
     for backend in (NATIVE, "reference"):
@@ -169,9 +155,6 @@ def test_misaligned_memory():
         train(opt, [p])
         results.append(p)
     assert_same_bits(*results)
-
-
-NON_FINITE = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e20, 1e-40, -1e-45, 0.0, -0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -235,15 +218,6 @@ def fuzzed(draw):
         tensors.append((tuple(shape), tuple(pads), tuple(steps), tuple(order), tuple(grad_order)))
     nones = draw(st.lists(st.booleans(), min_size=12, max_size=12))
     return case, dtype, tensors, nones
-
-
-def strided(values, pads, steps, order):
-    """``values`` in memory with gaps, in dimension order ``order``."""
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    sizes = [values.shape[d] * steps[d] + pads[d] for d in order]
-    room = torch.full(sizes, 7.0, dtype=values.dtype)
-    view = room[tuple(slice(pads[d], pads[d] + values.shape[d] * steps[d], steps[d]) for d in order)]
-    return view.permute(inverse).copy_(values) if order else values.clone()
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import (
+    BACKENDS,
     CASES,
+    COPIES,
     DEVICE,
     FIRST,
     INF,
@@ -25,6 +27,7 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    pairs,
     parameters,
     randn,
 )
@@ -354,9 +357,9 @@ def test_nonfinite_gradients_that_are_not_skipped(value, backend):
     recipe.assert_followed_by(opt)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
+@pytest.mark.parametrize(
+    ("case", "first", "value", "backend"), pairs(STATEFUL, [True, False], [NAN, INF, -INF], BACKENDS), ids=str
+)
 def test_skip_nonfinite(case, first, value, backend):
     """A skipped step leaves everything as it was, and those after it go as if it had not been."""
     options = dict(skip_nonfinite=True, ema_decay=0.9, max_grad_norm=10.0, backend=backend)
@@ -704,14 +707,13 @@ def run_on(opt, params, steps):
         opt.step()
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("wide", [*WIDE, ALL], ids=str)
+@pytest.mark.parametrize(("wide", "how", "backend"), pairs([*WIDE, ALL], list(COPIES), BACKENDS), ids=str)
 def test_copies_keep_their_options(wide, how, backend):
     params = parameters(SHAPES * 4)
     opt = SGD.ours(grouped(params, SEVERAL), backend=backend, **wide)
     steps = range(3) if wide.get("skip_nonfinite") else range(2)
     run_on(opt, params, steps)
-    twin = how(opt)
+    twin = COPIES[how](opt)
     assert twin.max_grad_norm == opt.max_grad_norm
     theirs = [p for group in twin.param_groups for p in group["params"]]
     ours = [p for group in opt.param_groups for p in group["params"]]

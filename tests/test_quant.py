@@ -6,10 +6,7 @@ import copy
 import io
 import itertools
 import math
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +183,6 @@ def test_out_at_odd_addresses():
 
 DIGEST = """
 import sys, torch
-sys.path[:0] = {path!r}
 from test_quant import CASES, quantize
 from genopt_ext import _C, quant
 x = torch.randn((3, 70001), generator=torch.Generator().manual_seed(0))
@@ -209,12 +205,10 @@ print(_C.cpu_capability(), sorted(found))
 
 
 @pytest.mark.skipif(NATIVE != "cpu" or not hasattr(torch, "hash_tensor"), reason="CPU kernels; hash_tensor")
-def test_same_bits_on_every_instruction_set_and_thread_count():
-    path = [os.path.dirname(__file__), *filter(None, sys.path)]
+def test_same_bits_on_every_instruction_set_and_thread_count(fresh):
     digests = {}
     for capability in _backend.native.cpu_capabilities():
-        env = {**os.environ, "GENOPT_CPU_CAPABILITY": capability}
-        out = subprocess.run([sys.executable, "-c", DIGEST.format(path=path)], env=env, capture_output=True, text=True)
+        out = fresh(DIGEST, GENOPT_CPU_CAPABILITY=capability)
         assert out.returncode == 0, out.stderr
         used, digests[capability] = out.stdout.strip().split(" ", 1)
         assert used == capability

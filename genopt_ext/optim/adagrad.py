@@ -93,7 +93,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             fused=fused,
         )
         self._set_options(step_options, capturable=capturable)
-        for i, _, p in self._places():  # torch has made it in the parameter's dtype
+        for i, _, p in self._places():  # torch has made them, in the parameter's dtype and in the default one
+            device = p.device if p.is_cuda else "cpu"
+            self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
             if (dtype := storage.state_dtype(self.param_groups[i], p)) is not None:
                 del self.state[p]["sum"]
                 self.state[p].update(storage.make(p, "sum", self._initial_value(p, "sum"), dtype, signed=False))

@@ -409,7 +409,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in ("grad_scale", "found_inf"):
             given = getattr(self, name, None)
             if given is not None:
-                t = given if isinstance(given, Tensor) else torch.tensor(float(given))
+                t = (
+                    given
+                    if isinstance(given, Tensor)
+                    else torch.tensor(float(given), dtype=torch.float32, device="cpu")
+                )
                 arguments[name] = [t if device is None else t.to(device)]
         return arguments
 
@@ -624,7 +628,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         made: list[dict[str, Tensor]] = [{} for _ in missing]
         # A device's step counters are views of one buffer: they stay together in memory.
         devices = [p.device if p.is_cuda else torch.device("cpu") for (_, _, p), names in missing if "step" in names]
-        counters = {d: iter(torch.zeros(devices.count(d), device=d).unbind()) for d in set(devices)}
+        counters = {
+            d: iter(torch.zeros(devices.count(d), dtype=torch.float32, device=d).unbind()) for d in set(devices)
+        }
         for state, ((i, _, p), names) in zip(made, missing, strict=True):
             for name in names:
                 if name == "step":
