@@ -1,12 +1,13 @@
 # Three commands for a fresh clone: make demo, make test, make bench. Each sets everything up first.
 # make cuda-on-cpu runs the CUDA kernels without a GPU, under sanitizers; make gpu-check is for a machine with one.
+# make instructions counts what CPU cases take, under valgrind.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint cuda-on-cpu gpu-check clean
+.PHONY: demo test bench lint cuda-on-cpu instructions gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_gpt.py
@@ -38,6 +39,9 @@ cuda-on-cpu: $(STAMP)
 	    tests/test_int8_format.py tests/test_quant.py \
 	    $(addprefix tests/test_int8_state.py::test_,kernels_equal_reference layouts non_finite_and_extreme_values fuzz) \
 	    $(addprefix tests/test_low_precision_weights.py::test_,kernels_equal_reference layouts any_mix)
+
+instructions: $(STAMP)
+	$(BIN)/python -m bench.instructions --check
 
 # Takes $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt.
 gpu-check:
