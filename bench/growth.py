@@ -221,7 +221,7 @@ def expectation(axis: str, medians: dict[str, dict[int, float]]) -> dict[str, di
         elif axis == "threads":  # the threads share the work, until memory is the limit
             expected[subject] = {x: max(curve[xs[0]] * xs[0] / x, medians[LIMIT][x]) for x in xs}
         else:
-            lower = xs[: max(2, round(len(xs) * 0.6))]
+            lower = xs[: max(2, round(len(xs) * 0.75))]
             a, b = fit(lower, [curve[x] for x in lower])
             expected[subject] = {x: a + b * x for x in xs}
     return expected
