@@ -21,13 +21,13 @@ from . import method, plots, report, session
 from .cases import Case, cases, selected, short
 from .subjects import SUBJECTS
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 190)
 
 
 def measured(table: list[Case], settings: session.Settings, path: Path) -> dict[str, str]:
     """Runs the cases under a progress bar; returns those that failed, and why."""
     columns = TextColumn("{task.description:44}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
-    stderr = Console(stderr=True)
+    stderr = Console(file=sys.stderr)  # this one: while pytest runs, sys.stderr is another
     with Progress(*columns, TimeElapsedColumn(), console=stderr, redirect_stdout=False) as progress:
         task = progress.add_task("", total=len(table))
         place = {case.name: i for i, case in enumerate(table)}

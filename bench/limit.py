@@ -12,6 +12,7 @@ from .cases import Case, Move
 
 Run = Callable[[], object]
 STREAMS = 8  # arrays that the native loop takes
+LARGEST = 4 << 30  # bytes of a device copy, which does not get faster from there on
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def passes(moves: tuple[Move, ...]) -> list[Pass]:
 def limit(case: Case, device: str) -> tuple[Run, float]:
     """A function that moves (nearly) the case's bytes, and how many it moves."""
     if device.startswith("cuda"):
-        source = torch.zeros(max(64, int(case.bytes / 2)), dtype=torch.uint8, device=device)
+        n = max(64, min(int(case.bytes / 2), LARGEST))
+        source = torch.zeros(n, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source), 2.0 * source.numel()
     from genopt_ext import _C

@@ -138,10 +138,11 @@ def table(data: dict[str, Any]) -> Table:
         if LIMIT in entries:
             limit = entries[LIMIT]
             stats, info = limit["stats"], limit["extra_info"]
-            span = f"{duration(stats['q1'])} to {duration(stats['q3'])}"
+            whole = info["bytes"] / info["moved"] if "moved" in info else 1.0  # a copy on a GPU may move fewer
+            span = f"{duration(whole * stats['q1'])} to {duration(whole * stats['q3'])}"
             speed = f"{info['moved'] / stats['median'] / 1e9:.1f}" if "moved" in info else ""
             width = f"{info['bytes'] / info['elements']:.4g}" if info["bytes"] else ""
-            shown.add_row(title, LIMIT, duration(stats["median"]), span, width, speed, style="dim")
+            shown.add_row(title, LIMIT, duration(whole * stats["median"]), span, width, speed, style="dim")
             title = ""
         for row in mine:
             ours = is_ours(row.subject)

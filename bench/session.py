@@ -25,7 +25,21 @@ import torch
 from . import method
 from .cases import Case
 from .limit import limit
-from .subjects import OURS, SUBJECTS, Absent, Made, Run, check, expected, make, other, rotating, state_bytes, wrong_by
+from .subjects import (
+    OURS,
+    SUBJECTS,
+    Absent,
+    Made,
+    Run,
+    check,
+    expected,
+    forget,
+    make,
+    other,
+    rotating,
+    state_bytes,
+    wrong_by,
+)
 
 LIMIT = "limit"
 COPIES = 8
@@ -162,6 +176,7 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
             if prepared is not None:
                 runs[name], result.info[name], made[name] = prepared
     del truth
+    forget()
     gc.collect()
     if case.kind == "step" and len(case.shapes) == 1:
         for name in made:
@@ -296,7 +311,7 @@ def run(table: list[Case], settings: Settings, path: Path, told: Callable[[Case,
     options = ["-s", "-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={path}"]
     options += ["-W", "ignore::DeprecationWarning", "-W", "ignore::UserWarning", "-W", "ignore::FutureWarning"]
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = pytest.main([str(Path(__file__).parent / "test_cases.py"), *options], plugins=[plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or (code and not plugin.failed):
         raise RuntimeError(f"pytest ended with {code}:\n{said.getvalue()[-4000:]}")

@@ -223,12 +223,17 @@ def deepspeed(case: Case, params: Params) -> torch.optim.Optimizer | None:
 @lru_cache(maxsize=1)
 def _values(shapes: Any, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
     """Weights, as large as they are in models, and gradients: the same for all subjects."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(size: float) -> list[Tensor]:
-        return [(size * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
+        return [(size * torch.randn(shape, generator=generator, device=device)).to(dtype) for shape in shapes]
 
     return draw(0.02), draw(1.0)
+
+
+def forget() -> None:
+    """Frees what the subjects of a case share."""
+    _values.cache_clear()
 
 
 def parameters(case: Case, device: str = "cpu", shapes: Any = None) -> Params:
@@ -293,7 +298,7 @@ def clipping(subject: Subject, case: Case, device: str) -> Made | None:
 def quantizing(subject: Subject, case: Case, device: str) -> Made | None:
     """int8 in blocks of 256 into tensors that are there, where the subject can; and back."""
     forth = case.kind == "quantize"
-    x = torch.randn(case.elements, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(case.elements, generator=torch.Generator(device).manual_seed(0), device=device)
     if subject.name == OURS:
         q = quant.quantize(x, scheme="block", block_size=BLOCK)
         if forth:
@@ -453,7 +458,7 @@ def check(case: Case, device: str) -> None:
         for p, q in zip(*results, strict=True):
             if not torch.equal(p, q):
                 raise AssertionError(f"{case.name}: kernels and reference differ")
-    _values.cache_clear()
+    forget()
 
 
 def expected(case: Case, device: str) -> tuple[Tensor, Tensor]:
