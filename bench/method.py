@@ -63,16 +63,20 @@ def in_turn(
     try:
         while left() > 0 and any(len(times) < max_rounds for times in rounds.values()):
             shuffle(order)
+            taken = False
             fair = sum(spent.values()) / len(runs)
             for name in order:
                 enough = len(rounds[name]) >= min_rounds
                 if len(rounds[name]) >= max_rounds or (enough and spent[name] > fair):
                     continue
+                taken = True
                 if before is not None:
                     before()
                 start = time.perf_counter()
                 rounds[name].append(timed(runs[name], repeats[name])[0])
                 spent[name] += time.perf_counter() - start
+            if not taken:  # the fast ones are through, and the slow ones have had as much time
+                break
             if progress is not None:
                 progress(min(1.0, 1 - left()))
     finally:

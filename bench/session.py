@@ -280,9 +280,11 @@ class Plugin:
         benchmark._timer = Replay(seconds)
         benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self, config: Any) -> dict[str, Any]:
         return self.machine
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_commit_info(self, config: Any) -> dict[str, Any]:
         return {"id": self.machine["commit"], "dirty": self.machine["changed"], "time": self.machine["date"]}
 
