@@ -161,7 +161,7 @@ def cases(scale: float, memory: float) -> list[Case]:
 
     ``memory``: bytes that are free, of which the 1B list takes a fraction that lets ten subjects stand side by side.
     """
-    large: tuple[Shape, ...] = ((max(4096, int((1 << 26) * scale)),),)
+    large: tuple[Shape, ...] = ((max(1, int((1 << 14) * scale)) * 4096,),)  # whole blocks, which torchao needs
     m = f"{large[0][0] / 2**20:.3g}M"
     gpt2, gpt2_name = shrunk(_gpt2(), scale), "GPT-2" + _fraction(scale)
     llama = _llama()

@@ -69,8 +69,7 @@ def is_ours(subject: str) -> bool:
 def peers(entries: dict[str, Entry]) -> dict[str, float]:
     """Medians of the others that do the same; of all others where none does."""
     others = {s: e for s, e in entries.items() if s != LIMIT and not is_ours(s)}
-    # More precise state is a fair choice in the place of 8-bit state: who has it is a peer.
-    same = {s: e for s, e in others.items() if not e["extra_info"]["other"] or "int8" in e["extra_info"]["case"]}
+    same = {s: e for s, e in others.items() if e["extra_info"]["rival"]}
     return {s: e["stats"]["median"] for s, e in (same or others).items()}
 
 
@@ -140,7 +139,7 @@ def table(data: dict[str, Any]) -> Table:
             stats, info = limit["stats"], limit["extra_info"]
             whole = info["bytes"] / info["moved"] if "moved" in info else 1.0  # a copy on a GPU may move fewer
             span = f"{duration(whole * stats['q1'])} to {duration(whole * stats['q3'])}"
-            speed = f"{info['moved'] / stats['median'] / 1e9:.1f}" if "moved" in info else ""
+            speed = f"{info['moved'] / stats['median'] / 1e9:.3g}" if "moved" in info else ""
             width = f"{info['bytes'] / info['elements']:.4g}" if info["bytes"] else ""
             shown.add_row(title, LIMIT, duration(whole * stats["median"]), span, width, speed, style="dim")
             title = ""
@@ -155,7 +154,7 @@ def table(data: dict[str, Any]) -> Table:
                 duration(row.median),
                 f"{duration(row.low)} to {duration(row.high)}",
                 f"{row.bytes_an_element:.4g}" if row.bytes_an_element else "",
-                f"{row.speed / 1e9:.1f}" if row.speed else "",
+                f"{row.speed / 1e9:.3g}" if row.speed else "",
                 "" if row.of_limit is None else f"{row.of_limit:.0%}",
                 against if better else f"[red]{against}[/red]",
                 f"{row.info['state_bytes']:.3g}" if "state_bytes" in row.info else "",
@@ -274,7 +273,7 @@ def markdown_table(data: dict[str, Any]) -> list[str]:
         cells = [
             row.case,
             duration(row.median),
-            f"{row.speed / 1e9:.1f}" if row.speed else "",
+            f"{row.speed / 1e9:.3g}" if row.speed else "",
             "" if row.of_limit is None else f"{row.of_limit:.0%}",
             row.peer + peer_note(data, row),
             ratio(row.peer_over_ours),

@@ -137,8 +137,6 @@ def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[s
         error = info["error"] = round(wrong_by(made[0], *truth), 6)
         if not error < tolerance(case):
             raise Absent(f"computes something else: {error:.0%} off after two steps")
-    if made[0].optimizer is not None:
-        info["state_bytes"] = state_bytes(made[0].optimizer) / case.elements
     return rotating([each.run for each in made]), info, made[0]
 
 
@@ -171,7 +169,8 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
         except Exception as error:  # a package's own failure is no reason to lose the others' rows
             if name.startswith(OURS):
                 raise
-            result.absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            said = (str(error).splitlines() or [""])[0].split(". ")[0]
+            result.absent[name] = f"{type(error).__name__}: {said[:160]}"
         else:
             if prepared is not None:
                 runs[name], result.info[name], made[name] = prepared
@@ -183,21 +182,24 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
             peak = peak_above_rest(runs[name], device)
             if peak is not None:
                 result.info[name]["peak_bytes"] = peak / case.elements
-    steps = max(5, int(TRAINING_STEPS * min(1.0, 10 * settings.scale)))
+    steps = max(5, int(TRAINING_STEPS * min(1.0, 100 * settings.scale)))
     rounds = {"min_rounds": steps, "max_rounds": steps} if case.kind == "training" else {"max_rounds": 100}
     seconds = 0.0 if case.kind == "training" else settings.seconds
     result.rounds = method.in_turn(runs, seconds, device=device, progress=progress, **rounds)
     for name, each in made.items():
         info = result.info[name]
+        if each.optimizer is not None:
+            averages = case.dtype.itemsize if case.ema is not None and not name.startswith(OURS) else 0
+            info["state_bytes"] = state_bytes(each.optimizer) / case.elements + averages
         if each.training is not None:
+            info["optimizer_seconds"] = each.training.optimizer_seconds
             info["losses"] = [round(loss, 5) for loss in each.training.losses[-len(result.rounds[name]) :]]
         plan: Any = getattr(each.optimizer, "_plan", None)
-        if plan is not None and case.kind == "step":
+        if plan is not None and case.kind == "step" and device.startswith("cuda"):
             before = plan.launches
             each.run()
             info["launches"] = plan.launches - before
-            if device.startswith("cuda"):
-                info["host_ms"] = 1e3 * statistics.median(host_seconds(each.run) for _ in range(20))
+            info["host_ms"] = 1e3 * statistics.median(host_seconds(each.run) for _ in range(20))
     return result
 
 
@@ -261,6 +263,7 @@ class Plugin:
         if subject not in measured.rounds:
             pytest.skip(measured.absent.get(subject, "not a subject of this case"))
         seconds = measured.rounds[subject]
+        differs = other(subject, case) if subject != LIMIT else ""
         benchmark.group = case.name
         benchmark.extra_info |= {
             "case": case.name,
@@ -271,9 +274,12 @@ class Plugin:
             "bytes": case.bytes,
             "noise": round(method.noise(seconds), 4),
             "weight_bytes": case.dtype.itemsize,
-            "other": other(subject, case) if subject != LIMIT else "",
+            "other": differs,
+            # More precise state is a fair choice in the place of 8-bit state: who has it is a peer.
+            "rival": not differs or (case.kind == "step" and case.state == torch.int8),
             "scale": self.settings.scale,
             "main": case.main,
+            "plain": not (case.ours or case.amp or case.warm or case.kwargs) and case.dtype == torch.float32,
             "goal": case.goal,
             **measured.info[subject],
         }
@@ -296,6 +302,8 @@ class Plugin:
             # Quartiles are kept; single rounds matter only where each is a point of a curve.
             keep = entry["extra_info"]["kind"] == "training"
             data = entry["stats"].pop("data", [])
+            entry["params"] = {"subject": entry["extra_info"]["subject"]}  # a case's are long
+            del entry["options"]["timer"]
             if keep:
                 entry["stats"]["data"] = [float(f"{seconds:.4g}") for seconds in data]
 

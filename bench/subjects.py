@@ -104,6 +104,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 # --- optimizers ---------------------------------------------------------------------------------------------------
 
 
+def nothing(case: Case, params: Params) -> None:
+    """Of those that only quantize."""
+
+
 def ours(case: Case, params: Params, **more: Any) -> torch.optim.Optimizer:
     return getattr(optim, case.optimizer)(params, **case.kwargs, **(case.ours | more))
 
@@ -326,7 +330,7 @@ def quantizing(subject: Subject, case: Case, device: str) -> Made | None:
             blocks.copy_(codes * scale[:, None])
 
         return Made(torch.compile(quantize if forth else dequantize))
-    if subject.name == "torch foreach" and device == "cpu":  # one scale for all, the only one torch has natively
+    if subject.name == "torch per tensor" and device == "cpu":  # one scale for all, the only one torch has natively
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated
             theirs = torch.quantize_per_tensor(x, 0.05, 0, torch.qint8)
@@ -388,9 +392,10 @@ SUBJECTS: dict[str, Subject] = {
             "torch foreach",
             torchs(foreach=True),
             "torch.optim, foreach=True; torch's own",
-            kinds=("step", *_TRAINING, "clip", *_CODES),
+            kinds=("step", *_TRAINING, "clip"),
         ),
         Subject("torch for-loop", torchs(foreach=False), "torch.optim, a loop over tensors"),
+        Subject("torch per tensor", nothing, "torch.quantize_per_tensor and dequantize", kinds=_CODES),
         Subject("torch compiled", compiled, "torch.compile of torch's loop", kinds=("step", *_CODES)),
         Subject("bitsandbytes", bitsandbytes, "8-bit classes", package="bitsandbytes.optim", kinds=("step", *_CODES)),
         Subject("torchao", torchao, "8-bit classes", package="torchao.optim"),
@@ -416,7 +421,7 @@ def other(name: str, case: Case) -> str:
     if name == OURS + " int8":
         return "int8 moments"
     if case.kind in _CODES:
-        return "one scale for all" if name == "torch foreach" else ""
+        return "one scale for all" if name == "torch per tensor" else ""
     if case.kind in ("step", *_CHECKPOINT) and name.startswith("torch ") and differs(case):
         return differs(case)
     return ""

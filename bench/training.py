@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 
 import torch
 from torch import Tensor
@@ -28,14 +30,23 @@ class Training:
         self.batches: list[Tensor] = [batch.to(device) for batch in batches(ids, SETTINGS, 400, seed=0)]
         self.optimizer: torch.optim.Optimizer | None = None
         self.kept: list[Tensor] = []
+        self.spent: list[float] = []
 
     def run(self) -> None:
         loss = loss_of(self.model, self.batches[len(self.kept) % len(self.batches)])
         self.model.zero_grad()
         loss.backward()
         if self.optimizer is not None:
+            start = time.perf_counter()
             self.optimizer.step()
+            self.spent.append(time.perf_counter() - start)
         self.kept.append(loss.detach())  # a number only when all is over: that would wait for the device
+
+    @property
+    def optimizer_seconds(self) -> float | None:
+        """Of one step; None on a GPU, where the call returns before the step is done."""
+        on_cpu = self.params[0].device.type == "cpu" and self.spent
+        return statistics.median(self.spent) if on_cpu else None
 
     @property
     def losses(self) -> list[float]:
