@@ -7,6 +7,7 @@ section of the README from the newest committed result of each device; ``list`` 
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device")
     subjects = tuple(args.subjects or (name for name, subject in SUBJECTS.items() if subject.default))
-    settings = session.Settings(args.seconds, args.scale, args.device, subjects)
+    # Without --json: the README names the file that it was committed as.
+    given = ["--scale", f"{args.scale:g}", "--seconds", f"{args.seconds:g}", "--device", args.device]
+    given += ["--cases", *args.cases] * bool(args.cases) + ["--subjects", *args.subjects] * bool(args.subjects)
+    settings = session.Settings(args.seconds, args.scale, args.device, shlex.join(["run", *given]), subjects)
     table = selected(cases(args.scale, session.free_memory(args.device)), args.cases)
     path = args.json or session.default_path(args.device)
     failed = measured(table, settings, path)

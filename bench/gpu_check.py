@@ -126,6 +126,7 @@ class Report:
         self.path, self.start = path, time.perf_counter()
         self.data: dict[str, Any] = {"machine_info": method.machine(device), "checks": [], "benchmarks": []}
         self.data |= {"absent": {}, "failed": {}}
+        self.data["machine_info"]["command"] = "gpu-check"
         if commit:
             self.data["machine_info"] |= {"commit": commit, "changed": False}
 
@@ -175,7 +176,7 @@ def main() -> int:
         few = dataclasses.replace(case, warm=True) if dry else case
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "case.json"
-            settings = session.Settings(seconds, scale, device, (OURS, *others))
+            settings = session.Settings(seconds, scale, device, subjects=(OURS, *others))
             failed = session.run([few], settings, path, lambda case, share: None)
             if path.exists() and path.stat().st_size:
                 told.add(json.loads(path.read_text()))

@@ -320,15 +320,10 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
         picture = path.with_name(f"{path.stem}-{figure}.png")
         if picture.exists():
             lines += ["", f"![{title}]({picture.relative_to(root).as_posix()})"]
-    device = " --device cuda" if "cuda" in m["capability"] else ""
-    scale = data["benchmarks"][0]["extra_info"]["scale"]
-    lines += [
-        "",
-        "```sh",
-        f"python -m bench run --scale {scale:g}{device} --json {name}",
-        f"python -m bench plot {name}",
-    ]
-    return [*lines, "python -m bench readme --write", "```"]
+    again = [f"python -m bench {m['command']} --json {name}", f"python -m bench plot {name}"]
+    if m["command"] == "gpu-check":
+        again[0] = f"make gpu-check  # writes {name}"
+    return [*lines, "", "```sh", *again, "python -m bench readme --write", "```"]
 
 
 FIGURES = {

@@ -60,6 +60,7 @@ class Settings:
     seconds: float = 4.0
     scale: float = 0.25
     device: str = "cpu"
+    command: str = ""  # what makes the result again
     subjects: tuple[str, ...] = tuple(name for name, subject in SUBJECTS.items() if subject.default)
 
 
@@ -310,7 +311,7 @@ class Plugin:
     @property
     def machine(self) -> dict[str, Any]:
         if not hasattr(self, "_machine"):
-            self._machine = method.machine(self.settings.device)
+            self._machine = method.machine(self.settings.device) | {"command": self.settings.command}
         return self._machine
 
 
