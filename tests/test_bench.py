@@ -188,7 +188,8 @@ def entry(case: str, subject: str, median: float, **info: Any) -> dict[str, Any]
 def made_up() -> dict[str, Any]:
     machine = {
         "device": "Abacus", "threads": 2, "capability": "beads", "commit": "abc", "changed": False, "load": 0.5,
-        "date": "2026-01-02T03:04:05", "load at the end": 0.6, "command": "run --scale 1", "versions": {"torch": "9.9", "python": "3.99"},
+        "date": "2026-01-02T03:04:05", "load at the end": 0.6, "command": "run --scale 1",
+        "versions": {"torch": "9.9", "python": "3.99"},
     }  # fmt: skip
     entries = [
         entry("one", "limit", 1.0, moved=28e9),
