@@ -49,7 +49,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     data = json.loads(path.read_text())
     entries = data.get("benchmarks", []) if isinstance(data, dict) else []
-    if not entries or "kind" not in entries[0].get("extra_info", {}) or "device" not in data["machine_info"]:
+    if not entries or "kind" not in entries[0].get("extra_info", {}) or "device" not in data.get("machine_info", {}):
         raise ValueError(f"{path}: not made by python -m bench run of this version")
     return data
 
@@ -320,6 +320,8 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
         picture = path.with_name(f"{path.stem}-{figure}.png")
         if picture.exists():
             lines += ["", f"![{title}]({picture.relative_to(root).as_posix()})"]
+    for picture in sorted(path.parent.glob("*growth*.png"))[-1:]:  # python -m bench.growth's
+        lines += ["", f"![How time grows]({picture.relative_to(root).as_posix()})"]
     again = [f"python -m bench {m['command']} --json {name}", f"python -m bench plot {name}"]
     if m["command"] == "gpu-check":
         again[0] = f"make gpu-check  # writes {name}"
@@ -328,7 +330,6 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
 
 FIGURES = {
     "bandwidth": "Bandwidth of each case against the limit",
-    "tensors": "Time against the number of tensors",
     "memory": "Memory for a parameter",
     "loss": "Training loss against time",
 }

@@ -280,7 +280,6 @@ class Plugin:
             "rival": not differs or (case.kind == "step" and case.state == torch.int8),
             "scale": self.settings.scale,
             "main": case.main,
-            "plain": not (case.ours or case.amp or case.warm or case.kwargs) and case.dtype == torch.float32,
             "goal": case.goal,
             **measured.info[subject],
         }
