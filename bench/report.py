@@ -298,11 +298,12 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
     name = path.relative_to(root).as_posix()
     packages = ", ".join(f"{package} {version}" for package, version in m["versions"].items())
     changed = " with changes" if m["changed"] else ""
-    load_said = f"load average {m['load']:g} at the beginning, {m['load at the end']:g} at the end"
+    loads = {"at the beginning": m["load"], "at the end": m["load at the end"]}
+    load_said = ", ".join(f"{load:g} {when}" for when, load in loads.items() if load is not None)
     lines = [f"### {m['device']}", ""]
     lines += [
-        f"{m['date'][:10]}, commit {m['commit']}{changed}, {m['threads']} threads, {m['capability']}, {load_said}. "
-        f"{packages}. [All rows]({name}).",
+        f"{m['date'][:10]}, commit {m['commit']}{changed}, {m['threads']} threads, {m['capability']}, "
+        f"load average {load_said}. {packages}. [All rows]({name}).",
         "",
         *markdown_table(data),
         "",

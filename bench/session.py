@@ -227,6 +227,7 @@ class Plugin:
 
     def __init__(self, table: list[Case], settings: Settings, told: Callable[[Case, float], object]) -> None:
         self.table, self.settings, self.told = table, settings, told
+        self.machine = method.machine(settings.device) | {"command": settings.command}  # as it is before the first case
         self.case: Case | None = None
         self.measured: Measured | AssertionError | RuntimeError = Measured()
         self.failed: dict[str, str] = {}
@@ -306,12 +307,6 @@ class Plugin:
             del entry["options"]["timer"]
             if keep:
                 entry["stats"]["data"] = [float(f"{seconds:.4g}") for seconds in data]
-
-    @property
-    def machine(self) -> dict[str, Any]:
-        if not hasattr(self, "_machine"):
-            self._machine = method.machine(self.settings.device) | {"command": self.settings.command}
-        return self._machine
 
 
 def run(table: list[Case], settings: Settings, path: Path, told: Callable[[Case, float], object]) -> dict[str, str]:
