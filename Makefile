@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint cuda-on-cpu instructions gpu-check clean
+.PHONY: demo test bench bench-peers lint cuda-on-cpu instructions gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_gpt.py
@@ -16,7 +16,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench run
+
+# Others' optimizers, for make bench to compare with.
+bench-peers: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements-peers.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

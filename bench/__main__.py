@@ -1,113 +1,152 @@
-"""``python -m bench``: times the cases, prints the table, draws the plot. Results go to bench/results/local."""
+"""``python -m bench``: times optimizers against each other and against the limit of memory.
+
+``run`` measures and shows; ``compare`` sets two results side by side; ``plot`` draws one; ``readme`` writes the
+section of the README from the newest committed result of each device; ``list`` tells the cases and subjects.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
+import shlex
+import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from . import method, plots, report, session
+from .cases import Case, cases, selected, short
+from .subjects import SUBJECTS
 
-HERE = Path(__file__).parent
-NOISY = 0.25  # interquartile range over median
-
-
-def load(path: Path) -> dict[str, dict[str, Any]]:
-    """{case: {subject: pytest-benchmark's entry}}."""
-    results: dict[str, dict[str, Any]] = defaultdict(dict)
-    for entry in json.loads(path.read_text())["benchmarks"]:
-        results[entry["extra_info"]["case"]][entry["extra_info"]["subject"]] = entry
-    return results
+CONSOLE = Console(width=None if sys.stdout.isatty() else 190)
 
 
-def table(results: dict[str, dict[str, Any]]) -> Table:
-    shown = Table(title="One optimizer step: medians of rounds taken in turn")
-    for name in ("case", "floor ms", "ours ms", "torch's best ms", "ours / floor", "torch / ours", "GB/s", "noisy"):
-        shown.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
-    for case, by_subject in results.items():
-        ms = {subject: entry["stats"]["median"] * 1e3 for subject, entry in by_subject.items()}
-        ours, floor = ms["genopt_ext"], ms["floor"]
-        theirs = {subject: value for subject, value in ms.items() if subject.startswith("torch")}
-        best = min(theirs, key=theirs.__getitem__)
-        info = by_subject["genopt_ext"]["extra_info"]
-        noise = max(by_subject[subject]["extra_info"]["noise"] for subject in ("floor", "genopt_ext", best))
-        shown.add_row(
-            case,
-            f"{floor:.2f}",
-            f"{ours:.2f}",
-            f"{theirs[best]:.2f} ({best.removeprefix('torch ')})",
-            f"{ours / floor:.2f}",
-            f"{theirs[best] / ours:.2f}",
-            f"{info['bytes'] / ours / 1e6:.1f}",
-            f"{noise:.0%}" if noise > NOISY else "",
-        )
-    return shown
+def measured(table: list[Case], settings: session.Settings, path: Path) -> dict[str, str]:
+    """Runs the cases under a progress bar; returns those that failed, and why."""
+    columns = TextColumn("{task.description:44}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
+    stderr = Console(file=sys.stderr)  # this one: while pytest runs, sys.stderr is another
+    with Progress(*columns, TimeElapsedColumn(), console=stderr, redirect_stdout=False) as progress:
+        task = progress.add_task("", total=len(table))
+        place = {case.name: i for i, case in enumerate(table)}
+
+        def told(case: Case, share: float) -> None:
+            progress.update(task, completed=place[case.name] + share, description=case.name)
+
+        failed = session.run(table, settings, path, told)
+        progress.update(task, completed=len(table), description="done")
+    return failed
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Time relative to the floor: 1 is as fast as memory allows."""
-    names = list(results)
-    figure, axes = plt.subplots(figsize=(9, 0.55 * len(names) + 1.5), layout="constrained")
-    labels = sorted({s for by_subject in results.values() for s in by_subject} - {"floor"})
-    height = 0.8 / len(labels)
-    for k, label in enumerate(labels):
-        bars = [
-            (i + (k - (len(labels) - 1) / 2) * height, r[label]["stats"]["median"] / r["floor"]["stats"]["median"])
-            for i, r in enumerate(results.values())
-            if label in r
-        ]
-        axes.barh([y for y, _ in bars], [x for _, x in bars], height, label=label)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set(
-        xscale="log", yticks=range(len(names)), xlabel="time over the floor of the bytes moved (log; 1 is the limit)"
-    )
-    axes.set_yticklabels(names)
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def show(path: Path) -> None:
+    data = report.load(path)
+    CONSOLE.print(report.table(data))
+    for line in [*report.footnotes(data), *report.verdicts(data)]:
+        CONSOLE.print(line, markup=False)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--scale", default="0.25", help="1 times single tensors of 64M elements (default: 0.25)")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--seconds", default="6", help="time for each case (default: 6)")
-    parser.add_argument("--compiled", action="store_true", help="also time torch.compile of torch's step")
-    parser.add_argument("--report", type=Path, help="only show the results in this JSON")
-    args = parser.parse_args()
-    path = args.report
-    if path is None:
-        path = HERE / "results" / "local" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        env = {
-            **os.environ,
-            "BENCH_SCALE": args.scale,
-            "BENCH_CASES": args.cases,
-            "BENCH_SECONDS": args.seconds,
-            "BENCH_COMPILED": str(int(args.compiled)),
-        }
-        options = ["-q", "--benchmark-only", f"--benchmark-json={path}", "--benchmark-columns=median,iqr,rounds"]
-        command = [sys.executable, "-m", "pytest", str(HERE / "test_steps.py"), *options]
-        code = subprocess.run(command, env=env, cwd=HERE.parent).returncode
-        if code:
-            return code
-    results = load(path)
-    Console(width=None if sys.stdout.isatty() else 130).print(table(results))
-    plot(results, path.with_suffix(".png"))
-    print(f"results: {path}\nplot: {path.with_suffix('.png')}")
+def run(args: argparse.Namespace) -> int:
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device")
+    subjects = tuple(args.subjects or (name for name, subject in SUBJECTS.items() if subject.default))
+    # Without --json: the README names the file that it was committed as.
+    given = ["--scale", f"{args.scale:g}", "--seconds", f"{args.seconds:g}", "--device", args.device]
+    given += ["--cases", *args.cases] * bool(args.cases) + ["--subjects", *args.subjects] * bool(args.subjects)
+    settings = session.Settings(args.seconds, args.scale, args.device, shlex.join(["run", *given]), subjects)
+    table = selected(cases(args.scale, session.free_memory(args.device)), args.cases)
+    path = args.json or session.default_path(args.device)
+    failed = measured(table, settings, path)
+    show(path)
+    print(f"results: {path}")
+    if not args.no_plots:
+        print("figures:", *plots.draw(path), sep="\n  ")
+    return int(bool(failed))
+
+
+def compare(args: argparse.Namespace) -> int:
+    CONSOLE.print(report.comparison(report.load(args.a), report.load(args.b)))
+    tool = shutil.which("pytest-benchmark", path=str(Path(sys.executable).parent)) or shutil.which("pytest-benchmark")
+    if args.times and tool:  # pytest-benchmark's own comparison
+        columns = ["--columns=median,iqr,rounds", "--sort=name", "--group-by=group"]
+        return subprocess.run([tool, "compare", *columns, str(args.a), str(args.b)]).returncode
     return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    print(*plots.draw(args.file), sep="\n")
+    return 0
+
+
+def readme(args: argparse.Namespace) -> int:
+    paths = report.newest()
+    if not paths:
+        raise ValueError(
+            "bench/results has no result of python -m bench run --json bench/results/DEVICE/DATE-COMMIT.json"
+        )
+    text = report.markdown(paths)
+    if args.write:
+        report.write_between(method.ROOT / "README.md", report.BEGIN, text)
+        print("README.md is written from", *[path.relative_to(method.ROOT) for path in paths])
+    else:
+        print(text)
+    return 0
+
+
+def show_list(args: argparse.Namespace) -> int:
+    shown = Table(title="Cases")
+    for name in ("case", "kind", "tensors", "elements", "B/param"):
+        shown.add_column(name, justify="left" if name in ("case", "kind") else "right", no_wrap=True)
+    for case in cases(args.scale, session.free_memory()):
+        width = f"{case.bytes_an_element:.4g}" if case.moves else ""
+        shown.add_row(case.name, case.kind, str(len(case.shapes)), f"{case.elements:,}", width)
+    CONSOLE.print(shown)
+    who = Table(title=f"Subjects ({short(torch.float32)} unless a case says otherwise)")
+    for name in ("subject", "what", "here"):
+        who.add_column(name, no_wrap=name != "what")
+    for subject in SUBJECTS.values():
+        why = subject.why_absent()
+        who.add_row(subject.name, subject.about, f"absent: {why}" if why else "yes")
+    CONSOLE.print(who)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="measure cases, show the table, draw the figures")
+    one.add_argument("--cases", nargs="+", default=[], metavar="PART", help="part of a name, or a regular expression")
+    one.add_argument("--subjects", nargs="+", default=[], choices=list(SUBJECTS), metavar="NAME", help="see: list")
+    one.add_argument("--scale", type=float, default=0.25, help="1: single tensors of 64M elements (default: 0.25)")
+    one.add_argument("--seconds", type=float, default=4.0, help="time for the turns of each case (default: 4)")
+    one.add_argument("--device", default="cpu", help="cpu or cuda")
+    one.add_argument("--json", type=Path, help="where the result goes (default: bench/results/local)")
+    one.add_argument("--no-plots", action="store_true")
+    one.set_defaults(do=run)
+    two = commands.add_parser("compare", help="ratios of two results, side by side")
+    two.add_argument("a", type=Path)
+    two.add_argument("b", type=Path)
+    two.add_argument("--times", action="store_true", help="also pytest-benchmark's comparison of times")
+    two.set_defaults(do=compare)
+    three = commands.add_parser("plot", help="draw a result's figures beside it")
+    three.add_argument("file", type=Path)
+    three.set_defaults(do=plot)
+    four = commands.add_parser("readme", help="the README's section, from the newest result of each device")
+    four.add_argument("--write", action="store_true", help="put it between the README's markers")
+    four.set_defaults(do=readme)
+    five = commands.add_parser("list", help="cases, and who can take part here")
+    five.add_argument("--scale", type=float, default=0.25)
+    five.set_defaults(do=show_list)
+    args = parser.parse_args(argv)
+    try:
+        return args.do(args)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench {args.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,215 +1,246 @@
-"""The cases that are timed, and for each the subjects that take turns."""
+"""The cases that are timed: which tensors, which optimizer, how its state is stored, and the bytes that this moves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
-import genopt_ext
-from genopt_ext import optim
-
-from . import quantize
 
 Shape = tuple[int, ...]
+BLOCK = 256  # elements that share a scale of 8-bit state, and of quantize
 
-GPT2: list[Shape] = [
-    (50257, 768),
-    (1024, 768),
-    *(
-        [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
-        + [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
-    )
-    * 12,
-    (768,),
-    (768,),
-]
+
+@dataclass(frozen=True)
+class Move:
+    """Something of ``width`` bytes an element that is read and written so many times."""
+
+    width: float
+    read: int
+    written: int
 
 
 @dataclass(frozen=True)
 class Case:
-    """``arrays`` tensors as large as the parameters are read in a step, of which ``written`` are written.
+    """One row of the table. ``state``: how moments are stored; None: in the parameter's dtype, as torch does.
 
-    ``clip``: the norm of all gradients is clipped before, one array more to read. ``ema``: the weights' average is
-    kept. ``optimizer`` may be ``clip_grad_norm_``, ``quantize`` or ``dequantize``, which then is all there is.
+    ``kind``: ``step``, the optimizer's; ``clip``, ``clip_grad_norm_`` alone; ``quantize``, ``dequantize``;
+    ``training``, whole steps of the demo's model; ``save``, ``load``, the optimizer's checkpoint.
+    ``amp``: a GradScaler looks for infinities. ``warm``: tensors are few enough for the caches, and not rotated.
+    ``main``: the README shows it. ``goal``: what it is to reach, where somebody said so.
     """
 
     name: str
     optimizer: str
     shapes: tuple[Shape, ...]
-    arrays: int
-    written: int
+    kind: str = "step"
     dtype: torch.dtype = torch.float32
+    state: torch.dtype | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
-    cold: bool = False
     clip: float | None = None
     ema: float | None = None
-    coded: int = 0  # moments stored in 8 bits, which are read and written beside the arrays
-    rounding: str = "nearest"  # of 16-bit parameters
+    amp: bool = False
+    rounding: str = "nearest"
+    master: bool = False
+    warm: bool = False
+    main: bool = False
+    goal: str = ""
 
     @property
     def elements(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
-    def bytes(self) -> int:
-        if self.optimizer in quantize.NAMES:
-            return self.elements * 5 + self.elements // 64
-        plain = self.dtype.itemsize * (self.arrays + self.written + (self.clip is not None))
-        return int(self.elements * (plain + self.coded * 2 * (1 + 4 / 256)))
+    def moments(self) -> int:
+        on = [name for name in ("momentum", "centered", "amsgrad") if self.kwargs.get(name)]
+        return {"SGD": 0, "Adam": 2, "AdamW": 2, "RMSprop": 1, "Adagrad": 1}[self.optimizer] + len(on)
+
+    @property
+    def stored(self) -> tuple[float, ...]:
+        """Bytes an element of each thing that the optimizer keeps."""
+        moment = 1 + 4 / BLOCK if self.state == torch.int8 else float((self.state or self.dtype).itemsize)
+        extra = {"kahan": self.rounding == "kahan", "master": self.master, "ema": self.ema is not None}
+        widths = {"kahan": self.dtype.itemsize, "master": 4, "ema": self.dtype.itemsize}
+        return (moment,) * self.moments + tuple(float(widths[name]) for name, kept in extra.items() if kept)
+
+    @property
+    def state_bytes(self) -> float:
+        """An element."""
+        return sum(self.stored)
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The least that must go through memory; nothing for ``training``, which has no such bound."""
+        width = self.dtype.itemsize
+        coded = 1 + 4 / BLOCK
+        if self.kind == "step":
+            # The norm, and the search for infinities, must be through with all gradients before the first update.
+            gradient = Move(width, 1 + (self.clip is not None or self.amp), 0)
+            return Move(width, int(not self.master), 1), gradient, *(Move(kept, 1, 1) for kept in self.stored)
+        return {
+            "clip": (Move(width, 1, 0),),
+            "quantize": (Move(width, 1, 0), Move(coded, 0, 1)),
+            "dequantize": (Move(coded, 1, 0), Move(width, 0, 1)),
+            "save": (Move(self.state_bytes, 1, 1),),
+            "load": (Move(self.state_bytes, 1, 1),),
+            "training": (),
+        }[self.kind]
+
+    @property
+    def bytes(self) -> float:
+        """Moved by one round."""
+        return self.elements * self.bytes_an_element
+
+    @property
+    def bytes_an_element(self) -> float:
+        return sum(move.width * (move.read + move.written) for move in self.moves)
 
     @property
     def ours(self) -> dict[str, Any]:
         """Options that only our classes have."""
-        given = {"max_grad_norm": self.clip, "ema_decay": self.ema}
-        given.update({"state_dtype": torch.int8, "min_int8_size": 0} if self.coded else {})
-        given.update({"param_rounding": self.rounding} if self.rounding != "nearest" else {})
-        return {name: value for name, value in given.items() if value is not None}
+        options: dict[str, Any] = {}
+        if self.clip is not None:
+            options["max_grad_norm"] = self.clip
+        if self.ema is not None:
+            options["ema_decay"] = self.ema
+        if self.state is not None:
+            options["state_dtype"] = self.state
+        if self.state == torch.int8:
+            options["min_int8_size"] = 0
+        if self.rounding != "nearest":
+            options["param_rounding"] = self.rounding
+        if self.master:
+            options["master_weights"] = True
+        return options
 
 
-def cases(scale: float) -> list[Case]:
-    """The table; ``scale`` shrinks the one-tensor cases from 64M elements."""
-    large = ((max(4096, int((1 << 26) * scale)),),)
-    gpt2 = tuple(shape if scale >= 1 else (max(1, int(math.prod(shape) * scale)),) for shape in GPT2)
-    name = "GPT-2" + (f" x{scale:g}" if scale < 1 else "")
-    million = f"{large[0][0] / 2**20:.3g}M"
+def short(dtype: torch.dtype) -> str:
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _gpt2() -> tuple[Shape, ...]:
+    norm, width = (768,), 768
+    attention = [norm, norm, (width, 3 * width), (3 * width,), (width, width), norm]
+    mlp = [norm, norm, (width, 4 * width), (4 * width,), (4 * width, width), norm]
+    return ((50257, width), (1024, width), *(attention + mlp) * 12, norm, norm)
+
+
+LLAMA = {"width": 2048, "keys": 512, "hidden": 8192, "layers": 16, "words": 128256}
+
+
+def _llama_linears() -> list[Shape]:
+    width, keys, hidden = (LLAMA[name] for name in ("width", "keys", "hidden"))
+    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    return attention + [(hidden, width), (hidden, width), (width, hidden)]
+
+
+def _llama() -> tuple[Shape, ...]:
+    norm = (LLAMA["width"],)
+    return ((LLAMA["words"], LLAMA["width"]), *[*_llama_linears(), norm, norm] * LLAMA["layers"], norm)
+
+
+def _lora(layers: int = 32, ranks: tuple[int, ...] = (8, 16), adapters: int = 2) -> tuple[Shape, ...]:
+    """A and B of every linear layer, for ``adapters`` adapters of each rank."""
+    pairs = [((rank, n), (m, rank)) for m, n in _llama_linears() for rank in ranks]
+    return tuple(shape for pair in pairs for shape in pair) * layers * adapters
+
+
+def shrunk(shapes: tuple[Shape, ...], scale: float) -> tuple[Shape, ...]:
+    """As many tensors, with ``scale`` of the elements each."""
+    return shapes if scale >= 1 else tuple((max(1, int(math.prod(shape) * scale)),) for shape in shapes)
+
+
+def _fraction(scale: float) -> str:
+    return f" /{round(1 / scale)}" if scale < 1 else ""
+
+
+def cases(scale: float, memory: float) -> list[Case]:
+    """The table. ``scale`` shrinks the large cases from 64M elements, and the many small tensors from 0.01 on.
+
+    ``memory``: bytes that are free, of which the 1B list takes a fraction that lets ten subjects stand side by side.
+    """
+    large: tuple[Shape, ...] = ((max(1, int((1 << 14) * scale)) * 4096,),)  # whole blocks, which torchao needs
+    m = f"{large[0][0] / 2**20:.3g}M"
+    gpt2, gpt2_name = shrunk(_gpt2(), scale), "GPT-2" + _fraction(scale)
+    llama = _llama()
+    share = min(scale, 0.4 * memory / (160 * sum(map(math.prod, llama))))
+    share = 2.0 ** math.floor(math.log2(share)) if share < 1 else 1.0
+    few = min(1.0, 100 * scale)
+    lora = shrunk(_lora(max(1, int(32 * few))), scale)
+
+    def many(count: int, size: int) -> tuple[tuple[Shape, ...], str]:
+        return ((size,),) * max(1, int(count * few)), f"{max(1, int(count * few))}x{size}"
+
+    (small, small_name), (tiny, tiny_name), (single, single_name) = many(2000, 1024), many(20000, 64), many(2000, 1)
+    bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.int8
     momentum, centered = {"momentum": 0.9}, {"centered": True, "momentum": 0.9}
-    small, tiny = ((1024,),) * 2000, ((64,),) * 20000
     return [
-        Case(f"AdamW {million}", "AdamW", large, 4, 3),
-        Case("AdamW " + name, "AdamW", gpt2, 4, 3),
-        Case(f"AdamW bf16 {million}", "AdamW", large, 4, 3, torch.bfloat16),
-        Case("AdamW 2000x1024", "AdamW", small, 4, 3),
-        Case("AdamW 2000x1024 cold", "AdamW", small, 4, 3, cold=True),
-        Case("AdamW 20000x64", "AdamW", tiny, 4, 3),
-        Case("AdamW 20000x64 cold", "AdamW", tiny, 4, 3, cold=True),
-        Case("AdamW 2000x1", "AdamW", ((1,),) * 2000, 4, 3),
-        Case(f"RMSprop {million}", "RMSprop", large, 3, 2),
-        Case(f"RMSprop centered momentum {million}", "RMSprop", large, 5, 4, kwargs=centered),
-        Case(f"SGD momentum {million}", "SGD", large, 3, 2, kwargs=momentum),
-        Case("SGD momentum 2000x1024", "SGD", small, 3, 2, kwargs=momentum),
-        Case(f"Adagrad {million}", "Adagrad", large, 3, 2),
-        Case("Adagrad 2000x1024", "Adagrad", small, 3, 2),
-        Case("AdamW clipped " + name, "AdamW", gpt2, 4, 3, clip=1.0),
-        Case("AdamW clipped 2000x1024", "AdamW", small, 4, 3, clip=1.0),
-        Case("AdamW clipped 20000x64", "AdamW", tiny, 4, 3, clip=1.0),
-        Case("clip_grad_norm_ " + name, "clip_grad_norm_", gpt2, 1, 0),
-        Case(f"AdamW int8 {million}", "AdamW", large, 2, 1, coded=2),
-        Case(f"AdamW int8 bf16 {million}", "AdamW", large, 2, 1, torch.bfloat16, coded=2),
-        Case("AdamW int8 2000x1024", "AdamW", small, 2, 1, coded=2),
-        Case(f"AdamW bf16 stochastic {million}", "AdamW", large, 4, 3, torch.bfloat16, rounding="stochastic"),
-        Case(f"RMSprop int8 {million}", "RMSprop", large, 2, 1, coded=1),
-        Case(f"AdamW EMA {million}", "AdamW", large, 5, 4, ema=0.999),
-        Case(f"quantize int8 block 256 {million}", "quantize", large, 1, 0),
-        Case(f"dequantize int8 block 256 {million}", "dequantize", large, 1, 0),
+        Case(f"AdamW {m}", "AdamW", large, main=True),
+        Case(f"Adam {m}", "Adam", large),
+        Case(f"SGD momentum {m}", "SGD", large, kwargs=momentum, main=True),
+        Case(f"RMSprop {m}", "RMSprop", large, main=True),
+        Case(f"RMSprop centered momentum {m}", "RMSprop", large, kwargs=centered),
+        Case(f"Adagrad {m}", "Adagrad", large, main=True),
+        Case(f"AdamW {gpt2_name}", "AdamW", gpt2, main=True),
+        Case(f"AdamW Llama 1B{_fraction(share)}", "AdamW", shrunk(llama, share), main=True),
+        Case(f"AdamW LoRA{_fraction(scale)} ({len(lora)})", "AdamW", lora, main=True),
+        Case(f"AdamW {small_name}", "AdamW", small, main=True),
+        Case(f"AdamW {small_name} warm", "AdamW", small, warm=True),
+        Case(f"AdamW {tiny_name}", "AdamW", tiny, main=True),
+        Case(f"AdamW {tiny_name} warm", "AdamW", tiny, warm=True),
+        Case(f"AdamW {single_name}", "AdamW", single, main=True),
+        Case(f"SGD momentum {small_name}", "SGD", small, kwargs=momentum),
+        Case(f"Adagrad {small_name}", "Adagrad", small),
+        Case(f"AdamW bf16 {m}", "AdamW", large, dtype=bf16, main=True),
+        Case(f"AdamW bf16 kahan {m}", "AdamW", large, dtype=bf16, rounding="kahan"),
+        Case(f"AdamW mixed {m}", "AdamW", large, dtype=bf16, state=fp32, main=True),
+        Case(f"AdamW mixed stochastic {m}", "AdamW", large, dtype=bf16, state=fp32, rounding="stochastic", main=True),
+        Case(f"AdamW mixed master {m}", "AdamW", large, dtype=bf16, state=fp32, master=True),
+        Case(f"AdamW bf16 state {m}", "AdamW", large, state=bf16),
+        Case(f"AdamW int8 {m}", "AdamW", large, state=int8, main=True),
+        Case(f"AdamW int8 bf16 {m}", "AdamW", large, dtype=bf16, state=int8, main=True),
+        Case(f"AdamW int8 {small_name}", "AdamW", small, state=int8),
+        Case(f"RMSprop int8 {m}", "RMSprop", large, state=int8),
+        Case(f"AdamW clipped {gpt2_name}", "AdamW", gpt2, clip=1.0, main=True),
+        Case(f"AdamW clipped {small_name}", "AdamW", small, clip=1.0),
+        Case(f"AdamW AMP {gpt2_name}", "AdamW", gpt2, amp=True),
+        Case(f"AdamW AMP clipped {gpt2_name}", "AdamW", gpt2, amp=True, clip=1.0, main=True),
+        Case(f"AdamW EMA {m}", "AdamW", large, ema=0.999, main=True),
+        Case(f"clip_grad_norm_ {gpt2_name}", "AdamW", gpt2, kind="clip"),
+        Case(f"quantize int8 {m}", "AdamW", large, kind="quantize", main=True),
+        Case(f"dequantize int8 {m}", "AdamW", large, kind="dequantize", main=True),
+        Case(f"save AdamW {gpt2_name}", "AdamW", gpt2, kind="save"),
+        Case(f"load AdamW {gpt2_name}", "AdamW", gpt2, kind="load"),
+        Case("training step of the demo's GPT", "AdamW", gpt_shapes(), kind="training", main=True),
     ]
 
 
-def parameters(case: Case, largest: int | None = None) -> list[torch.nn.Parameter]:
-    """Parameters with gradients; at most 50 tensors of ``largest`` elements where that is given."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = case.shapes
-    if largest is not None:
-        shapes = tuple((min(math.prod(shape), largest),) for shape in shapes[:50])
-    params = []
-    for shape in shapes:
-        p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(case.dtype))
-        p.grad = torch.randn(shape, generator=generator).to(case.dtype)
-        params.append(p)
-    return params
+def gpt_shapes() -> tuple[Shape, ...]:
+    from examples.train_gpt import load_text
+
+    from .training import small_gpt
+
+    with torch.device("meta"):
+        return tuple(tuple(p.shape) for p in small_gpt(load_text()[1]).parameters())
 
 
-def floor(case: Case) -> Callable[[], None]:
-    """Moves the case's bytes and computes nothing."""
-    if case.optimizer in quantize.NAMES:
-        return quantize.floor(case.optimizer, case.elements)
-    from genopt_ext import _C
+def selected(table: list[Case], wanted: list[str]) -> list[Case]:
+    """Those whose name contains, or matches as a regular expression, any of ``wanted``; all where it is empty.
 
-    nbytes = case.elements * case.dtype.itemsize // 64 * 64
-    buffers: list[Tensor] = [torch.zeros(nbytes + 64, dtype=torch.uint8) for _ in range(case.arrays)]
-    arrays = [(-(-b.data_ptr() // 64) * 64, i < case.written) for i, b in enumerate(buffers)]
-    codes = None
-    if case.coded:
-        codes = torch.zeros(int(case.elements * case.coded * (1 + 4 / 256)) // 64 * 64, dtype=torch.uint8)
-    threads = torch.get_num_threads()
+    Raises:
+        ValueError: none does.
+    """
+    import re
 
-    def run() -> None:
-        assert buffers
-        if case.clip is not None:
-            _C.stream(arrays[-1:], nbytes, threads)
-        _C.stream(arrays, nbytes, threads)
-        if codes is not None:
-            _C.stream([(codes.data_ptr(), True)], codes.numel(), threads)
+    def fits(name: str, pattern: str) -> bool:
+        try:
+            return pattern.lower() in name.lower() or re.search(pattern, name, re.IGNORECASE) is not None
+        except re.error:
+            return False
 
-    return run
-
-
-def stepping(case: Case, variant: str | None) -> Callable[[], Any]:
-    """The whole step of one subject; ``variant``: torch's; None: ours."""
-    params = parameters(case)
-    if case.optimizer == "clip_grad_norm_":  # with a bound that no norm reaches, so that nothing is written
-        clip: Any = torch.nn.utils.clip_grad_norm_ if variant else genopt_ext.clip_grad_norm_
-        return lambda: clip(params, 1e9)
-    if variant is None:
-        return getattr(optim, case.optimizer)(params, **case.kwargs, **case.ours).step
-    kwargs: dict[str, Any] = {"lr": torch.tensor(1e-3)} if variant == "compiled" else {variant: True}
-    foreach = {"foreach": False} if variant == "compiled" else {}
-    opt = getattr(torch.optim, case.optimizer)(params, **kwargs, **foreach, **case.kwargs)
-    step = torch.compile(opt.step) if variant == "compiled" else opt.step
-    averages = [p.detach().clone() for p in params] if case.ema is not None else []
-
-    def run() -> None:
-        if case.clip is not None:
-            torch.nn.utils.clip_grad_norm_(params, case.clip)
-        step()
-        if case.ema is not None:  # as AveragedModel's get_ema_multi_avg_fn
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, params, 1.0 - case.ema)
-
-    return run if case.ours else step
-
-
-def subjects(case: Case, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """What takes turns: the floor, ours, and torch's own implementations."""
-    if case.optimizer in quantize.NAMES:
-        names = {
-            "genopt_ext": None,
-            "torch per tensor": "per tensor",
-            **({"torch compiled": "compiled"} if compiled else {}),
-        }
-        running = {name: quantize.running(case.optimizer, case.elements, variant) for name, variant in names.items()}
-        return {"floor": floor(case), **running}
-    made = {"floor": floor(case), "genopt_ext": stepping(case, None)}
-    if case.optimizer not in ("RMSprop", "clip_grad_norm_"):
-        made["torch fused"] = stepping(case, "fused")
-    if len(case.shapes) <= 2000:
-        made["torch foreach"] = stepping(case, "foreach")
-    if compiled and len(case.shapes) == 1 and not case.ours:
-        made["torch compiled"] = stepping(case, "compiled")
-    return made
-
-
-def check(case: Case) -> None:
-    """The kernels' result is the reference's, bit for bit, on a small copy of the case."""
-    if case.optimizer in quantize.NAMES:
-        quantize.check(case.optimizer, case.elements)
-        return
-    if case.optimizer == "clip_grad_norm_":
-        params = parameters(case, largest=5000)
-        norm = genopt_ext.get_total_norm([p.grad.double() for p in params if p.grad is not None])
-        torch.testing.assert_close(genopt_ext.clip_grad_norm_(params, 1.0).double(), norm, rtol=1e-6, atol=0)
-        return
-    results = []
-    for backend in ("cpu", "reference"):
-        params = parameters(case, largest=5000)
-        opt = getattr(optim, case.optimizer)(params, backend=backend, **case.kwargs, **case.ours)
-        for _ in range(2):
-            opt.step()
-        results.append(params)
-    for p, q in zip(*results, strict=True):
-        if not torch.equal(p, q):
-            raise AssertionError(f"{case.name}: kernels and reference differ")
+    found = [case for case in table if not wanted or any(fits(case.name, pattern) for pattern in wanted)]
+    if not found:
+        raise ValueError(f"no case is called {' or '.join(map(repr, wanted))}; python -m bench list shows them")
+    return found

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import report
 from bench.models import TASKS
 from genopt_ext import optim
 
@@ -290,11 +291,7 @@ def write_readme(text: str, path: Path) -> None:
     Raises:
         ValueError: the markers are not there.
     """
-    old = path.read_text()
-    if BEGIN not in old or END not in old.split(BEGIN)[1]:
-        raise ValueError(f"bench.quality --readme: {path.name} has no lines {BEGIN!r} and {END!r}; add them")
-    head, rest = old.split(BEGIN, 1)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    report.write_between(path, BEGIN, text, END)
 
 
 def smoothed(losses: list[float]) -> list[float]:

@@ -1,0 +1,374 @@
+"""What a result says: rows, a table for the terminal, comparisons, and the README's section."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .method import NOISY, ROOT
+
+OURS, LIMIT = "genopt_ext", "limit"
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- python -m bench readme --write: begin -->", "<!-- end -->"
+NEAR = 0.95  # of the limit, from which on a row is as good as it gets
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject in one case. ``of_limit`` compares bytes a second; None where a case has no limit."""
+
+    case: str
+    subject: str
+    median: float
+    low: float
+    high: float
+    noise: float
+    bytes_an_element: float
+    speed: float  # bytes a second
+    of_limit: float | None
+    peer: str  # the best of the others
+    peer_over_ours: float | None  # above 1: slower than this row
+    info: dict[str, Any]
+
+    @property
+    def noisy(self) -> bool:
+        return self.noise > NOISY
+
+
+def load(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: another program's file, or one from before there was a limit in each case.
+    """
+    data = json.loads(path.read_text())
+    entries = data.get("benchmarks", []) if isinstance(data, dict) else []
+    if not entries or "kind" not in entries[0].get("extra_info", {}) or "device" not in data.get("machine_info", {}):
+        raise ValueError(f"{path}: not made by python -m bench run of this version")
+    return data
+
+
+def by_case(data: dict[str, Any]) -> dict[str, dict[str, Entry]]:
+    """{case: {subject: pytest-benchmark's entry}}."""
+    grouped: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for entry in data["benchmarks"]:
+        grouped[entry["extra_info"]["case"]][entry["extra_info"]["subject"]] = entry
+    return dict(grouped)
+
+
+def is_ours(subject: str) -> bool:
+    return subject.startswith(OURS)
+
+
+def peers(entries: dict[str, Entry]) -> dict[str, float]:
+    """Medians of the others that do the same; of all others where none does."""
+    others = {s: e for s, e in entries.items() if s != LIMIT and not is_ours(s)}
+    same = {s: e for s, e in others.items() if e["extra_info"]["rival"]}
+    return {s: e["stats"]["median"] for s, e in (same or others).items()}
+
+
+def rows(data: dict[str, Any]) -> list[Row]:
+    """All cases and subjects, without the limit."""
+    made = []
+    for case, entries in by_case(data).items():
+        limit = entries.get(LIMIT)
+        rivals = peers(entries)
+        for subject, entry in entries.items():
+            if subject == LIMIT:
+                continue
+            stats, info = entry["stats"], entry["extra_info"]
+            of_limit = None
+            if limit is not None:
+                of_limit = limit["stats"]["median"] / stats["median"]
+                if info["bytes"]:  # the limit may move a little less: scales are left out, arrays end at 64 bytes
+                    of_limit *= info["bytes"] / limit["extra_info"]["moved"]
+            best = min(rivals, key=rivals.__getitem__, default="")
+            made.append(
+                Row(
+                    case=case,
+                    subject=subject,
+                    median=stats["median"],
+                    low=stats["q1"],
+                    high=stats["q3"],
+                    noise=max(e["extra_info"]["noise"] for s, e in entries.items() if s in (subject, LIMIT, best)),
+                    bytes_an_element=info["bytes"] / info["elements"],
+                    speed=info["bytes"] / stats["median"],
+                    of_limit=of_limit,
+                    peer=best,
+                    peer_over_ours=rivals[best] / stats["median"] if best else None,
+                    info=info,
+                )
+            )
+    return made
+
+
+def duration(seconds: float) -> str:
+    units = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
+    factor, unit = next((each for each in units if seconds * each[0] >= 1), units[-1])
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+
+
+def table(data: dict[str, Any]) -> Table:
+    """Every case and subject; ours first, then from fast to slow."""
+    shown = Table(title=f"Medians of rounds taken in turn: {described(data)}")
+    wide = ("case", "subject")
+    for name in (*wide, "median", "quartiles", "B/param", "GB/s", "of limit", "peer / ours", "state B", "noise"):
+        shown.add_column(name, justify="left" if name in wide else "right", no_wrap=True)
+    goals = any(entry["extra_info"].get("goal") for entry in data["benchmarks"])
+    launches = any("host_ms" in entry["extra_info"] for entry in data["benchmarks"])
+    for name in ("host ms", "launches") * launches + ("goal",) * goals:
+        shown.add_column(name, justify="right", no_wrap=True)
+    all_rows = rows(data)
+    for case, entries in by_case(data).items():
+        shown.add_section()
+        mine = [row for row in all_rows if row.case == case]
+        mine.sort(key=lambda row: (not is_ours(row.subject), row.median))
+        title = case
+        if LIMIT in entries:
+            limit = entries[LIMIT]
+            stats, info = limit["stats"], limit["extra_info"]
+            whole = info["bytes"] / info["moved"] if "moved" in info else 1.0  # a copy on a GPU may move fewer
+            span = f"{duration(whole * stats['q1'])} to {duration(whole * stats['q3'])}"
+            speed = f"{info['moved'] / stats['median'] / 1e9:.3g}" if "moved" in info else ""
+            width = f"{info['bytes'] / info['elements']:.4g}" if info["bytes"] else ""
+            shown.add_row(title, LIMIT, duration(whole * stats["median"]), span, width, speed, style="dim")
+            title = ""
+        for row in mine:
+            ours = is_ours(row.subject)
+            better = row.peer_over_ours is None or row.peer_over_ours >= 1
+            against = ratio(row.peer_over_ours) if ours else ""
+            name = row.subject + (f" ({row.info['other']})" if row.info["other"] else "")
+            cells = [
+                title,
+                name,
+                duration(row.median),
+                f"{duration(row.low)} to {duration(row.high)}",
+                f"{row.bytes_an_element:.4g}" if row.bytes_an_element else "",
+                f"{row.speed / 1e9:.3g}" if row.speed else "",
+                "" if row.of_limit is None else f"{row.of_limit:.0%}",
+                against if better else f"[red]{against}[/red]",
+                f"{row.info['state_bytes']:.3g}" if "state_bytes" in row.info else "",
+                f"[yellow]{row.noise:.0%} noisy[/yellow]" if row.noisy else f"{row.noise:.0%}",
+            ]
+            if launches:
+                cells += [f"{row.info['host_ms']:.3f}" if "host_ms" in row.info else ""]
+                cells += [str(row.info.get("launches", ""))]
+            if goals:
+                cells += [row.info["goal"] if ours else ""]
+            shown.add_row(*cells, style="bold" if ours else "")
+            title = ""
+    return shown
+
+
+def footnotes(data: dict[str, Any]) -> list[str]:
+    """Who is absent and why, each reason once; what failed."""
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for case, absent in data.get("absent", {}).items():
+        for subject, reason in absent.items():
+            reasons[subject, reason].append(case)
+    total = len(by_case(data))
+    said = []
+    for (subject, reason), where in sorted(reasons.items()):
+        place = f"{len(where)} cases" if 4 < len(where) <= total else ", ".join(where)
+        said.append(f"Absent: {subject} ({reason}): {place}.")
+    said += [f"FAILED: {case}: {why}" for case, why in data.get("failed", {}).items()]
+    return said
+
+
+def behind(data: dict[str, Any]) -> list[Row]:
+    """Our rows that are neither ahead of every peer nor near the limit, from the worst."""
+    lagging = [
+        row
+        for row in rows(data)
+        if row.subject == OURS
+        and row.peer_over_ours is not None
+        and row.peer_over_ours < 1
+        and (row.of_limit is None or row.of_limit < NEAR)
+    ]
+    return sorted(lagging, key=lambda row: row.peer_over_ours or 0.0)
+
+
+def verdicts(data: dict[str, Any]) -> list[str]:
+    """Where we stand, in sentences."""
+    mine = [row for row in rows(data) if row.subject == OURS]
+    against = [row for row in mine if row.peer_over_ours is not None]
+    ahead = sum(row.peer_over_ours >= 1 for row in against if row.peer_over_ours)
+    near = sum(row.of_limit is not None and row.of_limit >= NEAR for row in mine)
+    said = [f"Ahead of the best peer in {ahead} of {len(against)} cases; at {NEAR:.0%} of the limit or more in {near}."]
+    for row in behind(data):
+        limit = "" if row.of_limit is None else f", {row.of_limit:.0%} of the limit"
+        noisy = ", noisy" if row.noisy else ""
+        said.append(f"Behind: {row.case}: {row.peer} takes {row.peer_over_ours:.2f} of our time{limit}{noisy}.")
+    return said
+
+
+def described(data: dict[str, Any]) -> str:
+    """The machine, in a line."""
+    m = data["machine_info"]
+    changed = " with changes" if m["changed"] else ""
+    where = f"{m['device']}, {m['threads']} threads, torch {m['versions']['torch']}"
+    return f"{where}, {m['date'][:10]}, {m['commit']}{changed}"
+
+
+def comparison(a: dict[str, Any], b: dict[str, Any]) -> Table:
+    """Of two results, what drift leaves: how near ours is to the limit, and the best peer's time over ours."""
+    shown = Table(title="A against B, by ratios within each run")
+    for name in ("case", "subject", "of limit A", "of limit B", "change", "peer / ours A", "peer / ours B", "noisy"):
+        shown.add_column(name, justify="left" if name in ("case", "subject") else "right", no_wrap=True)
+    olds = {(row.case, row.subject): row for row in rows(a) if is_ours(row.subject)}
+    for new in rows(b):
+        old = olds.get((new.case, new.subject))
+        if old is None:
+            continue
+        known = old.of_limit is not None and new.of_limit is not None
+        shown.add_row(
+            new.case,
+            new.subject,
+            f"{old.of_limit:.0%}" if known else "",
+            f"{new.of_limit:.0%}" if known else "",
+            f"{new.of_limit / old.of_limit - 1:+.0%}" if known else "",  # type: ignore[operator]
+            ratio(old.peer_over_ours),
+            ratio(new.peer_over_ours),
+            "yes" if old.noisy or new.noisy else "",
+        )
+    return shown
+
+
+# --- the README ---------------------------------------------------------------------------------------------------
+
+
+def newest(results: Path = RESULTS) -> list[Path]:
+    """The last result of each device. Names begin with the date; older formats are passed over."""
+    found = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir() and path.name != "local"):
+        for path in sorted(folder.glob("*.json"), reverse=True):
+            try:
+                load(path)
+            except (ValueError, KeyError, TypeError):
+                continue
+            found.append(path)
+            break
+    return found
+
+
+def markdown_table(data: dict[str, Any]) -> list[str]:
+    """The main cases."""
+    lines = [
+        "| case | time | GB/s | of limit | best peer | peer / ours | |",
+        "|---|--:|--:|--:|---|--:|---|",
+    ]
+    for row in rows(data):
+        if row.subject != OURS or not row.info["main"]:
+            continue
+        cells = [
+            row.case,
+            duration(row.median),
+            f"{row.speed / 1e9:.3g}" if row.speed else "",
+            "" if row.of_limit is None else f"{row.of_limit:.0%}",
+            row.peer + peer_note(data, row),
+            ratio(row.peer_over_ours),
+            "noisy" if row.noisy else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def peer_note(data: dict[str, Any], row: Row) -> str:
+    """Where the best of the others does something else, what."""
+    if not row.peer:
+        return ""
+    differs = by_case(data)[row.case][row.peer]["extra_info"]["other"]
+    return f" ({differs})" if differs else ""
+
+
+def section(path: Path, root: Path = ROOT) -> list[str]:
+    """Of one device: where, the main rows, the figures beside the JSON, and how to make it all again."""
+    data = load(path)
+    m = data["machine_info"]
+    name = path.relative_to(root).as_posix()
+    packages = ", ".join(f"{package} {version}" for package, version in m["versions"].items())
+    changed = " with changes" if m["changed"] else ""
+    loads = {"at the beginning": m["load"], "at the end": m["load at the end"]}
+    load_said = ", ".join(f"{load:g} {when}" for when, load in loads.items() if load is not None)
+    lines = [f"### {m['device']}", ""]
+    lines += [
+        f"{m['date'][:10]}, commit {m['commit']}{changed}, {m['threads']} threads, {m['capability']}, "
+        f"load average {load_said}. {packages}. [All rows]({name}).",
+        "",
+        *markdown_table(data),
+        "",
+        *(line for line in verdicts(data)[:1]),
+        *sorted(
+            {
+                f"Absent: {s} ({why})."
+                for absent in data["absent"].values()
+                for s, why in absent.items()
+                if s not in {e["extra_info"]["subject"] for e in data["benchmarks"]}
+            }
+        ),
+    ]
+    for figure, title in FIGURES.items():
+        picture = path.with_name(f"{path.stem}-{figure}.png")
+        if picture.exists():
+            lines += ["", f"![{title}]({picture.relative_to(root).as_posix()})"]
+    for picture in sorted(path.parent.glob("*growth*.png"))[-1:]:  # python -m bench.growth's
+        lines += ["", f"![How time grows]({picture.relative_to(root).as_posix()})"]
+    again = [f"python -m bench {m['command']} --json {name}", f"python -m bench plot {name}"]
+    if m["command"] == "gpu-check":
+        again[0] = f"make gpu-check  # writes {name}"
+    return [*lines, "", "```sh", *again, "python -m bench readme --write", "```"]
+
+
+FIGURES = {
+    "bandwidth": "Bandwidth of each case against the limit",
+    "memory": "Memory for a parameter",
+    "loss": "Training loss against time",
+}
+
+
+def markdown(paths: Iterable[Path], root: Path = ROOT) -> str:
+    intro = (
+        "Time: the median of rounds in which all candidates take turns. Limit: a loop (on a GPU, a copy) that moves "
+        "the same bytes and computes nothing, in the same turns; of the training step, forward and backward without an "
+        "optimizer. Best peer: the fastest of torch's own (for-loop, foreach, fused, compiled), bitsandbytes, torchao, "
+        "optimi, flashoptim and DeepSpeed that runs the case; where none does the same arithmetic, what it does is "
+        "said. peer / ours: above 1, ours is faster. Copies of all tensors rotate, so that caches do not flatter, "
+        "except where a case is called warm."
+    )
+    return "\n".join([intro, "", *(line for path in paths for line in [*section(path, root), ""])]).rstrip()
+
+
+def between(text: str, begin: str, end: str = END) -> str:
+    """What stands between the two markers.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    if begin not in text or end not in text.split(begin, 1)[1]:
+        raise ValueError(f"has no lines {begin!r} and {end!r}; add them")
+    return text.split(begin, 1)[1].split(end, 1)[0].strip("\n")
+
+
+def write_between(path: Path, begin: str, new: str, end: str = END) -> None:
+    """Replaces what stands between the two markers.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    old = path.read_text()
+    try:
+        between(old, begin, end)
+    except ValueError as error:
+        raise ValueError(f"{path.name} {error}") from None
+    head, rest = old.split(begin, 1)
+    path.write_text(f"{head}{begin}\n{new}\n{end}{rest.split(end, 1)[1]}")

@@ -1,0 +1,318 @@
+"""The benchmarks' own arithmetic: statistics, tables, byte counts, the README's section. No time is ever asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+report = pytest.importorskip("bench.report", reason="run from the repository's root")
+from bench import __main__ as command_line  # noqa: E402
+from bench import cases as tables  # noqa: E402
+from bench import limit, method, plots, session, subjects  # noqa: E402
+from bench.cases import Case  # noqa: E402
+
+pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="gpu-check times on a GPU")
+ROOT = Path(__file__).parent.parent
+CASES = tables.cases(0.001, memory=8e9)
+NAMES = [case.name for case in CASES]
+
+
+# --- the method -----------------------------------------------------------------------------------------------------
+
+
+def test_quartiles_and_noise() -> None:
+    assert method.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert method.noise([4.0, 1.0, 3.0, 2.0, 5.0]) == pytest.approx(2 / 3)
+    assert method.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_all_take_turns() -> None:
+    calls: list[str] = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    shares: list[float] = []
+    rounds = method.in_turn(runs, 0.0, min_rounds=7, progress=shares.append)
+    assert {name: len(times) for name, times in rounds.items()} == dict.fromkeys("abc", 7)
+    assert all(seconds >= 0 for times in rounds.values() for seconds in times)
+    timed = calls[6:]  # the warm-up came first
+    thirds = [timed[i : i + 3] for i in range(0, 21, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in thirds)
+    assert len({tuple(each) for each in thirds}) > 1, "the same one always begins"
+    assert shares[-1] == 1.0 and shares == sorted(shares)
+
+
+def test_slow_ones_share_the_time_and_not_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(method.time, "perf_counter", lambda: now[0])
+    rounds = method.in_turn({"slow": lambda: spend(1.0), "fast": lambda: spend(0.01)}, 20.0, min_rounds=5)
+    assert 5 <= len(rounds["slow"]) <= 15 and len(rounds["fast"]) == 300
+    assert rounds["slow"] == pytest.approx([1.0] * len(rounds["slow"]))
+
+
+def test_before_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(method.time, "perf_counter", lambda: now[0])
+    rounds = method.in_turn({"a": lambda: spend(0.5)}, 0.0, min_rounds=3, before=lambda: spend(10.0))
+    assert rounds["a"] == [0.5] * 3
+
+
+def test_replay_gives_what_was_measured() -> None:
+    clock = session.Replay([0.5, 0.25])
+    ticks = [clock() for _ in range(4)]
+    assert [ticks[1] - ticks[0], ticks[3] - ticks[2]] == [0.5, 0.25]
+
+
+def test_copies_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method, "last_level_cache", lambda: 100)
+    assert [session.copies(n, "cpu") for n in (1, 30, 100, 199, 200, 1000)] == [8, 7, 2, 2, 1, 1]
+
+
+# --- the cases ------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_unique_and_selected() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert [case.name for case in tables.selected(CASES, ["gpt-2"])] == [name for name in NAMES if "GPT-2" in name]
+    assert [case.name for case in tables.selected(CASES, ["^AdamW int8", "EMA"])] == [
+        name for name in NAMES if name.startswith("AdamW int8") or "EMA" in name
+    ]
+    with pytest.raises(ValueError, match="no case is called 'Lion'"):
+        tables.selected(CASES, ["Lion"])
+
+
+def test_shapes_are_the_models() -> None:
+    full = {case.name: case for case in tables.cases(1.0, memory=1e15)}
+    assert full["AdamW GPT-2"].elements == 124_439_808
+    assert full["AdamW Llama 1B"].elements == 1_235_814_400
+    assert full["AdamW 64M"].elements == 1 << 26
+    assert len(full["AdamW 20000x64"].shapes) == 20000
+    small = next(case for case in tables.cases(0.25, memory=1e9) if "Llama" in case.name)
+    assert 160 * small.elements <= 0.4e9
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("step", "save")], ids=lambda case: case.name)
+def test_bytes_are_those_of_real_state(case: Case) -> None:
+    """On one tensor of whole blocks: counters of steps are less than a thousandth."""
+    few = tables.Case(**{**vars(case), "shapes": ((256 * 256,),)})
+    params = subjects.parameters(few)
+    opt = subjects.ours(few, params)
+    opt.step()
+    assert subjects.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=1e-3)
+    subjects.forget()
+    if case.kind == "step":
+        width = case.dtype.itemsize
+        reads = 1 + (case.clip is not None or case.amp)
+        both = case.state_bytes * 2 + width * (reads + 1 + (not case.master))
+        assert case.bytes_an_element == pytest.approx(both)
+
+
+KNOWN = {
+    "AdamW 0.0625M": 28, "AdamW bf16 0.0625M": 14, "AdamW mixed 0.0625M": 22, "AdamW mixed master 0.0625M": 28,
+    "AdamW int8 0.0625M": 16.0625, "AdamW int8 bf16 0.0625M": 10.0625, "SGD momentum 0.0625M": 20,
+    "RMSprop 0.0625M": 20, "RMSprop centered momentum 0.0625M": 36, "AdamW EMA 0.0625M": 36,
+    "AdamW clipped GPT-2 /1024": 32, "quantize int8 0.0625M": 5.015625, "clip_grad_norm_ GPT-2 /1024": 4,
+}  # fmt: skip
+
+
+def test_bytes_are_the_published_ones() -> None:
+    table = {case.name: case for case in tables.cases(2**-10, memory=8e9)}
+    assert {name: table[name].bytes_an_element for name in KNOWN} == KNOWN
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.moves], ids=lambda case: case.name)
+def test_limit_moves_the_bytes(case: Case) -> None:
+    """All but the scales, one part in 64 of the codes."""
+    an_element = sum(each.bytes for each in limit.passes(case.moves))
+    assert all(len(each.written) <= limit.STREAMS for each in limit.passes(case.moves))
+    whole = sum(int(move.width) * (move.read + move.written) for move in case.moves)
+    assert an_element == whole and an_element >= 0.98 * case.bytes_an_element
+    run, moved = limit.limit(case, "cpu")
+    run()
+    assert moved == pytest.approx(case.elements * an_element, abs=64 * 12 * 8) or case.elements < 4096
+
+
+def test_wrong_results_are_seen() -> None:
+    case = tables.Case("SGD", "SGD", ((300,),), kwargs={"momentum": 0.9})
+    truth = subjects.expected(case, "cpu")
+    made = subjects.make("torch fused", case, "cpu")
+    assert made is not None and subjects.wrong_by(made, *truth) == pytest.approx(1.0)  # has not moved
+    made.run()
+    made.run()
+    assert subjects.wrong_by(made, *truth) < 1e-4
+    made.run()
+    assert subjects.wrong_by(made, *truth) > 0.3
+
+
+def test_who_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tables.Case("AdamW int8", "AdamW", ((4096,),), state=torch.int8)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    subjects.package.cache_clear()
+    with pytest.raises(subjects.Absent, match="."):
+        subjects.make("bitsandbytes", case, "cpu")
+    subjects.package.cache_clear()
+    many = tables.Case("many", "AdamW", ((1,),) * (subjects.MANY + 1))
+    with pytest.raises(subjects.Absent, match="too slow with 5001 tensors"):
+        subjects.make("torch for-loop", many, "cpu")
+    assert subjects.make("torch for-loop", case, "cpu") is None  # torch has no 8-bit state
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def entry(case: str, subject: str, median: float, **info: Any) -> dict[str, Any]:
+    common = {
+        "case": case, "kind": "step", "subject": subject, "elements": 10**9,
+        "tensors": 1, "bytes": 28e9, "rival": not info.get("other"),
+        "noise": 0.01, "weight_bytes": 4, "other": "", "scale": 1,
+        "main": True, "goal": "", "state_bytes": 8.0,
+    }  # fmt: skip
+    stats = {"median": median, "q1": 0.9 * median, "q3": 1.1 * median, "iqr": 0.2 * median, "rounds": 9}
+    return {"extra_info": common | info, "stats": stats}
+
+
+def made_up() -> dict[str, Any]:
+    machine = {
+        "device": "Abacus", "threads": 2, "capability": "beads", "commit": "abc", "changed": False, "load": 0.5,
+        "date": "2026-01-02T03:04:05", "load at the end": 0.6, "command": "run --scale 1",
+        "versions": {"torch": "9.9", "python": "3.99"},
+    }  # fmt: skip
+    entries = [
+        entry("one", "limit", 1.0, moved=28e9),
+        entry("one", "genopt_ext", 1.25, peak_bytes=0.0),
+        entry("one", "torch fused", 1.5, peak_bytes=4.0),
+        entry("one", "torch foreach", 5.0),
+        entry("two", "limit", 1.0, moved=14e9),  # half the bytes
+        entry("two", "genopt_ext", 4.0, noise=0.3),
+        entry("two", "torch fused", 1.0, other="bf16 moments"),
+        entry("two", "optimi", 2.0),
+    ]
+    absent = {"one": {"torchao": "not installed"}, "two": {"torchao": "not installed"}}
+    return {"machine_info": machine, "benchmarks": entries, "absent": absent, "failed": {}}
+
+
+def test_report_arithmetic() -> None:
+    rows = {(row.case, row.subject): row for row in report.rows(made_up())}
+    one, two = rows["one", "genopt_ext"], rows["two", "genopt_ext"]
+    assert (one.of_limit, one.peer, one.speed, one.bytes_an_element) == (0.8, "torch fused", 22.4e9, 28.0)
+    assert one.peer_over_ours == pytest.approx(1.2) and not one.noisy
+    # The limit moved half: it would have taken 2 s. Torch does something else, so optimi is the peer.
+    assert (two.of_limit, two.peer, two.peer_over_ours, two.noisy) == (0.5, "optimi", 0.5, True)
+    assert [row.case for row in report.behind(made_up())] == ["two"]
+    first, second = report.verdicts(made_up())
+    assert first == "Ahead of the best peer in 1 of 2 cases; at 95% of the limit or more in 0."
+    assert second == "Behind: two: optimi takes 0.50 of our time, 50% of the limit, noisy."
+    assert report.footnotes(made_up()) == ["Absent: torchao (not installed): one, two."]
+
+
+def test_durations_and_ratios() -> None:
+    assert [report.duration(s) for s in (2.5, 0.0125, 3.21e-4, 5e-8)] == ["2.5 s", "12.5 ms", "321 us", "0.05 us"]
+    assert [report.ratio(x) for x in (None, 1.234, 56.7)] == ["", "1.23x", "57x"]
+
+
+def test_section_and_figures(tmp_path: Path) -> None:
+    path = tmp_path / "bench" / "results" / "abacus" / "2026-01-02-abc.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(made_up()))
+    written = plots.draw(path)
+    assert {p.name for p in written} >= {"2026-01-02-abc-bandwidth.png", "2026-01-02-abc-bandwidth.svg"}
+    assert all(p.stat().st_size > 1000 for p in written)
+    text = report.markdown([path], tmp_path)
+    assert "| one | 1.25 s | 22.4 | 80% | torch fused | 1.20x |  |" in text
+    assert "| two | 4 s | 7 | 50% | optimi | 0.50x | noisy |" in text
+    assert "![Bandwidth of each case against the limit](bench/results/abacus/2026-01-02-abc-bandwidth.png)" in text
+    assert "python -m bench run --scale 1 --json bench/results/abacus/2026-01-02-abc.json" in text
+    assert "Absent: torchao (not installed)." in text
+    old = path.with_name("2025-12-31-old.json")
+    old.write_text(json.dumps(made_up()))
+    path.with_name("2027-01-01-other.json").write_text('{"results": []}')
+    (tmp_path / "bench" / "results" / "local").mkdir()
+    assert report.newest(tmp_path / "bench" / "results") == [path]
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    entries = []
+    for axis in ("tensors", "threads"):
+        for x in (1, 10, 100):
+            for subject in ("genopt_ext", "torch fused", "limit"):
+                entries.append(entry("growth", subject, 1e-3 * x, axis=axis, x=x))
+    assert all(path.stat().st_size > 1000 for path in plots.growth(entries, tmp_path / "growth"))
+    assert plots.growth([], tmp_path / "none") == []
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps({"benchmarks": entries}))
+    assert {p.name for p in plots.draw(path)} == {"given.png", "given.svg"}
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"benchmarks": [{"extra_info": {"case": "old"}}]}')
+    with pytest.raises(ValueError, match="not made by python -m bench run"):
+        report.load(path)
+
+
+def test_readme_is_not_stale() -> None:
+    """`python -m bench readme --write` mends it."""
+    paths = report.newest()
+    assert paths, "no result is committed"
+    assert report.between((ROOT / "README.md").read_text(), report.BEGIN) == report.markdown(paths).strip("\n")
+
+
+def test_figures_of_the_readme_are_there() -> None:
+    text = report.between((ROOT / "README.md").read_text(), report.BEGIN)
+    pictures = [line.split("](", 1)[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert pictures and all((ROOT / picture).exists() for picture in pictures)
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)  # it would reach the pytest that measures
+    command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    chosen = ["--cases", "^AdamW 0", "AdamW int8 0", "training", "save"]
+    names = ["genopt_ext", "genopt_ext int8", "torch fused", "torch foreach", "flashoptim"]
+    few = ["--scale", "0.0001", "--seconds", "0.01"]
+    done = bench("run", *few, *chosen, "--subjects", *names, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = report.load(path)
+    grouped = report.by_case(data)
+    assert len(grouped) == 4 and data["failed"] == {}
+    if not torch.cuda.is_available():
+        assert "flashoptim" in data["absent"]["AdamW int8 0.00391M"]
+    for case, entries in grouped.items():
+        assert {"limit", "genopt_ext"} <= set(entries), case
+        for subject, each in entries.items():
+            assert each["stats"]["median"] > 0 and math.isfinite(each["extra_info"]["noise"]), (case, subject)
+    losses = grouped["training step of the demo's GPT"]["genopt_ext"]["extra_info"]["losses"]
+    assert len(losses) == 5 and all(math.isfinite(loss) for loss in losses)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png", ".svg"}
+    again = path.with_name("again.json")
+    again.write_text(path.read_text())
+    assert command_line.main(["compare", str(path), str(again), "--times"]) == 0
+    said = capfd.readouterr().out
+    assert "+0%" in said and "Median" in said
+
+
+def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["run", "--cases", "Lion"]) == 2
+    assert "no case is called 'Lion'" in capsys.readouterr().err
