@@ -28,9 +28,7 @@ GENOPT_RAW_VECTOR(uint8_t)
 GENOPT_RAW_VECTOR(uint16_t)
 GENOPT_RAW_VECTOR(int32_t)
 GENOPT_RAW_VECTOR(uint32_t)
-GENOPT_RAW_VECTOR(int64_t)
 GENOPT_RAW_VECTOR(float)
-GENOPT_RAW_VECTOR(double)
 #undef GENOPT_RAW_VECTOR
 
 template <class T>
@@ -107,7 +105,6 @@ struct Vector {
 };
 
 using Floats = Vector<float>;
-using Doubles = Vector<double>;
 using Ints = Vector<int32_t>;
 using Words = Vector<uint32_t>;
 
@@ -150,18 +147,80 @@ GENOPT_INLINE Floats square_root(Floats x) {
   return x;
 #endif
 }
-GENOPT_INLINE Doubles widened(Floats x) {
-  return __builtin_convertvector(x.raw, Doubles::Raw);
-}
-GENOPT_INLINE Floats narrowed(Floats, Doubles x) {
-  return __builtin_convertvector(x.raw, Floats::Raw);
-}
 GENOPT_INLINE Floats::Mask is_unset(Floats x) {
   return signed_bits(x).raw == INT32_MIN;
 }
-GENOPT_INLINE Doubles::Mask is_unset(Doubles x) {
-  return (Vector<int64_t>::Raw)x.raw == INT64_MIN;
+
+// As many in double, in two vectors.
+struct Doubles {
+  typedef double Half __attribute__((vector_size(GENOPT_VECTOR_BYTES)));
+  typedef int64_t HalfMask __attribute__((vector_size(GENOPT_VECTOR_BYTES)));
+  struct Mask {
+    HalfMask low, high;
+  };
+  Half low, high;
+
+  GENOPT_INLINE Doubles(Half low, Half high) : low(low), high(high) {
+  }
+  GENOPT_INLINE Doubles(double x) : low(x - Half{}), high(x - Half{}) {
+  }
+  friend GENOPT_INLINE Doubles operator+(Doubles a, Doubles b) {
+    return {a.low + b.low, a.high + b.high};
+  }
+  friend GENOPT_INLINE Doubles operator-(Doubles a, Doubles b) {
+    return {a.low - b.low, a.high - b.high};
+  }
+  friend GENOPT_INLINE Doubles operator*(Doubles a, Doubles b) {
+    return {a.low * b.low, a.high * b.high};
+  }
+  friend GENOPT_INLINE Doubles choose(Mask condition, Doubles a, Doubles b) {
+    return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
+  }
+  friend GENOPT_INLINE Mask is_unset(Doubles x) {
+    return {(HalfMask)x.low == INT64_MIN, (HalfMask)x.high == INT64_MIN};
+  }
+};
+
+// By half a vector of floats. GCC 12 would convert a quarter at a time.
+typedef float HalfFloats __attribute__((vector_size(GENOPT_VECTOR_BYTES / 2)));
+GENOPT_INLINE Doubles::Half convert(HalfFloats x) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_maskz_cvtps_pd(0xff, x);
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_cvtps_pd(x);
+#else
+  return __builtin_convertvector(x, Doubles::Half);
+#endif
 }
+GENOPT_INLINE HalfFloats convert(Doubles::Half x) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_maskz_cvtpd_ps(0xff, x);
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_cvtpd_ps(x);
+#else
+  return __builtin_convertvector(x, HalfFloats);
+#endif
+}
+
+#if GENOPT_VECTOR_BYTES == 64
+#define GENOPT_LOW 0, 1, 2, 3, 4, 5, 6, 7
+#define GENOPT_HIGH 8, 9, 10, 11, 12, 13, 14, 15
+#elif GENOPT_VECTOR_BYTES == 32
+#define GENOPT_LOW 0, 1, 2, 3
+#define GENOPT_HIGH 4, 5, 6, 7
+#else
+#define GENOPT_LOW 0, 1
+#define GENOPT_HIGH 2, 3
+#endif
+GENOPT_INLINE Doubles widened(Floats x) {
+  return {convert(__builtin_shufflevector(x.raw, x.raw, GENOPT_LOW)),
+          convert(__builtin_shufflevector(x.raw, x.raw, GENOPT_HIGH))};
+}
+GENOPT_INLINE Floats narrowed(Floats, Doubles x) {
+  return __builtin_shufflevector(convert(x.low), convert(x.high), GENOPT_LOW, GENOPT_HIGH);
+}
+#undef GENOPT_LOW
+#undef GENOPT_HIGH
 
 // Codes of one byte, and numbers of two, as integers of four.
 GENOPT_INLINE Ints load_ints(const int8_t* from) {
