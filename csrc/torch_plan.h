@@ -177,7 +177,8 @@ class TorchPlan {
       run(elements, held);
       write_host_tensors(tensors[i]);
     }
-    bump_versions();
+    for (const int64_t r : unwalked_)
+      if (plan_.rows[r].active) bump_row(r);
     return std::nullopt;
   }
 
@@ -227,6 +228,9 @@ class TorchPlan {
   }
   // Of all tensors of a row but its gradient; what is left over has no impl.
   Hint* hints_of(size_t r) {
+    return &hints_[r * width_];
+  }
+  const Hint* hints_of(size_t r) const {
     return &hints_[r * width_];
   }
 
@@ -464,6 +468,7 @@ class TorchPlan {
   struct Found {
     size_t begin = 0;
     std::vector<int64_t> odd, later;
+    std::vector<int64_t> unwalked;             // active, but not to be visited by cpu::step
     std::vector<std::pair<int, int>> devices;  // groups and where they have active rows, in order
     int64_t host_elements = 0;
     bool moved = false;
@@ -491,11 +496,13 @@ class TorchPlan {
     });
     std::sort(all.begin(), all.end(), [](const Found& a, const Found& b) { return a.begin < b.begin; });
     devices_.clear();
+    unwalked_.clear();
     host_elements_ = 0;
     bool moved = false;
     const auto add = [&](const Found& found) {
       refusal.rows.insert(refusal.rows.end(), found.odd.begin(), found.odd.end());
       for (const auto& [group, device] : found.devices) note_device(group, device);
+      unwalked_.insert(unwalked_.end(), found.unwalked.begin(), found.unwalked.end());
       host_elements_ += found.host_elements;
       moved |= found.moved;
     };
@@ -529,6 +536,7 @@ class TorchPlan {
         places_[r] = place;
       }
       if (row.device == kHost) found.host_elements += row.numel;
+      if (row.tiles(kHost) == 0) found.unwalked.push_back(static_cast<int64_t>(r));
       const std::pair<int, int> device{group, row.device};
       if (found.devices.empty() || found.devices.back() != device) found.devices.push_back(device);
     }
@@ -884,11 +892,12 @@ class TorchPlan {
   // Steps the rows on the CPU.
   void run(int64_t elements, std::vector<at::Tensor>& held) {
     const int threads = at::get_num_threads();
+    const auto bump = [this](int64_t r) { bump_row(r); };
     // A long run lets other Python threads work, and so holds what they could take away: worth it where
     // rows are large, as holding one costs about as much as stepping a thousand elements.
     constexpr int64_t kLong = 1 << 20, kLongRow = 1 << 14;
     if (elements < kLong || elements < kLongRow * static_cast<int64_t>(params_.size())) {
-      cpu::step(plan_, threads);
+      cpu::step(plan_, threads, bump);
       return;
     }
     std::vector<size_t> gradients;
@@ -904,35 +913,31 @@ class TorchPlan {
       if (plan_.rows[r].active && gradients_[r]) gradients_[r] = &held[gradients[i++]];
     PyThreadState* thread = nullptr;
     const Scope without_gil([&thread] { thread = PyEval_SaveThread(); }, [&thread] { PyEval_RestoreThread(thread); });
-    cpu::step(plan_, threads);
+    cpu::step(plan_, threads, bump);
   }
 
-  // Autograd then knows that these changed; torch's own fused kernels leave this out. The counters are atomic.
-  void bump_versions() {
-    const int64_t rows = static_cast<int64_t>(params_.size());
-    const int threads = rows < 2 * kRowsPerThread ? 1 : at::get_num_threads();
-    cpu::in_parallel(rows, kRowsPerThread, threads, [&](int64_t begin, int64_t end) { bump_range(begin, end); });
-  }
-  void bump_range(size_t begin, size_t end) {
-    // Views of one buffer, as step counters are, share their counter: once is enough, and threads do not contend for
-    // it.
-    std::array<const void*, kHandles> bumped{};
-    for (size_t r = begin; r < end; ++r) {
-      if (r + kAhead < end) {
-        const Hint* const ahead = hints_of(r + kAhead);
-        for (size_t k = 0; k < width_ && ahead[k].impl; ++k) {
-          __builtin_prefetch(reinterpret_cast<const char*>(ahead[k].impl) + 40);  // where it points to its version
-          __builtin_prefetch(ahead[k].version, 1);
-        }
+  // Autograd then knows that the row's tensors changed; torch's own fused kernels leave this out. The counters are
+  // atomic, and this is called from the threads that step the rows.
+  void bump_row(size_t r) const {
+    if (r + kAhead < params_.size()) {
+      const Hint* const ahead = hints_of(r + kAhead);
+      for (size_t k = 0; k < width_ && ahead[k].impl; ++k) {
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[k].impl) + 40);  // where it points to its version
+        __builtin_prefetch(ahead[k].version, 1);
       }
-      const Row& row = plan_.rows[r];
-      if (!row.active) continue;
-      if (plan_.control.zero && gradients_[r]) gradients_[r]->unsafeGetTensorImpl()->bump_version();
-      if ((plan_.control.skip && row.device == kHost) || plan_.control.only_measure) continue;
-      const Hint* const hints = hints_of(r);
-      for (size_t k = row.used & kRests ? 1 : 0; k < width_ && hints[k].impl; ++k)
-        if (std::exchange(bumped[k], hints[k].version) != hints[k].version) hints[k].impl->bump_version();
     }
+    const Row& row = plan_.rows[r];
+    if (plan_.control.zero && gradients_[r]) gradients_[r]->unsafeGetTensorImpl()->bump_version();
+    if ((plan_.control.skip && row.device == kHost) || plan_.control.only_measure) return;
+    const Hint* const hints = hints_of(r);
+    for (size_t k = row.used & kRests ? 1 : 0; k < width_ && hints[k].impl; ++k)
+      if (r == 0 || !bumps(r - 1, k, hints[k].version)) hints[k].impl->bump_version();
+  }
+  // Views of one buffer, as step counters are, share their counter: once is enough, and threads do not contend for it.
+  bool bumps(size_t r, size_t k, const void* version) const {
+    const Row& row = plan_.rows[r];
+    const Hint& hint = hints_of(r)[k];
+    return row.active && !(k == 0 && (row.used & kRests)) && hint.impl && hint.version == version;
   }
 
   Plan plan_;
@@ -954,6 +959,7 @@ class TorchPlan {
   std::vector<Hint> hints_;       // `width_` for each row, the parameter's first
   std::vector<uint64_t> places_;  // fingerprints of the last overlap check
   std::deque<Layout> layouts_;
+  std::vector<int64_t> unwalked_;
   int64_t host_elements_ = 0;
   // Per group.
   std::vector<size_t> group_ends_;  // the row after its last
