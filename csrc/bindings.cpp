@@ -1,5 +1,6 @@
 // The extension module genopt_ext._C: one register function per subsystem. Its Python side is declared
 // in genopt_ext/_C.pyi. The only file that knows pybind11.
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -46,6 +47,8 @@ void register_plan(py::module_& m) {
            py::arg("only_measure") = false, py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none(),
            py::arg("group_scales") = py::none(), py::arg("grad_norm") = py::none(), py::arg("nonfinite") = py::none(),
            py::arg("skipped_steps") = py::none());
+  // Whether a profiler or another observer wants to hear of regions such as an optimizer's step.
+  m.def("is_observed", [] { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); });
   m.def("rules", [] {
     py::dict rules;
     for (const RuleInfo& info : rule_infos()) {

@@ -144,6 +144,61 @@ def test_closure_and_hooks():
     assert calls[3:] == ["state_dict", "before load", "loaded"]
 
 
+def test_hooks_change_arguments_and_may_come_late():
+    """As torch's: a hook's arguments count, and a closure's hook runs after its own step."""
+    runs = []
+    for module in (torch.optim, optim):
+        p = parameters([(4,)])[0]
+        opt = module.SGD([p], lr=0.5)
+        set_grads([p], 0)
+        calls = []
+
+        def closure(opt=opt, calls=calls):
+            calls.append("closure")
+            opt.register_step_post_hook(lambda o, args, kwargs: calls.append(("post", args[1:], kwargs)))
+            return 3.0
+
+        hook = opt.register_step_pre_hook(lambda o, args, kwargs, closure=closure: ((o, closure), kwargs))
+        calls.append(opt.step())
+        hook.remove()
+        calls.append(opt.step(closure=lambda: 4.0))
+        calls.append(opt.step())
+        runs.append([str(call).split(" at ")[0] for call in calls] + p.tolist())
+    assert runs[0] == runs[1]
+
+
+def test_a_profiler_sees_each_step_once():
+    p = parameters([(4,)])[0]
+    opt = optim.AdamW([p])
+    set_grads([p], 0)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+        opt.step()
+    opt.step()
+    assert [e.count for e in profile.key_averages() if e.key == "Optimizer.step#AdamW.step"] == [2]
+    assert opt.state[p]["step"].item() == 4
+
+
+def test_parameters_in_two_groups_are_refused():
+    """Also where groups were changed by hand since the last one came."""
+    a, b, c = parameters([(4,)] * 3)
+    opt = optim.SGD([a], lr=0.1)
+    opt.add_param_group({"params": [b]})
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        opt.add_param_group({"params": [c, a]})
+    assert len(opt.param_groups) == 2
+    with pytest.raises(ValueError, match="with/without names"):
+        opt.add_param_group({"params": [("c", c)]})
+    opt.param_groups[0]["params"] = [c]
+    opt.add_param_group({"params": [a]})
+    opt.param_groups = opt.param_groups[:1]
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        opt.add_param_group({"params": [c]})
+    opt.add_param_group({"params": [b]})
+    assert [group["params"] for group in opt.param_groups] == [[c], [b]]
+
+
 def test_zero_grad_and_frozen_parameters():
     params = parameters([(4,), (5,)])
     opt = optim.SGD(params, lr=0.1)

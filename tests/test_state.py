@@ -26,6 +26,14 @@ from cases import (
 from genopt_ext import optim
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def replace_state(opt, params):
     for state in opt.state.values():
         for name, t in state.items():
@@ -132,6 +140,100 @@ def test_changes_between_steps(case, change):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
     else:
         assert_same_state(*results, (case, change))
+
+
+# Some that are read by several threads, and among them what only the caller's own may read.
+MANY = [*SHAPES, *[(3,)] * 560]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_between_steps_of_many(change, two_threads):
+    case, results = Case("AdamW"), []
+    for backend in ("auto", "reference"):
+        params = parameters(MANY)
+        opt = case.ours(params, backend=backend)
+        train(opt, params, 2)
+        change(opt, params)
+        train(opt, params, 1, first=2)
+        results.append(opt)
+    if change is to_double:
+        for p, q in zip(*(o.param_groups[0]["params"] for o in results), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    else:
+        assert_same_state(*results, (case, change))
+
+
+class NamedParameter(torch.nn.Parameter):
+    pass
+
+
+class Name(str):
+    """A key that is no plain string."""
+
+
+def test_many_with_what_threads_may_not_read(two_threads):
+    """Subclasses, lazy copies, other strides, keys of other types, a state under an equal parameter, frozen rows."""
+    results, sources = [], []
+    for backend in ("auto", "reference"):
+        params = parameters(MANY)
+        for i in range(20, 560, 7):
+            params[i] = NamedParameter(params[i].detach())
+        for i in range(21, 560, 7):
+            params[i].data = randn((3, 2), i)[:, 1]
+        opt = optim.AdamW(params, backend=backend)
+        train(opt, params, 1)
+        for i in range(22, 560, 7):
+            opt.state[params[i]] = {Name(name): t for name, t in opt.state[params[i]].items()}
+        for i in range(23, 560, 7):
+            opt.state[params[i]] = {**opt.state[params[i]], "note": torch.ones(2)}
+        source = [opt.state[params[i]]["exp_avg"] for i in range(24, 560, 7)]
+        for i, t in zip(range(24, 560, 7), source, strict=True):
+            opt.state[params[i]]["exp_avg"] = torch._lazy_clone(t)
+        sources.append((source, [t.clone() for t in source]))
+        set_grads(params, 1, lambda i: i % 7 == 4)
+        versions = [p._version for p in params]
+        opt.step()
+        assert [p._version > v for p, v in zip(params, versions, strict=True)] == [p.grad is not None for p in params]
+        results.append(opt)
+    assert_same_state(*results)
+    for source, before in sources:  # which lazy copies must have left alone
+        for t, old in zip(source, before, strict=True):
+            assert_same_bits(t, old)
+
+
+@pytest.mark.parametrize("bad", [3, 300, 560])
+def test_one_bad_row_among_many_changes_nothing(bad, two_threads):
+    params = parameters(MANY)
+    opt = optim.AdamW(params)
+    train(opt, params, 1)
+    set_grads(params, 1)
+    opt.state[params[bad]]["exp_avg"] = torch.zeros(1)
+    opt.state[params[bad + 1]]["exp_avg"] = torch.zeros(1)
+    before = copy.deepcopy([opt.state_dict()["state"], [p.detach() for p in params]])
+    with pytest.raises(RuntimeError, match=rf"group 0 parameter {bad} .*state 'exp_avg' has shape \[1\]"):
+        opt.step()
+    after = [opt.state_dict()["state"], [p.detach() for p in params]]
+    for p, q in zip(before[1], after[1], strict=True):
+        assert_same_bits(p, q)
+    for key, state in before[0].items():
+        for name, t in state.items():
+            assert_same_bits(t, after[0][key][name])
+
+
+def test_two_optimizers_of_many_in_two_threads(two_threads):
+    alone = []
+    for case in (CASES[0], CASES[14]):
+        params = parameters(MANY)
+        alone.append(train_and_return(case.ours(params), params))
+    together = [parameters(MANY) for _ in alone]
+    opts = [case.ours(params) for case, params in zip((CASES[0], CASES[14]), together, strict=True)]
+    threads = [threading.Thread(target=train, args=(o, p, 3)) for o, p in zip(opts, together, strict=True)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for a, b in zip(alone, opts, strict=True):
+        assert_same_state(a, b)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
@@ -268,6 +370,55 @@ def test_old_torch_checkpoints_with_python_steps_load():
     train(ours, resumed, 1, first=3)
     for p, q in zip(params, resumed, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_hooks_see_what_a_load_leaves():
+    """In the dtype that was saved, and as copies; also what belongs to no parameter, and nested entries."""
+    params = parameters([(4,), (5,)], torch.bfloat16)
+    opt = optim.AdamW(params, state_dtype=torch.float32)
+    train(opt, params, 2)
+    saved = opt.state_dict()
+    saved["state"]["elsewhere"] = {"kept": torch.ones(1)}
+    saved["state"][0]["nested"] = [torch.ones(2), {"deep": (torch.ones(3), "text")}]
+    seen = []
+    opt.register_load_state_dict_post_hook(lambda o: seen.append(dict(o.state)))
+    opt.load_state_dict(saved)
+    assert seen[0].keys() == opt.state.keys() and len(seen[0]) == 3
+    assert seen[0]["elsewhere"] is saved["state"]["elsewhere"]
+    assert seen[0][params[1]]["exp_avg"].dtype == torch.float32
+    first, deep = seen[0][params[0]]["nested"]
+    assert first is not saved["state"][0]["nested"][0] and deep["deep"][1] == "text"
+    for name, t in saved["state"][1].items():
+        assert_same_bits(seen[0][params[1]][name], t)
+        assert seen[0][params[1]][name].data_ptr() != t.data_ptr()
+
+
+def test_groups_and_loads_look_at_each_parameter_a_few_times(monkeypatch):
+    """torch's own look at all earlier parameters for each group, and at all groups for each tensor that is loaded."""
+    looks = []
+    monkeypatch.setattr(torch.Tensor, "__hash__", lambda t: looks.append(1) or id(t))
+
+    class Ids(list):
+        def __contains__(self, key):
+            looks.append(1)
+            return super().__contains__(key)
+
+        def __deepcopy__(self, memo):
+            return list(self)
+
+    counts = []
+    for groups in (20, 80):
+        opt = optim.AdamW([{"params": parameters([(2,)] * 5)} for _ in range(groups)])
+        for group in opt.param_groups:
+            set_grads(group["params"], 0)
+        opt.step()
+        saved = opt.state_dict()
+        for group in saved["param_groups"]:
+            group["params"] = Ids(group["params"])
+        opt.load_state_dict(saved)
+        counts.append(len(looks))
+        looks.clear()
+    assert 0 < counts[1] < 5 * counts[0]
 
 
 def test_a_checkpoint_with_a_broken_option_changes_nothing():

@@ -8,12 +8,15 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from .. import _backend, clip, reference, storage
 from .options import (
@@ -49,6 +52,42 @@ def _zero(g: Tensor) -> None:
     g[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in g.stride())].zero_()
 
 
+class _Saved:
+    """One parameter's entries in a checkpoint, and its group there."""
+
+    def __init__(self, entries: Any, group: dict[str, Any]) -> None:
+        self.entries, self.on_device = entries, bool(group.get("fused") or group.get("capturable"))
+
+    def on(self, p: Tensor) -> Any:
+        """Copies for ``p``: on its device, in the dtype that they were saved with."""
+        return self._copy(self.entries, p, None)
+
+    def _copy(self, value: Any, p: Tensor, name: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._copy(each, p, key) for key, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._copy(each, p, None) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        dtype, device = value.dtype, p.device
+        if name == "step":
+            # As torch: where it was saved, unless kernels read it.
+            device = p.device if self.on_device else value.device
+            if self.on_device and not value.is_floating_point():
+                dtype = torch.float32
+        elif not (value.is_floating_point() or str(name).endswith(("_codes", "_scales"))):
+            dtype = p.dtype if p.is_floating_point() else dtype
+        return value.detach().to(device=device, dtype=dtype, copy=True)
+
+
+def _is_observed() -> bool:
+    """Whether something may be listening to regions such as ``Optimizer.step#AdamW.step``."""
+    monitor = sys.modules.get("torch.profiler._cupti_monitor")
+    if getattr(monitor, "_monitor_singleton", None) is not None:
+        return True
+    return _backend.native is None or _backend.native.is_observed()
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers in :mod:`genopt_ext.optim`; a mixin before the torch class it mirrors."""
 
@@ -63,6 +102,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     skip_nonfinite: bool = False
     _max_grad_norm: float | None = None
     _plan: Any = None
+    # How many groups there were, the last one, and the parameters of all, by id.
+    _listed: tuple[int, dict[str, Any] | None, set[int]] = (0, None, set())
+    _resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
     _results: dict[str, Tensor] | None = None  # what a step writes beside the parameters, on their device
     _zeroes = False  # the running step zeroes gradients
     _checks = False  # the running step finds infinities for a GradScaler
@@ -202,7 +244,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             self._set_defaults(param_group)
-        super().add_param_group(param_group)
+        self._append_group(param_group)
         i = len(self.param_groups) - 1
         try:
             self._check_group(i, self.param_groups[i])
@@ -218,6 +260,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             del self.param_groups[i]
             raise
 
+    def _append_group(self, param_group: dict[str, Any]) -> None:
+        """torch's ``add_param_group``, which would look at every earlier parameter again for each group."""
+        groups = self.param_groups
+        count, last, listed = self._listed
+        if not groups or count != len(groups) or last is not groups[-1]:
+            listed = {id(p) for group in groups for p in group["params"]}
+        # One earlier group says whether they have names.
+        self.param_groups = [{**group, "params": []} for group in groups[:1]]
+        try:
+            super().add_param_group(param_group)
+            added = self.param_groups.pop()
+        finally:
+            self.param_groups = groups
+        ids = [id(p) for p in added["params"]]
+        if not listed.isdisjoint(ids):  # unless a list was changed by hand
+            super().add_param_group(param_group)
+        else:
+            groups.append(added)
+        listed.update(ids)
+        self._listed = len(groups), added, listed
+
     # Checkpoints, pickle and deepcopy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,6 +295,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for i, group in enumerate(state.get("param_groups", ())):
             self._check_group(i, group)
+        entries = state.get("state", {})
+        for p, saved in entries.items():
+            if isinstance(saved, _Saved):
+                entries[p] = saved.on(p)
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,13 +313,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups of other sizes, or an option out of its range; nothing is changed then.
         """
-        loaded: dict[str, Any] = {}
 
-        # torch casts between its hooks and the assignment; what the last hook leaves is kept beside it.
-        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+        # torch casts between its hooks and the assignment, and searches all groups for each tensor. What the last hook
+        # leaves is hidden from that, and taken out in __setstate__.
+        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             for i, group in enumerate(final["param_groups"]):
                 check_storage(f"{type(self).__name__}.load_state_dict: group {i}", group)
-            loaded.update(final)
+            group_of = {key: group for group in final["param_groups"] for key in group["params"]}
+            hidden = {
+                key: _Saved(saved, group_of[key]) if key in group_of else saved for key, saved in final["state"].items()
+            }
+            return {**final, "state": hidden}
 
         before = self.param_groups
         handle = self.register_load_state_dict_pre_hook(keep)
@@ -275,24 +346,31 @@ class FusedOptimizer(torch.optim.Optimizer):
                 new.setdefault("rounding_seed", old["rounding_seed"])
             self._complete(new)
         self.discard_accumulated()
-        saved_params = [key for group in loaded["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(saved_params, params, strict=True):
-            for name, saved in loaded["state"].get(key, {}).items():
-                if not isinstance(saved, Tensor):
-                    continue
-                current = self.state[p][name]
-                coded = name.endswith(("_codes", "_scales"))
-                dtype = saved.dtype if saved.is_floating_point() or coded else current.dtype
-                if current is saved or current.dtype != dtype:
-                    device = current.device
-                    self.state[p][name] = saved.detach().to(device=device, dtype=dtype, copy=True)
         for i, k, p in self._places():
             self._store_anew((i, k, p))
             if not self.has_step and "step" not in self._further_names(self.param_groups[i], p):
                 self.state.get(p, {}).pop("step", None)  # which only rounding had counted
 
     # The step
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of every ``step``, for the hooks and for profilers, taken only where there is one of them.
+
+        Without a profiler it costs as much as stepping some fifty tensors.
+        """
+        observed = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            before = torch_optimizer._global_optimizer_pre_hooks or self._optimizer_step_pre_hooks
+            after = torch_optimizer._global_optimizer_post_hooks or self._optimizer_step_post_hooks
+            # A closure may register hooks that then run after this very step.
+            if before or after or any(args) or kwargs or _is_observed():
+                return observed(self, *args, **kwargs)
+            return func(self, *args)
+
+        return step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step over all groups, in one native call.
@@ -357,7 +435,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _resolved(self) -> str:
-        return _backend.resolve(self.backend)
+        asked, answer = self._resolution
+        if asked != self.backend:
+            answer = _backend.resolve(self.backend)
+            self._resolution = self.backend, answer
+        return answer
 
     def _places(self) -> list[Place]:
         return [(i, k, p) for i, group in enumerate(self.param_groups) for k, p in enumerate(group["params"])]
@@ -398,7 +480,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
             arguments.update(guard=True)
-        if arguments.keys() & {"max_norm", "guard"} or any(map(clips_alone, self.param_groups)):
+        if "max_norm" in arguments or "guard" in arguments or any(map(clips_alone, self.param_groups)):
             results = self._results_on(device)
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
