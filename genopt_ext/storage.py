@@ -157,7 +157,7 @@ def round_by(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
         size = number & 0x7FFFFFFF
         normal = ((size + (bits >> 19).int()) & ~0x1FFF).view(torch.float32)
         places = (size.view(torch.float32) * 2.0**24).clamp(max=1024.0)
-        subnormal = (places + (bits >> 16).float() * 2.0**-16).nan_to_num(0.0).int().float() * 2.0**-24
+        subnormal = (places + (bits >> 19).float() * 2.0**-13).nan_to_num(0.0).int().float() * 2.0**-24
         rounded = torch.where(size < 113 << 23, subnormal, normal)
         rounded = torch.where(number < 0, -rounded, rounded)
     return torch.where(x.isnan(), x, rounded).to(dtype)

@@ -121,8 +121,8 @@ struct Float16 {
     const uint32_t magnitude = bits_of(x) & 0x7fffffff, sign = bits_of(x) & 0x80000000;
     const uint32_t normal = (magnitude + (bits >> 19)) & ~0x1fffu;
     const float places = float_of(magnitude) * 0x1p24f;  // subnormals are whole multiples of 2^-24
-    const float within =
-        (places < 1024.0f ? places : 1024.0f) + static_cast<float>(static_cast<int32_t>(bits >> 16)) * 0x1p-16f;
+    const float within = (places < 1024.0f ? places : 1024.0f) +
+                         static_cast<float>(static_cast<int32_t>(bits >> 19)) * 0x1p-13f;  // exact: 11 and 13 bits
     const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(within)) * 0x1p-24f);
     const float rounded = float_of(sign | (magnitude < (113u << 23) ? subnormal : normal));
     return x == x ? rounded : x;
