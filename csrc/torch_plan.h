@@ -9,16 +9,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/COW.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <deque>
 #include <limits>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <unordered_map>
@@ -26,7 +23,6 @@
 #include <vector>
 
 #include "cpu/run.h"
-#include "cpu/threads.h"
 #include "overlap.h"
 #include "torch_devices.h"
 
@@ -102,10 +98,9 @@ inline bool is_in_memory(const at::Tensor& t) {
   constexpr c10::DispatchKeySet kOthers(
       {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
        c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
-  // Others first: their devices may be asked of Python, where a thread that reads rows must not go.
   const c10::DispatchKeySet keys = t.key_set();
-  if (keys.has_any(kOthers)) return false;
-  return keys.has(c10::DispatchKey::CPU) || (keys.has(c10::DispatchKey::CUDA) && has_kernels(t));
+  const bool served = keys.has(c10::DispatchKey::CPU) || (keys.has(c10::DispatchKey::CUDA) && has_kernels(t));
+  return served && !keys.has_any(kOthers);
 }
 // And they are floating-point numbers.
 inline bool is_plain(const at::Tensor& t) {
@@ -153,8 +148,27 @@ class TorchPlan {
     layouts_.clear();
     std::vector<bool> skip(params_.size());
     for (const int64_t row : skipped) skip.at(row) = true;
-    const bool moved = read_rows(state, skip, refusal) || recheck_overlaps_;
-    const int64_t elements = host_elements_;
+    bool moved = recheck_overlaps_;
+    int64_t elements = 0;
+    devices_.clear();
+    for (size_t r = 0; r < params_.size(); ++r) {
+      prefetch(r);
+      Row& row = plan_.rows[r];
+      row.active = false;
+      has_grad_[r] = 0;
+      if (skip[r]) continue;
+      if (!read_row(r, state)) {
+        refusal.rows.push_back(static_cast<int64_t>(r));
+      } else if (row.active) {
+        if (!control.only_measure) {
+          const uint64_t place = fingerprint(row);
+          moved |= place != places_[r];
+          places_[r] = place;
+        }
+        if (row.device == kHost) elements += row.numel;
+        note_device(row);
+      }
+    }
     read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
     if (!control.only_measure && (moved || !refusal.rows.empty())) check_overlaps(refusal);
@@ -168,7 +182,7 @@ class TorchPlan {
     if (devices_.empty() && arguments.tensors[kGradNorm]) refusal.devices = {kNone};  // nothing to write it
     if (!refusal.is_empty()) return refusal;
 
-    std::vector<at::Tensor> held;  // what hints_ and gradients_ then point to
+    std::vector<at::Tensor> held;  // what handles_ then point to
     for (size_t i = 0; i < devices_.size(); ++i)
       if (devices_[i] != kHost) cuda_.step(devices_[i], plan_, sources_, tensors[i]);
     for (size_t i = 0; i < devices_.size(); ++i) {  // last: it changes the plan's control
@@ -177,8 +191,7 @@ class TorchPlan {
       run(elements, held);
       write_host_tensors(tensors[i]);
     }
-    for (const int64_t r : unwalked_)
-      if (plan_.rows[r].active) bump_row(r);
+    bump_versions();
     return std::nullopt;
   }
 
@@ -188,7 +201,6 @@ class TorchPlan {
   }
 
  private:
-  static constexpr unsigned kStates = (1u << kMaxStates) - 1;
   static constexpr int kStepHandle = kOperands, kFirstScales = kStepHandle + 1, kHandles = kFirstScales + kMaxStates;
 
   // The tensors of one row, borrowed for one step.
@@ -211,57 +223,47 @@ class TorchPlan {
   };
 
   // A row's objects lie scattered in memory: reading them waits for the cache unless they are asked for
-  // ahead. Where they were at the last step is only a hint, followed only after this step has read the row.
+  // ahead. Where they were at the last step is only a hint, never followed.
   struct Hint {
-    PyObject* object;
-    c10::TensorImpl* impl;
+    const void* object;
+    const void* impl;
     const void* storage;
     const void* version;
   };
-  static constexpr size_t kAhead = 14, kMeta = 10, kNear = 6, kNext = 3;  // rows
+  static constexpr size_t kAhead = 12, kNear = 6, kNext = 3;  // rows
 
-  static Hint hint_of(const at::Tensor& t, PyObject* object) {
-    c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  static Hint hint_of(const at::Tensor& t, const void* object) {
+    const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
     // VariableVersion is one pointer to a counter.
     const void* version = *reinterpret_cast<void* const*>(&impl->version_counter());
     return {object, impl, impl->unsafe_storage().unsafeGetStorageImpl(), version};
-  }
-  // Of all tensors of a row but its gradient; what is left over has no impl.
-  Hint* hints_of(size_t r) {
-    return &hints_[r * width_];
-  }
-  const Hint* hints_of(size_t r) const {
-    return &hints_[r * width_];
   }
 
   static void fetch(const void* address, int bytes) {
     for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte);
   }
 
-  // Asks for what row `r` and those after it, before `end`, will read, in the order in which one thing leads to the
-  // next.
-  void prefetch(size_t r, size_t end) {
-    if (r + kAhead < end) prefetch_hints(r + kAhead);
-    // The gradient is another tensor at every step: only the parameter leads to it, through what autograd keeps.
-    if (r + kMeta < end && THPVariable_CheckExact(params_[r + kMeta]))
-      fetch(THPVariable_Unpack(params_[r + kMeta]).unsafeGetTensorImpl()->autograd_meta(), 128);
-    if (r + kNear < end) {
+  // Asks for what row `r` will read, in the order in which one thing leads to the next.
+  void prefetch(size_t r) const {
+    const size_t rows = params_.size();
+    if (r + kAhead < rows) {
+      fetch(states_[r + kAhead], 64);
+      for (const Hint& hint : hints_[r + kAhead]) {
+        if (!hint.impl) continue;
+        fetch(hint.object, 64);
+        fetch(hint.impl, sizeof(c10::TensorImpl));
+        fetch(hint.storage, 128);
+        fetch(hint.version, 16);
+      }
+    }
+    // The gradient is another tensor at every step: only the parameter leads to it.
+    if (r + kNear < rows) {
       if (states_[r + kNear] && PyDict_Check(states_[r + kNear]))
         fetch(reinterpret_cast<PyDictObject*>(states_[r + kNear])->ma_keys, 192);
       if (const c10::TensorImpl* grad = grad_of(r + kNear)) fetch(grad, sizeof(c10::TensorImpl));
     }
-    if (r + kNext < end)
+    if (r + kNext < rows)
       if (const c10::TensorImpl* grad = grad_of(r + kNext)) fetch(grad->unsafe_storage().unsafeGetStorageImpl(), 128);
-  }
-  void prefetch_hints(size_t r) {
-    fetch(states_[r], 64);
-    const Hint* const hints = hints_of(r);
-    for (size_t k = 0; k < width_ && hints[k].impl; ++k) {
-      fetch(hints[k].object, 64);
-      fetch(hints[k].impl, sizeof(c10::TensorImpl));
-      fetch(hints[k].storage, 128);
-      fetch(hints[k].version, 16);
-    }
   }
 
   const c10::TensorImpl* grad_of(size_t r) const {
@@ -339,8 +341,6 @@ class TorchPlan {
     group_devices_.assign(count, kNone);
     masks_.assign(count, 0);
     storages_.assign(count, Storage{});
-    group_ends_.clear();
-    size_t width = 0;
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* group = PyList_GET_ITEM(param_groups, i);
       static PyObject* const params_key = PyUnicode_InternFromString("params");
@@ -352,23 +352,17 @@ class TorchPlan {
       if (clips_alone(options.data())) plan_.control.measure = true;
       const size_t first = params_.size(), last = first + PyList_GET_SIZE(params);
       params_.resize(last);
-      for (size_t r = first; r < last; ++r) params_[r] = PyList_GET_ITEM(params, r - first);
-      group_ends_.push_back(last);
-      width = std::max(width, tensors_of(i));
+      if (plan_.rows.size() < last) plan_.rows.resize(last);
+      for (size_t r = first; r < last; ++r) {
+        params_[r] = PyList_GET_ITEM(params, r - first);
+        plan_.rows[r].group = static_cast<int>(i);
+      }
     }
-    if (width != width_ || hints_.size() != params_.size() * width) hints_.assign(params_.size() * width, Hint{});
-    width_ = width;
     plan_.rows.resize(params_.size());
+    handles_.resize(params_.size());
     places_.resize(params_.size());
-    gradients_.resize(params_.size());
-  }
-
-  // The most tensors that a row of a group reads beside its gradient: parameter, step, states and what belongs to them.
-  size_t tensors_of(size_t group) const {
-    const auto count = [](unsigned mask) { return static_cast<size_t>(__builtin_popcount(mask)); };
-    const bool codes = storages_[group].states == at::kChar;
-    return 2 + count(masks_[group]) + (codes ? count(masks_[group] & kStates) : 0) +
-           (storages_[group].extra != Extra::kNone);
+    hints_.resize(params_.size());
+    has_grad_.resize(params_.size());
   }
 
   bool read_options(PyObject* group, int index) {
@@ -454,118 +448,10 @@ class TorchPlan {
   // The devices that a group's active rows are on, for read_options_on_devices.
   static constexpr int kNone = -2, kSeveral = -3;
 
-  void note_device(int group, int device) {
-    int& of_group = group_devices_[group];
-    of_group = of_group == kNone || of_group == device ? device : kSeveral;
-    if (std::find(devices_.begin(), devices_.end(), device) == devices_.end()) devices_.push_back(device);
-  }
-
-  // What reading a row comes to. kLater: it takes the interpreter, and so the caller's own thread with the others at
-  // rest.
-  enum class Read : uint8_t { kFine, kOdd, kLater };
-
-  // What was found in rows [begin, end).
-  struct Found {
-    size_t begin = 0;
-    std::vector<int64_t> odd, later;
-    std::vector<int64_t> unwalked;             // active, but not to be visited by cpu::step
-    std::vector<std::pair<int, int>> devices;  // groups and where they have active rows, in order
-    int64_t host_elements = 0;
-    bool moved = false;
-  };
-
-  // Below this many rows for a thread, waking it costs more than it brings.
-  static constexpr int64_t kRowsPerThread = 256;
-
-  // Reads all rows, on all threads where they are many; whether one writes elsewhere than at the last step.
-  //
-  // The caller holds the GIL for all of them, so nothing that Python code can reach changes or goes away meanwhile. A
-  // thread only follows pointers: through exact tensors and dicts (PyDict_Next takes no reference and calls nothing) to
-  // torch's C++ objects, of which it takes no reference either. It writes to its rows' own records alone. Whatever
-  // might call into the interpreter (a subclass, a lookup by hash, a key that is no plain string), allocate for all
-  // rows, or write to a tensor (a lazy copy) is put off; so is what throws, which then throws here.
-  bool read_rows(PyObject* state, const std::vector<bool>& skip, Refusal& refusal) {
-    const int64_t rows = static_cast<int64_t>(params_.size());
-    const int threads = rows < 2 * kRowsPerThread ? 1 : at::get_num_threads();
-    std::vector<Found> all;
-    std::mutex adding;
-    cpu::in_parallel(rows, kRowsPerThread, threads, [&](int64_t begin, int64_t end) {
-      Found found = read_range(begin, end, state, skip, threads == 1);
-      const std::lock_guard<std::mutex> lock(adding);
-      all.push_back(std::move(found));
-    });
-    std::sort(all.begin(), all.end(), [](const Found& a, const Found& b) { return a.begin < b.begin; });
-    devices_.clear();
-    unwalked_.clear();
-    host_elements_ = 0;
-    bool moved = false;
-    const auto add = [&](const Found& found) {
-      refusal.rows.insert(refusal.rows.end(), found.odd.begin(), found.odd.end());
-      for (const auto& [group, device] : found.devices) note_device(group, device);
-      unwalked_.insert(unwalked_.end(), found.unwalked.begin(), found.unwalked.end());
-      host_elements_ += found.host_elements;
-      moved |= found.moved;
-    };
-    for (const Found& found : all) {
-      add(found);
-      for (const int64_t r : found.later) add(read_range(r, r + 1, state, skip, true));
-    }
-    std::sort(refusal.rows.begin(), refusal.rows.end());
-    return moved;
-  }
-
-  Found read_range(size_t begin, size_t end, PyObject* state, const std::vector<bool>& skip, bool alone) {
-    Found found;
-    found.begin = begin;
-    int group = static_cast<int>(std::upper_bound(group_ends_.begin(), group_ends_.end(), begin) - group_ends_.begin());
-    for (size_t r = begin; r < std::min(begin + kAhead, end); ++r) prefetch_hints(r);
-    for (size_t r = begin; r < end; ++r) {
-      while (r >= group_ends_[group]) ++group;
-      prefetch(r, end);
-      Row& row = plan_.rows[r];
-      row.group = group;
-      row.active = false;
-      gradients_[r] = nullptr;
-      if (skip[r]) continue;
-      const Read read = alone ? read_row(r, state, true) : try_row(r, state);
-      if (read != Read::kFine) (read == Read::kOdd ? found.odd : found.later).push_back(static_cast<int64_t>(r));
-      if (read != Read::kFine || !row.active) continue;
-      if (!plan_.control.only_measure) {
-        const uint64_t place = fingerprint(row);
-        found.moved |= place != places_[r];
-        places_[r] = place;
-      }
-      if (row.device == kHost) found.host_elements += row.numel;
-      if (row.tiles(kHost) == 0) found.unwalked.push_back(static_cast<int64_t>(r));
-      const std::pair<int, int> device{group, row.device};
-      if (found.devices.empty() || found.devices.back() != device) found.devices.push_back(device);
-    }
-    return found;
-  }
-  Read try_row(size_t r, PyObject* state) {
-    try {
-      return read_row(r, state, false);
-    } catch (...) {
-      plan_.rows[r].active = false;
-      return Read::kLater;
-    }
-  }
-
-  // Whether an object is a tensor. kLater: a subclass, perhaps.
-  static Read read_tensor(PyObject* object, bool alone) {
-    if (THPVariable_CheckExact(object)) return Read::kFine;
-    if (!alone) return Read::kLater;
-    return THPVariable_Check(object) ? Read::kFine : Read::kOdd;
-  }
-
-  // Whether asking for a tensor's memory first makes a copy of it.
-  static bool is_lazy(const at::Tensor& t) {
-    const c10::StorageImpl* const storage = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-    if constexpr (requires { storage->has_materializer(); }) {
-      return storage && storage->has_materializer();
-    } else {
-      return storage && c10::impl::cow::is_cow_data_ptr(storage->data_ptr());
-    }
+  void note_device(const Row& row) {
+    int& of_group = group_devices_[row.group];
+    of_group = of_group == kNone || of_group == row.device ? row.device : kSeveral;
+    if (std::find(devices_.begin(), devices_.end(), row.device) == devices_.end()) devices_.push_back(row.device);
   }
 
   // A tensor option on the device of all its group's rows is read there, by the kernels; else its value is
@@ -613,63 +499,47 @@ class TorchPlan {
 
   // What a state dict holds under `key`, or null. Keys are mostly the interned ones.
   const StateKey* find_key(PyObject* key) const {
-    for (const StateKey& wanted : state_keys_)
-      if (key == wanted.name) return &wanted;
-    return nullptr;
-  }
-  // The names are ASCII, so a string that equals one is too.
-  const StateKey* find_key_by_value(PyObject* key) const {
-    if (!PyUnicode_CheckExact(key) || !PyUnicode_IS_COMPACT_ASCII(key)) return nullptr;
-    for (const StateKey& wanted : state_keys_)
-      if (PyUnicode_GET_LENGTH(key) == PyUnicode_GET_LENGTH(wanted.name) &&
-          std::memcmp(PyUnicode_DATA(key), PyUnicode_DATA(wanted.name), PyUnicode_GET_LENGTH(key)) == 0)
-        return &wanted;
-    return nullptr;
-  }
-  const StateKey* find_key_by_python(PyObject* key) const {
-    for (const StateKey& wanted : state_keys_)
-      if (PyUnicode_Check(key) && PyUnicode_Compare(key, wanted.name) == 0) return &wanted;
+    for (const bool by_value : {false, true})
+      for (const StateKey& wanted : state_keys_)
+        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted.name) == 0 : key == wanted.name)
+          return &wanted;
     return nullptr;
   }
 
-  // A row without gradient is fine, and inactive.
-  Read read_row(size_t r, PyObject* state, bool alone) {
-    if (const Read read = read_tensor(params_[r], alone); read != Read::kFine) return read;
+  // False: odd. A row without gradient is fine, and inactive.
+  bool read_row(size_t r, PyObject* state) {
+    if (!THPVariable_Check(params_[r])) return false;
     const at::Tensor& param = THPVariable_Unpack(params_[r]);
     const at::Tensor* grad = &param.unsafeGetTensorImpl()->grad();
     if (grads_) {
       PyObject* const given = PyList_GET_ITEM(grads_, r);
-      if (given != Py_None)
-        if (const Read read = read_tensor(given, alone); read != Read::kFine) return read;
+      if (given != Py_None && !THPVariable_Check(given)) return false;
       grad = given == Py_None ? nullptr : &THPVariable_Unpack(given);
     }
     Row& row = plan_.rows[r];
     row.used = masks_[row.group];
     if (!grad || !grad->defined()) {
-      if (!(row.used & kWithAverage)) return Read::kFine;
-      if (!alone && !states_[r]) return Read::kLater;
-      if (!(param.requires_grad() || find_state(r, state))) return Read::kFine;
+      if (!(row.used & kWithAverage) || !(param.requires_grad() || find_state(r, state))) return true;
       row.used = kWithAverage | kRests;
       grad = nullptr;
     }
-    gradients_[r] = grad;
+    has_grad_[r] = grad != nullptr;
     // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
-    if (!is_plain(param) || param.is_inference()) return Read::kOdd;
+    if (!is_plain(param) || param.is_inference()) return false;
     const bool mixes = grad && may_mix(grad->scalar_type()) && may_mix(param.scalar_type());
     if (grad && (!is_plain(*grad) || grad->sizes() != param.sizes() || grad->is_complex() != param.is_complex() ||
                  (!grads_ && !mixes && grad->scalar_type() != param.scalar_type())))
-      return Read::kOdd;
+      return false;
     const int device = kernel_device(param);
-    if (backend_ == (device == kHost ? "cuda" : "cpu")) return Read::kOdd;
+    if (backend_ == (device == kHost ? "cuda" : "cpu")) return false;
 
-    Handles handles{};
+    Handles& handles = handles_[r];
+    handles.fill(nullptr);
+    objects_.fill(nullptr);
+    objects_[kParam] = params_[r];
     handles[kParam] = &param;
     handles[kGrad] = grad;
-    Hint* const hints = hints_of(r);
-    size_t count = 0;
-    hints[count++] = hint_of(param, params_[r]);
-    if (const Read read = read_state(r, state, handles, alone, count); read != Read::kFine) return read;
-    for (size_t k = count; k < width_; ++k) hints[k].impl = nullptr;
+    if (!read_state(r, state, handles)) return false;
 
     row.active = true;
     row.device = device;
@@ -682,10 +552,6 @@ class TorchPlan {
         continue;
       }
       const at::Tensor& t = *handles[k];
-      if (!alone && is_lazy(t)) {
-        row.active = false;
-        return Read::kLater;
-      }
       contiguous = contiguous && t.is_contiguous();
       same_strides = same_strides && t.strides() == param.strides();
       row.dtype[k] = t.scalar_type() == at::kChar   ? DType::kInt8
@@ -695,23 +561,17 @@ class TorchPlan {
       row.data[k] = reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
       // A GPU has no access to an address that is no multiple of the element's size.
       const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
-      if (kernel_device(t) != device || (device != kHost && !aligned)) {
-        row.active = false;
-        return Read::kOdd;
-      }
+      if (kernel_device(t) != device || (device != kHost && !aligned)) return row.active = false;
     }
+    for (int k = 0; k < kHandles; ++k)
+      hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], objects_[k]) : Hint{};
     if (!contiguous && !same_strides) {
-      row.active = alone;
-      if (!alone) return Read::kLater;
       row.layout = &layouts_.emplace_back(layout_of(handles));
       // Codes share a scale in the order in which they lie, which has to be the one that tiles have.
       for (int k = kState; k < kAverage; ++k)
-        if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty()) {
-          row.active = false;
-          return Read::kOdd;
-        }
+        if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty()) return row.active = false;
     }
-    return Read::kFine;
+    return true;
   }
 
   // What is to be kept beside the row's plain operands.
@@ -722,7 +582,7 @@ class TorchPlan {
     row.extra = narrow ? storage.extra : Extra::kNone;
     if (row.extra != Extra::kNone) row.used |= kWithExtra;
     row.unbiased = narrow && storage.stochastic ? 1u << kParam : 0;
-    if (states_dtype(row, param) == at::kBFloat16) row.unbiased |= (row.used & kStates) << kState;
+    if (states_dtype(row, param) == at::kBFloat16) row.unbiased |= (row.used & ((1u << kMaxStates) - 1)) << kState;
   }
 
   // How a row's states are to be stored: kChar as codes, none: any dtype of numbers.
@@ -735,7 +595,7 @@ class TorchPlan {
   // A parameter's state dict, or null.
   PyObject* find_state(size_t r, PyObject* state) {
     PyObject* entries = states_[r];
-    if (!entries && PyDict_GET_SIZE(state)) {
+    if (!entries) {
       entries = PyDict_GetItemWithError(state, params_[r]);
       if (!entries && PyErr_Occurred()) throw PythonError();
       if (entries) order_.clear();  // learn the order anew at the next step
@@ -743,18 +603,17 @@ class TorchPlan {
     return entries && PyDict_Check(entries) ? entries : nullptr;
   }
 
-  // Adds the row's hints after `count` others.
-  Read read_state(size_t r, PyObject* state, Handles& handles, bool alone, size_t& count) {
+  bool read_state(size_t r, PyObject* state, Handles& handles) {
     Row& row = plan_.rows[r];
     choose_storage(row, *handles[kParam]);
     // Rounding turns with the step count.
+    constexpr unsigned kStates = (1u << kMaxStates) - 1;
     const bool turns = row.unbiased || (row.used & kStates && states_dtype(row, *handles[kParam]) == at::kChar);
     const bool has_step = (plan_.rule.has_step || turns) && !(row.used & kRests);
     row.step = nullptr;
     row.scales = {};
-    if (!alone && !states_[r] && PyDict_GET_SIZE(state)) return Read::kLater;
     PyObject* const entries = find_state(r, state);
-    if (!entries) return row.used || has_step ? Read::kOdd : Read::kFine;
+    if (!entries) return !row.used && !has_step;
 
     const at::Tensor& param = *handles[kParam];
     const std::optional<at::ScalarType> dtype = states_dtype(row, param);
@@ -762,12 +621,7 @@ class TorchPlan {
     const int device = kernel_device(param);
     PyObject *key, *value;
     for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);) {
-      const StateKey* found = find_key(key);
-      if (!found) found = find_key_by_value(key);
-      if (!found && !PyUnicode_CheckExact(key)) {
-        if (!alone) return Read::kLater;
-        found = find_key_by_python(key);
-      }
+      const StateKey* const found = find_key(key);
       if (!found) continue;
       const int handle = found->handle;
       if (handle == kStepHandle) {
@@ -780,35 +634,34 @@ class TorchPlan {
                             : row.extra == Extra::kMaster ? Form::kMaster
                                                           : Form::kCompensation;
         // What another choice of storage has left behind is taken away first, lest it return when that does.
-        if (handle == kExtra && !(row.used & kRests) && !is_used(row.used, kExtra)) return Read::kOdd;
+        if (handle == kExtra && !(row.used & kRests) && !is_used(row.used, kExtra)) return false;
         if (!is_used(row.used, handle)) continue;
-        if (found->form != wanted) return Read::kOdd;
+        if (found->form != wanted) return false;
       }
-      if (const Read read = read_tensor(value, alone); read != Read::kFine) return read;
+      if (!THPVariable_Check(value)) return false;
       const at::Tensor& t = THPVariable_Unpack(value);
-      if (!is_in_memory(t) || t.is_inference()) return Read::kOdd;
-      if (!alone && is_lazy(t)) return Read::kLater;
+      if (!is_in_memory(t) || t.is_inference()) return false;
       if (handle == kStepHandle) {
-        if (t.numel() != 1 || (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble)) return Read::kOdd;
-        if (kernel_device(t) != device) return Read::kOdd;
+        if (t.numel() != 1 || (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble)) return false;
+        if (kernel_device(t) != device) return false;
         row.step = t.mutable_data_ptr();
         row.step_dtype = *plain_dtype(t.scalar_type());
       } else if (handle >= kFirstScales) {
         const bool fits = t.scalar_type() == at::kFloat && t.dim() == 1 && t.numel() == tiles_of(param.numel()) &&
                           t.is_contiguous() && kernel_device(t) == device;
         row.scales[handle - kFirstScales] = static_cast<float*>(fits ? t.mutable_data_ptr() : nullptr);
-        if (!fits || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(float)) return Read::kOdd;
+        if (!fits || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(float)) return false;
       } else if (t.sizes() != param.sizes() || !fits_dtype(row, handle, t.scalar_type(), param.scalar_type(), dtype)) {
-        return Read::kOdd;
+        return false;
       }
-      hints_of(r)[count++] = hint_of(t, value);
       handles[handle] = &t;
+      objects_[handle] = value;
     }
     for (int k = kState; k < kOperands; ++k)
-      if (is_used(row.used, k) && !handles[k]) return Read::kOdd;
+      if (is_used(row.used, k) && !handles[k]) return false;
     for (size_t i = 0; form == Form::kCodes && i < plan_.rule.states.size(); ++i)
-      if (is_used(row.used, kState + static_cast<int>(i)) && !handles[kFirstScales + i]) return Read::kOdd;
-    return has_step && !row.step ? Read::kOdd : Read::kFine;
+      if (is_used(row.used, kState + static_cast<int>(i)) && !handles[kFirstScales + i]) return false;
+    return !has_step || row.step;
   }
 
   bool fits_dtype(const Row& row, int operand, at::ScalarType type, at::ScalarType param,
@@ -874,7 +727,7 @@ class TorchPlan {
     const auto add = [&](const at::Tensor& t, size_t r) { add_to(regions, t, r); };
     for (size_t r = 0; r < params_.size(); ++r) {
       if (!THPVariable_Check(params_[r])) continue;
-      if (plan_.control.zero && gradients_[r] && plan_.rows[r].active) add_to(gradients, *gradients_[r], r);
+      if (plan_.control.zero && has_grad_[r] && plan_.rows[r].active) add_to(gradients, *handles_[r][kGrad], r);
       add(THPVariable_Unpack(params_[r]), r);
       PyObject *entries = states_[r], *key, *value;
       if (!entries || !PyDict_Check(entries)) continue;
@@ -884,7 +737,7 @@ class TorchPlan {
     gradients_overlap_ = !find_overlaps(std::move(gradients)).empty();
     recheck_overlaps_ = gradients_overlap_;
     for (const auto& [a, b] : find_overlaps(std::move(regions))) {
-      if (gradients_[a] && gradients_[b]) refusal.overlaps.emplace_back(a, b);
+      if (has_grad_[a] && has_grad_[b]) refusal.overlaps.emplace_back(a, b);
       recheck_overlaps_ = true;
     }
   }
@@ -892,52 +745,43 @@ class TorchPlan {
   // Steps the rows on the CPU.
   void run(int64_t elements, std::vector<at::Tensor>& held) {
     const int threads = at::get_num_threads();
-    const auto bump = [this](int64_t r) { bump_row(r); };
     // A long run lets other Python threads work, and so holds what they could take away: worth it where
     // rows are large, as holding one costs about as much as stepping a thousand elements.
     constexpr int64_t kLong = 1 << 20, kLongRow = 1 << 14;
     if (elements < kLong || elements < kLongRow * static_cast<int64_t>(params_.size())) {
-      cpu::step(plan_, threads, bump);
+      cpu::step(plan_, threads);
       return;
     }
-    std::vector<size_t> gradients;
-    for (size_t r = 0; r < params_.size(); ++r) {
-      if (!plan_.rows[r].active) continue;
-      const Hint* const hints = hints_of(r);
-      for (size_t k = 0; k < width_ && hints[k].impl; ++k) held.push_back(THPVariable_Unpack(hints[k].object));
-      if (!gradients_[r]) continue;
-      gradients.push_back(held.size());
-      held.push_back(*gradients_[r]);
-    }
+    for (size_t r = 0; r < params_.size(); ++r)
+      if (plan_.rows[r].active)
+        for (const at::Tensor* t : handles_[r])
+          if (t) held.push_back(*t);
     for (size_t r = 0, i = 0; r < params_.size(); ++r)
-      if (plan_.rows[r].active && gradients_[r]) gradients_[r] = &held[gradients[i++]];
+      if (plan_.rows[r].active)
+        for (const at::Tensor*& t : handles_[r])
+          if (t) t = &held[i++];
     PyThreadState* thread = nullptr;
     const Scope without_gil([&thread] { thread = PyEval_SaveThread(); }, [&thread] { PyEval_RestoreThread(thread); });
-    cpu::step(plan_, threads, bump);
+    cpu::step(plan_, threads);
   }
 
-  // Autograd then knows that the row's tensors changed; torch's own fused kernels leave this out. The counters are
-  // atomic, and this is called from the threads that step the rows.
-  void bump_row(size_t r) const {
-    if (r + kAhead < params_.size()) {
-      const Hint* const ahead = hints_of(r + kAhead);
-      for (size_t k = 0; k < width_ && ahead[k].impl; ++k) {
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead[k].impl) + 40);  // where it points to its version
-        __builtin_prefetch(ahead[k].version, 1);
+  // Autograd then knows that these changed; torch's own fused kernels leave this out.
+  void bump_versions() const {
+    for (size_t r = 0; r < params_.size(); ++r) {
+      if (r + kAhead < params_.size())
+        for (const Hint& hint : hints_[r + kAhead]) {
+          __builtin_prefetch(static_cast<const char*>(hint.impl) + 40);  // where it points to its version
+          __builtin_prefetch(hint.version, 1);
+        }
+      const Row& row = plan_.rows[r];
+      if (!row.active) continue;
+      const bool steps = !(plan_.control.skip && row.device == kHost) && !plan_.control.only_measure;
+      for (int k = 0; k < kHandles; ++k) {
+        if (!handles_[r][k]) continue;
+        const bool written = k == kGrad ? plan_.control.zero : steps && !(k == kParam && (row.used & kRests));
+        if (written) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
       }
     }
-    const Row& row = plan_.rows[r];
-    if (plan_.control.zero && gradients_[r]) gradients_[r]->unsafeGetTensorImpl()->bump_version();
-    if ((plan_.control.skip && row.device == kHost) || plan_.control.only_measure) return;
-    const Hint* const hints = hints_of(r);
-    for (size_t k = row.used & kRests ? 1 : 0; k < width_ && hints[k].impl; ++k)
-      if (r == 0 || !bumps(r - 1, k, hints[k].version)) hints[k].impl->bump_version();
-  }
-  // Views of one buffer, as step counters are, share their counter: once is enough, and threads do not contend for it.
-  bool bumps(size_t r, size_t k, const void* version) const {
-    const Row& row = plan_.rows[r];
-    const Hint& hint = hints_of(r)[k];
-    return row.active && !(k == 0 && (row.used & kRests)) && hint.impl && hint.version == version;
   }
 
   Plan plan_;
@@ -954,16 +798,12 @@ class TorchPlan {
 
   // Per row, filled at every step.
   std::vector<PyObject*> params_, states_;
-  std::vector<const at::Tensor*> gradients_;  // or null
-  size_t width_ = 0;
-  std::vector<Hint> hints_;       // `width_` for each row, the parameter's first
-  std::vector<uint64_t> places_;  // fingerprints of the last overlap check
+  std::vector<Handles> handles_;
+  std::vector<char> has_grad_;
+  std::array<PyObject*, kHandles> objects_{};  // of the row that is read now
   std::deque<Layout> layouts_;
-  std::vector<int64_t> unwalked_;
-  int64_t host_elements_ = 0;
   // Per group.
-  std::vector<size_t> group_ends_;  // the row after its last
-  std::vector<unsigned> masks_;     // the states in use
+  std::vector<unsigned> masks_;  // the states in use
   std::vector<Storage> storages_;
   std::vector<Sources> sources_;
   std::vector<int> group_devices_;
@@ -974,6 +814,9 @@ class TorchPlan {
   };
   std::vector<OptionOnDevice> options_on_devices_;
   std::vector<int> devices_;  // with active rows
+
+  std::vector<std::array<Hint, kHandles>> hints_;
+  std::vector<uint64_t> places_;  // fingerprints of the last overlap check
 };
 
 }  // namespace genopt

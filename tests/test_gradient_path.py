@@ -446,6 +446,15 @@ def test_step_and_zero_writes_only_the_gradient(backend):
     assert_same_bits(base, kept)
 
 
+def test_step_and_zero_leaves_the_source_of_a_lazy_copy_alone(backend):
+    p = parameters([(40,)])[0]
+    source = randn((40,), 1)
+    p.grad = torch._lazy_clone(source)
+    optim.SGD([p], lr=0.1, backend=backend).step_and_zero_()
+    assert_same_bits(source, randn((40,), 1))
+    assert not p.grad.any()
+
+
 def test_step_and_zero_is_a_step_to_hooks_and_schedulers(backend):
     params = parameters([(5,)])
     opt = optim.SGD(params, lr=0.1, backend=backend)

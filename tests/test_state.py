@@ -142,7 +142,7 @@ def test_changes_between_steps(case, change):
         assert_same_state(*results, (case, change))
 
 
-# Some that are read by several threads, and among them what only the caller's own may read.
+# Enough for several threads.
 MANY = [*SHAPES, *[(3,)] * 560]
 
 
@@ -171,8 +171,8 @@ class Name(str):
     """A key that is no plain string."""
 
 
-def test_many_with_what_threads_may_not_read(two_threads):
-    """Subclasses, lazy copies, other strides, keys of other types, a state under an equal parameter, frozen rows."""
+def test_many_of_unusual_kinds(two_threads):
+    """Subclasses, lazy copies, other strides, keys that are no plain strings, entries of others, no gradients."""
     results, sources = [], []
     for backend in ("auto", "reference"):
         params = parameters(MANY)

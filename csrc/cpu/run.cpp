@@ -151,12 +151,11 @@ void measure(Plan& plan, int threads) {
   }
 }
 
-void run(const Plan& plan, int threads, const Visit& visit) {
+void run(const Plan& plan, int threads) {
   const ZeroKernel zero = kernel_table().zero;
   in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
     for_range(plan, &Row::first_tile, host_tiles, ~0u, begin, end, [&](int64_t r, int64_t first, int64_t last) {
       const Row& row = plan.rows[r];
-      if (visit && first == 0) visit(r);
       const bool zeroes = plan.control.zero && !(row.used & kRests);
       // What is zeroed is still in the cache.
       const int64_t block = zeroes ? kSpan : last - first;
@@ -172,7 +171,7 @@ void run(const Plan& plan, int threads, const Visit& visit) {
   });
 }
 
-void step(Plan& plan, int threads, const Visit& visit) {
+void step(Plan& plan, int threads) {
   Control& control = plan.control;
   plan.number();
   for (Row& row : plan.rows) {
@@ -185,7 +184,7 @@ void step(Plan& plan, int threads, const Visit& visit) {
   if (control.only_measure || (control.skip && !control.zero)) return;
   if (plan.is_clipping()) plan.number();
   if (!control.skip) plan.prepare(kernel_table());
-  run(plan, threads, visit);
+  run(plan, threads);
 }
 
 }  // namespace cpu

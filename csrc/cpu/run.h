@@ -1,7 +1,6 @@
 // The CPU backend: chooses the instruction set at run time and spreads the tiles of a plan over threads.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -24,13 +23,10 @@ const KernelTable& kernel_table();
 // Measures the gradients of a plan's rows, and where a group clips adaptively the parameters.
 void measure(Plan& plan, int threads);
 
-// Called from any thread, once for each row that has tiles to step, before the first of them is.
-using Visit = std::function<void(int64_t row)>;
-
 // Runs a prepared plan.
-void run(const Plan& plan, int threads, const Visit& visit = nullptr);
+void run(const Plan& plan, int threads);
 
 // One step of the plan's rows on the CPU as Plan::control says; Control::skip then tells whether it was skipped.
-void step(Plan& plan, int threads, const Visit& visit = nullptr);
+void step(Plan& plan, int threads);
 
 }  // namespace genopt::cpu
