@@ -51,10 +51,12 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
     if (is_plain && !row.unbiased) start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
     if constexpr (sizeof(T) == 4 && kUsed < kWithAverage)
       if (is_plain) {
-        start = run_tiles<Rule, kUsed, Float32, Codes>(scalars, row, start, stop);
-        start = run_tiles<Rule, kUsed, BFloat16, Codes>(scalars, row, start, stop);
-        start = run_tiles<Rule, kUsed, BFloat16, BFloat16>(scalars, row, start, stop);
-        start = run_tiles<Rule, kUsed, BFloat16, Float32>(scalars, row, start, stop);
+        start = run_plain<Rule, kUsed, BFloat16, BFloat16>(scalars, row, start, stop);
+        if constexpr (kUsed != 0) {
+          start = run_plain<Rule, kUsed, BFloat16, Float32>(scalars, row, start, stop);
+          start = run_coded<Rule, kUsed, Float32>(scalars, row, start, stop);
+          start = run_coded<Rule, kUsed, BFloat16>(scalars, row, start, stop);
+        }
       }
     if (start == stop) return;
   }

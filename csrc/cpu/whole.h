@@ -46,9 +46,6 @@ int64_t run_direct(const Scalars& scalars, const Row& row, int64_t start, int64_
 template <class T>
 using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
 
-// A state in codes, for run_tiles.
-struct Codes {};
-
 template <class Codec>
 GENOPT_INLINE Floats load_values(const typename Codec::Stored* from) {
   if constexpr (std::is_same_v<Codec, BFloat16>) return float_of(load_ints(from) << 16);
@@ -74,70 +71,121 @@ GENOPT_INLINE void each_state(Visit&& visit) {
   visit_used(std::integral_constant<int, 2>{});
 }
 
-// Whole tiles in registers, where all operands lie dense: parameter and gradient stored with one codec, all states with
-// another or in codes. Returns where it ended.
-template <class Rule, unsigned kUsed, class Param, class State, class Scalars>
-__attribute__((noinline)) int64_t run_tiles(const Scalars& shared, const Row& row, int64_t start, int64_t stop) {
-  constexpr bool kCoded = std::is_same_v<State, Codes>;
-  bool fits = is_direct<Param>(row, kParam) && is_direct<Param>(row, kGrad);
-  each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-    fits = fits && is_direct<std::conditional_t<kCoded, Block, State>>(row, kState + k);
-  });
+// What whole tiles of a dense row go through in registers, a vector of elements at a time: parameter and gradient
+// stored with the codec Param, states given and taken as values.
+template <class Rule, unsigned kUsed, class Param>
+class VectorStep {
+ public:
+  GENOPT_INLINE VectorStep(const Scalars<Rule, float>& scalars, const Row& row)
+      : scalars_(scalars), random_(row.unbiased >> kParam & 1), row_(row) {
+  }
+  static bool takes(const Row& row) {
+    return is_direct<Param>(row, kParam) && is_direct<Param>(row, kGrad);
+  }
+
+  // Goes to the tile that begins at element `start`.
+  GENOPT_INLINE void begin(int64_t start) {
+    p_ = element<Param>(row_, kParam, start);
+    g_ = element<Param>(row_, kGrad, start);
+    key_ = tile_key(scalars_.random, start);
+  }
+  // Asks for the next tile's.
+  GENOPT_INLINE void prefetch(int i) const {
+    __builtin_prefetch(p_ + kTile + i);
+    __builtin_prefetch(g_ + kTile + i);
+  }
+  // Elements of the tile from i on; `states`: theirs.
+  GENOPT_INLINE void step(int i, Floats (&states)[kMaxStates]) const {
+    Floats p = load_values<Param>(p_ + i);
+    const Floats g = scalars_.around.gradient(load_values<Param>(g_ + i));
+    scalars_.update.template apply<kUsed>(p, g, states[0], states[1], states[2]);
+    if constexpr (!std::is_same_v<Param, Float32>)
+      if (random_) p = Param::round_by(p, random_bits(key_ + i, count_up()));
+    store_values<Param>(p_ + i, p);
+  }
+
+ private:
+  const Scalars<Rule, float> scalars_;
+  const bool random_;
+  const Row& row_;
+  typename Param::Stored* p_;
+  const typename Param::Stored* g_;
+  uint32_t key_;
+};
+
+// Whole tiles whose states are all stored with the codec State. Returns where it ended.
+template <class Rule, unsigned kUsed, class Param, class State>
+__attribute__((noinline)) int64_t run_plain(const Scalars<Rule, float>& scalars, const Row& row, int64_t start,
+                                            int64_t stop) {
+  bool fits = VectorStep<Rule, kUsed, Param>::takes(row);
+  each_state<Rule, kUsed>([&](auto k, auto) { fits = fits && is_direct<State>(row, kState + k); });
   if (!fits) return start;
-  const Scalars scalars = shared;
-  const bool random = row.unbiased >> kParam & 1, turned = row.unbiased >> kState;
-  alignas(64) float values[kMaxStates][kCoded ? kTile : 1];
-  float scales[kMaxStates];
+  VectorStep<Rule, kUsed, Param> step(scalars, row);
+  const bool turned = row.unbiased >> kState;
   for (; stop - start >= kTile; start += kTile) {
-    const uint32_t key = tile_key(scalars.random, start), turn = tile_turn(scalars.turn, start);
-    auto* const p = element<Param>(row, kParam, start);
-    const auto* const g = element<Param>(row, kGrad, start);
-    Words most[kMaxStates];
-    each_state<Rule, kUsed>([&](auto k, auto) {
-      most[k] = Words(0);
-      if constexpr (kCoded) scales[k] = row.scales[k][start / kTile];
-    });
+    const uint32_t turn = tile_turn(scalars.turn, start);
+    typename State::Stored* states[kMaxStates];
+    each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
+    step.begin(start);
     for (int i = 0; i < kTile; i += kWidth) {
-      // Memory is not idle while codes are made: the next tile is asked for, a little at a time.
-      if constexpr (kCoded) __builtin_prefetch(p + kTile + i);
-      if constexpr (kCoded) __builtin_prefetch(g + kTile + i);
-      Floats param = load_values<Param>(p + i), x[kMaxStates];
-      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-        if constexpr (kCoded) {
-          x[k] = Block(scales[k]).decode(load_ints(element<Block>(row, kState + k, start) + i));
-        } else {
-          x[k] = load_values<State>(element<State>(row, kState + k, start) + i);
-        }
+      Floats x[kMaxStates];
+      each_state<Rule, kUsed>([&](auto k, auto) { x[k] = load_values<State>(states[k] + i); });
+      step.step(i, x);
+      each_state<Rule, kUsed>([&](auto k, auto) {
+        if constexpr (!std::is_same_v<State, Float32>)
+          if (turned) x[k] = State::round_by(x[k], turns_from(turn, i));
+        store_values<State>(states[k] + i, x[k]);
       });
-      scalars.update.template apply<kUsed>(param, scalars.around.gradient(load_values<Param>(g + i)), x[0], x[1], x[2]);
-      if constexpr (!std::is_same_v<Param, Float32>)
-        if (random) param = Param::round_by(param, random_bits(key + i, count_up()));
-      store_values<Param>(p + i, param);
-      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-        if constexpr (kCoded) {
-          store(values[k] + i, x[k]);
-          most[k] = larger(most[k], as_unsigned(Block::magnitude(x[k])));
-        } else {
-          if constexpr (!std::is_same_v<State, Float32>)
-            if (turned) x[k] = State::round_by(x[k], turns_from(turn, i));
-          store_values<State>(element<State>(row, kState + k, start) + i, x[k]);
-        }
-      });
-    }
-    if constexpr (kCoded) {
-      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-        prefetch(row, kState + k, start + kTile, kTile);
-        row.scales[k][start / kTile] = scales[k] = Block::scale_for(largest(most[k]));
-      });
-      for (int i = 0; i < kTile; i += kWidth) {
-        const Words turns = turns_from(turn, i);
-        each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-          store_ints(element<Block>(row, kState + k, start) + i,
-                     Block(scales[k]).encode(load<Floats>(values[k] + i), turns));
-        });
-      }
     }
   }
   return start;
 }
+
+// Whole tiles whose states are all in codes. Returns where it ended.
+template <class Rule, unsigned kUsed, class Param>
+__attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars, const Row& row, int64_t start,
+                                            int64_t stop) {
+  bool fits = VectorStep<Rule, kUsed, Param>::takes(row);
+  each_state<Rule, kUsed>([&]<class Block>(auto k, Block) { fits = fits && is_direct<Block>(row, kState + k); });
+  if (!fits) return start;
+  VectorStep<Rule, kUsed, Param> step(scalars, row);
+  alignas(64) float values[kMaxStates][kTile];
+  for (; stop - start >= kTile; start += kTile) {
+    float scales[kMaxStates];
+    void* codes[kMaxStates];
+    Words most[kMaxStates];
+    each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+      scales[k] = row.scales[k][start / kTile];
+      codes[k] = element<Block>(row, kState + k, start);
+      most[k] = Words(0);
+    });
+    step.begin(start);
+    for (int i = 0; i < kTile; i += kWidth) {
+      step.prefetch(i);  // a little at a time: a core has room for some ten lines under way
+      Floats x[kMaxStates];
+      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+        x[k] = Block(scales[k]).decode(load_ints(static_cast<const typename Block::Stored*>(codes[k]) + i));
+      });
+      step.step(i, x);
+      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+        store(values[k] + i, x[k]);
+        most[k] = larger(most[k], as_unsigned(Block::magnitude(x[k])));
+      });
+    }
+    each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+      prefetch(row, kState + k, start + kTile, kTile);
+      row.scales[k][start / kTile] = scales[k] = Block::scale_for(largest(most[k]));
+    });
+    const uint32_t turn = tile_turn(scalars.turn, start);
+    for (int i = 0; i < kTile; i += kWidth) {
+      const Words turns = turns_from(turn, i);
+      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+        store_ints(static_cast<typename Block::Stored*>(codes[k]) + i,
+                   Block(scales[k]).encode(load<Floats>(values[k] + i), turns));
+      });
+    }
+  }
+  return start;
+}
+
 }  // namespace genopt::GENOPT_CAPABILITY
