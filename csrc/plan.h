@@ -151,10 +151,19 @@ using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, 
 using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
 // Sets elements [begin, end) tiles of a row's gradient to zero.
 using ZeroKernel = void (*)(const Row& row, int64_t begin, int64_t end);
+// Moves bytes [begin, end) of all arrays, of which the first `written` are written, and computes nothing: cpu/stream.h.
+constexpr int kMaxStreams = 8;
+struct Streams {
+  char* base[kMaxStreams];
+  int count = 0, written = 0;
+  bool fresh = false;
+};
+using StreamKernel = void (*)(const Streams& streams, int64_t begin, int64_t end);
 struct KernelTable {
   std::array<std::array<std::array<TileKernel, 2>, kUses>, kRules> tiles{};
   std::array<std::array<SpanKernel, 2>, 3> spans{};
   ZeroKernel zero = nullptr;
+  StreamKernel stream = nullptr;
 };
 
 // Room for any rule's Scalars.

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../plan.h"
+#include "lines.h"
 #include "whole.h"
 
 namespace genopt::GENOPT_CAPABILITY {
@@ -177,6 +178,7 @@ const KernelTable& kernel_table() {
       with_measure(
           norm, [&]<class M>(M) { kernels.spans[static_cast<int>(norm)] = {measure<M, float>, measure<M, double>}; });
     kernels.zero = zero;
+    kernels.stream = stream_lines<>;
     return kernels;
   }();
   return table;
