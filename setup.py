@@ -80,7 +80,7 @@ def build_command() -> type[build_ext]:
         def run(self) -> None:
             compiler = os.environ.get("CXX", "c++")
             if not shutil.which(compiler.split()[0]):
-                raise SystemExit(f"genopt_ext: no C++ compiler found ({compiler}); install g++ 11 or newer, or set CXX")
+                raise SystemExit(f"genopt_ext: no C++ compiler found ({compiler}); install g++ 12 or newer, or set CXX")
             print(f"genopt_ext: CUDA kernels {'are' if BUILDS_CUDA else 'are not'} built: {CUDA_REASON}")
             super().run()
             version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True)

@@ -28,9 +28,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the Makefile runs this as a file
 
-from bench import method, report, session  # noqa: E402
+from bench import method, report  # noqa: E402
 from bench.cases import Case, Shape  # noqa: E402
-from bench.subjects import OURS  # noqa: E402
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MINUTES = 10  # for all of it
@@ -103,17 +102,23 @@ def shell(command: list[str], seconds: float, **environment: str) -> dict[str, A
     return {"command": " ".join(command), "status": status, "seconds": time.perf_counter() - start, "last": last}
 
 
-def checks() -> Iterator[dict[str, Any]]:
-    """The build, the tests on the GPU, and the sanitizers, in turn."""
+def architecture() -> str:
     major, minor = torch.cuda.get_device_capability()
-    architecture = f"{major}.{minor}"
+    return f"{major}.{minor}"
+
+
+def build() -> dict[str, Any]:
     setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return shell(setup, 120, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture())
+
+
+def checks() -> Iterator[dict[str, Any]]:
+    """The tests on the GPU, and the sanitizers, in turn."""
     program, tests = ROOT / "build" / "test_cuda", ["-q", "-n", "4", "--ignore=tests/test_demo.py", "tests"]
     program.parent.mkdir(exist_ok=True)
     # With the timed part, the limits come to less than ten minutes.
-    yield shell(setup, 120, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)
     yield shell([sys.executable, "-m", "pytest", *tests], 150, GENOPT_TEST_DEVICE="cuda")
-    yield shell(["bash", "tests/cpp/build_cuda.sh", str(program), architecture.replace(".", "")], 70)
+    yield shell(["bash", "tests/cpp/build_cuda.sh", str(program), architecture().replace(".", "")], 70)
     yield shell([str(program)], 30)
     for tool in SANITIZERS:
         yield shell(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program), "few"], 35)
@@ -122,9 +127,9 @@ def checks() -> Iterator[dict[str, Any]]:
 class Report:
     """The JSON: written anew whenever something is added, so that a run that is cut short has told what it knew."""
 
-    def __init__(self, path: Path | None, device: str, commit: str) -> None:
-        self.path, self.start = path, time.perf_counter()
-        self.data: dict[str, Any] = {"machine_info": method.machine(device), "checks": [], "benchmarks": []}
+    def __init__(self, path: Path | None, device: str, commit: str, start: float, built: list[dict[str, Any]]) -> None:
+        self.path, self.start = path, start
+        self.data: dict[str, Any] = {"machine_info": method.machine(device), "checks": built, "benchmarks": []}
         self.data |= {"absent": {}, "failed": {}}
         self.data["machine_info"]["command"] = "gpu-check"
         if commit:
@@ -159,12 +164,18 @@ def main() -> int:
         print("gpu-check: torch sees no CUDA device; run it where one is, or try --dry-run")
         return 1
     device, scale, seconds = ("cpu", 1e-4, 0.02) if dry else ("cuda", 1.0, 4.0)
-    told = Report(None, device, arguments.commit)
+    tests = not (dry or arguments.only_times)
+    start = time.perf_counter()
+    built = [build()] if tests else []
+    # Now that it is there: whoever imports the package earlier has what was built before, or the reference.
+    from bench import session
+
+    told = Report(None, device, arguments.commit, start, built)
     if not dry:
         info = told.data["machine_info"]
         name = f"{info['date'][:10]}-{info['commit']}.json"
         told.path = arguments.out or report.RESULTS / method.device_folder(device) / name
-        if not arguments.only_times:
+        if tests:
             for each in checks():
                 told.data["checks"].append(each)
                 told.write()
@@ -176,7 +187,7 @@ def main() -> int:
         few = dataclasses.replace(case, warm=True) if dry else case
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "case.json"
-            settings = session.Settings(seconds, scale, device, subjects=(OURS, *others))
+            settings = session.Settings(seconds, scale, device, subjects=(report.OURS, *others))
             failed = session.run([few], settings, path, lambda case, share: None)
             if path.exists() and path.stat().st_size:
                 told.add(json.loads(path.read_text()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from . import report  # noqa: E402
-from .report import LIMIT, OURS, Entry, Row  # noqa: E402
+from .report import LIMIT, OURS, Row  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind people tell apart; the others in greys and pale tones.
 OURS_COLOR, SECOND, THIRD = "#D55E00", "#E69F00", "#CC79A7"
@@ -113,21 +111,6 @@ def bandwidth(data: dict[str, Any], path: Path) -> list[Path]:
     return save(figure, path)
 
 
-def _curves(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> None:
-    markers = dict(zip(COLORS, itertools.cycle(MARKERS), strict=False))
-    for subject in [s for s in _order(curves) if s != LIMIT]:
-        width = 2.6 if subject == OURS else 1.3
-        points = zip(*curves[subject], strict=True)
-        axes.plot(
-            *points, marker=markers.get(subject, "o"), color=color(subject), linewidth=width, markersize=5,
-            label=subject, zorder=3 if report.is_ours(subject) else 2,
-        )  # fmt: skip
-    if LIMIT in curves:
-        axes.plot(*zip(*curves[LIMIT], strict=True), color="black", linestyle=":", linewidth=1.5, label="limit")
-    axes.grid(True, which="major", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def memory(data: dict[str, Any], path: Path) -> list[Path]:
     """Stacked: what one parameter takes, with each optimizer, while it steps."""
     bars: list[tuple[str, str, list[float]]] = []
@@ -210,60 +193,11 @@ def loss(data: dict[str, Any], path: Path) -> list[Path]:
     return save(figure, path)
 
 
-AXES = {
-    "tensors": "tensors",
-    "elements": "elements of one tensor",
-    "groups": "parameter groups",
-    "threads": "threads",
-}
-
-
-def growth(entries: list[Entry], path: Path) -> list[Path]:
-    """Time of a step against each ``axis``, both logarithmic, with the straight line through our largest ``x``.
-
-    Entries are pytest-benchmark's, with ``axis``, ``x`` and ``subject`` in ``extra_info``.
-    """
-    grouped: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for entry in entries:
-        info = entry["extra_info"]
-        grouped[info["axis"]][info["subject"]].append((float(info["x"]), 1e3 * entry["stats"]["median"]))
-    if not grouped:
-        return []
-    known = [axis for axis in AXES if axis in grouped] + sorted(set(grouped) - set(AXES))
-    columns = min(2, len(known))
-    lines = -(-len(known) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(5.2 * columns, 3.8 * lines + 0.7), layout="constrained", squeeze=False
-    )
-    handles: dict[str, Any] = {}
-    for axes, axis in itertools.zip_longest(grid.flat, known):
-        if axis is None:
-            axes.set_visible(False)
-            continue
-        curves = {name: sorted(points) for name, points in grouped[axis].items()}
-        _curves(axes, curves)
-        if OURS in curves:
-            x, y = curves[OURS][-1]
-            ends = [curves[OURS][0][0], x]
-            down = axis == "threads"
-            straight = [y * (x / at if down else at / x) for at in ends]
-            axes.plot(ends, straight, color=OURS_COLOR, linestyle=":", label="in proportion (ours)")
-        axes.set(xscale="log", yscale="log", xlabel=AXES.get(axis, axis), ylabel="one step (ms)")
-        axes.set_title(f"Time against {AXES.get(axis, axis)}", fontsize=10)
-        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.suptitle("How time grows: a line parallel to the dotted one grows in proportion")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    return save(figure, path)
-
-
 FIGURES = {"bandwidth": bandwidth, "memory": memory, "loss": loss}
 
 
 def draw(path: Path) -> list[Path]:
     """All figures that the JSON has numbers for, beside it."""
-    entries = json.loads(path.read_text()).get("benchmarks", [])
-    if entries and "axis" in entries[0].get("extra_info", {}):
-        return growth(entries, path)
     data = report.load(path)
     written = []
     for name, figure in FIGURES.items():

@@ -186,14 +186,9 @@ def footnotes(data: dict[str, Any]) -> list[str]:
 
 
 def behind(data: dict[str, Any]) -> list[Row]:
-    """Our rows that are neither ahead of every peer nor near the limit, from the worst."""
+    """Our rows that are not ahead of every peer, from the worst."""
     lagging = [
-        row
-        for row in rows(data)
-        if row.subject == OURS
-        and row.peer_over_ours is not None
-        and row.peer_over_ours < 1
-        and (row.of_limit is None or row.of_limit < NEAR)
+        row for row in rows(data) if row.subject == OURS and row.peer_over_ours is not None and row.peer_over_ours < 1
     ]
     return sorted(lagging, key=lambda row: row.peer_over_ours or 0.0)
 
@@ -321,8 +316,9 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
         picture = path.with_name(f"{path.stem}-{figure}.png")
         if picture.exists():
             lines += ["", f"![{title}]({picture.relative_to(root).as_posix()})"]
-    for picture in sorted(path.parent.glob("*growth*.png"))[-1:]:  # python -m bench.growth's
-        lines += ["", f"![How time grows]({picture.relative_to(root).as_posix()})"]
+    picture = path.parent.with_name("growth") / f"{path.parent.name}-tensors.png"  # python -m bench.growth's
+    if picture.exists():
+        lines += ["", f"![How time grows with the number of tensors]({picture.relative_to(root).as_posix()})"]
     again = [f"python -m bench {m['command']} --json {name}", f"python -m bench plot {name}"]
     if m["command"] == "gpu-check":
         again[0] = f"make gpu-check  # writes {name}"

@@ -117,7 +117,7 @@ def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[s
     """
     width = case.dtype.itemsize
     kept = case.state_bytes if case.kind != "clip" else 0.0
-    one = case.elements * (2 * width + kept)
+    one = case.elements * (sum(move.width for move in case.moves) or 2 * width + kept)
     alone = case.warm or case.kind in ("save", "load", "training") or name == "torch compiled"  # each copy compiles
     count = 1 if alone else copies(one, device)
     # Torch's state may be wider than the case's, and a loop over tensors makes some as large as the parameters.

@@ -73,7 +73,7 @@ def tensor_coefficient(group: dict[str, Any], norm: float, weight_norm: float) -
     """For a group that clips each tensor: ``tensor_coefficient`` in ``csrc/rules/around.h``."""
     if group.get("clip_per_param") is not None:
         return float(coefficient(float(group["clip_per_param"]), torch.tensor(norm, dtype=torch.float64, device="cpu")))
-    bound = float(group["agc"]) * max(weight_norm, 1e-3)
+    bound = float(group["agc"]) * (weight_norm if weight_norm > 1e-3 else 1e-3)  # NaN gives 1e-3
     return bound / norm if norm > bound else 1.0
 
 

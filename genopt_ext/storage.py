@@ -36,10 +36,9 @@ def extra(group: dict[str, Any], p: Tensor) -> str | None:
     """The state that keeps what a 16-bit parameter can not hold: ``"master"`` or ``"compensation"``."""
     if p.dtype not in HALVES:
         return None
-    return "master" if group.get("master_weights") else _EXTRAS.get(str(group.get("param_rounding")))
-
-
-_EXTRAS = {"kahan": "compensation"}
+    if group.get("master_weights"):
+        return "master"
+    return "compensation" if group.get("param_rounding") == "kahan" else None
 
 
 def is_stochastic(group: dict[str, Any], p: Tensor) -> bool:
@@ -223,17 +222,27 @@ def is_stored(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | 
 
 def fits(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> bool:
     """Whether the state ``name`` is one of ``p``: of its shape and on its device, with as many scales as blocks."""
-    plain, codes, scales = (state.get(name + suffix) for suffix in ("", "_codes", "_scales"))
+    plain = state.get(name)
     if plain is not None:
         return isinstance(plain, Tensor) and (plain.shape, plain.device) == (p.shape, p.device)
-    if not (isinstance(codes, Tensor) and isinstance(scales, Tensor) and codes.device == scales.device == p.device):
-        return False
-    dtypes = (torch.int8 if signed else torch.uint8, torch.float32)
-    return (
-        codes.shape == p.shape
-        and list(scales.shape) == [-(-p.numel() // BLOCK)]
-        and (codes.dtype, scales.dtype) == dtypes
-    )
+    return broken(state, name, p, signed) is None
+
+
+def broken(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> tuple[str, str] | None:
+    """What keeps the codes of the state ``name`` from being those of ``p``, and how to mend it; or None."""
+    fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
+    for key, dtype, shape in (
+        (name + "_codes", torch.int8 if signed else torch.uint8, list(p.shape)),
+        (name + "_scales", torch.float32, [-(-p.numel() // BLOCK)]),
+    ):
+        t = state.get(key)
+        if not isinstance(t, Tensor):
+            return f"its state has {sorted(map(str, state))}, and '{key}' is {type(t).__name__}", fix
+        if t.dtype != dtype or list(t.shape) != shape:
+            return f"state '{key}' is {t.dtype} of shape {list(t.shape)}, expected {dtype} of {shape}", fix
+        if t.device != p.device:
+            return f"state '{key}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}"
+    return None
 
 
 def _lie_alike(codes: Tensor, p: Tensor) -> bool:
@@ -263,4 +272,4 @@ def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | No
 
 def names_in(state: dict[str, Any]) -> Collection[str]:
     """The states that are stored in codes."""
-    return [name.removesuffix("_codes") for name in state if name.endswith("_codes")]
+    return [name.removesuffix("_codes") for name in state if str(name).endswith("_codes")]

@@ -244,19 +244,6 @@ def test_section_and_figures(tmp_path: Path) -> None:
     assert report.newest(tmp_path / "bench" / "results") == [path]
 
 
-def test_growth_is_drawn(tmp_path: Path) -> None:
-    entries = []
-    for axis in ("tensors", "threads"):
-        for x in (1, 10, 100):
-            for subject in ("genopt_ext", "torch fused", "limit"):
-                entries.append(entry("growth", subject, 1e-3 * x, axis=axis, x=x))
-    assert all(path.stat().st_size > 1000 for path in plots.growth(entries, tmp_path / "growth"))
-    assert plots.growth([], tmp_path / "none") == []
-    path = tmp_path / "given.json"
-    path.write_text(json.dumps({"benchmarks": entries}))
-    assert {p.name for p in plots.draw(path)} == {"given.png", "given.svg"}
-
-
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"benchmarks": [{"extra_info": {"case": "old"}}]}')

@@ -1246,3 +1246,20 @@ def test_masters_of_another_dtype_become_float32(backend):
     opt.state[p]["master"] = opt.state[p]["master"].bfloat16()
     take(opt, [p], 1)
     assert opt.state[p]["master"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", (7, 257, 260, 300, 4099))
+def test_padding_is_no_part_of_a_tile(n):
+    """What rules make of padding, 0 / 0 where eps is 0, must not reach the scale."""
+    results = []
+    for backend in ("auto", "reference"):
+        p = torch.nn.Parameter(randn((n,), 0))
+        opt = optim.RMSprop(
+            [p], lr=0.01, momentum=0.9, eps=0.0, state_dtype=torch.int8, min_int8_size=0, backend=backend
+        )
+        for step in range(3):
+            p.grad = randn((n,), 1 + step) + 3.0
+            opt.step()
+        assert p.isfinite().all(), (n, backend)
+        results.append(p.detach())
+    assert_same_bits(*results, n)

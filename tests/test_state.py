@@ -512,3 +512,30 @@ def test_more_than_2_to_the_31_elements():
     p.grad = torch.ones(2, 300, dtype=torch.bfloat16)
     optim.SGD([p], lr=0.5).step()
     assert (p == 0.5).all()
+
+
+def test_a_subclass_sees_plain_state_when_it_is_loaded():
+    class Noted(optim.AdamW):
+        def __setstate__(self, state):
+            for entries in state["state"].values():
+                entries.setdefault("note", 1.0)
+            super().__setstate__(state)
+
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    opt = Noted([p])
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state[p]["note"] == 1.0 and "__setstate__" not in vars(opt)
+    opt.step()
+
+
+@pytest.mark.parametrize(
+    "change", (lambda group, p: group["params"].append(p), lambda group, p: group.update(params=[p]))
+)
+def test_a_group_changed_by_hand_is_looked_at_again(change):
+    a, b, c = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    opt = optim.AdamW([{"params": [a]}, {"params": [b]}])
+    change(opt.param_groups[0], c)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        opt.add_param_group({"params": [c]})

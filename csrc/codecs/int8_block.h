@@ -39,7 +39,7 @@ struct Int8Block {
   int32_t limit;   // the largest code that the scale allows
 
   GENOPT_INLINE explicit Int8Block(float scale)
-      : border(signed_bits(scale) - (kOctaves << 23)),
+      : border(as_signed(bits_of(scale) - (uint32_t{kOctaves} << 23))),
         fill(scale > 0.0f ? 0 : signed_bits(scale)),
         limit(scale > 0.0f ? kLargest : 0) {
   }

@@ -91,7 +91,7 @@ __attribute__((noinline)) void decode_block(const Block& shared, const typename 
   for (int i = 0; i < count; i += kWidth) store(to + i, block.decode(load_ints(codes + i)));
 }
 
-// Stores values as codes and returns their scale. `turn`: the tile's.
+// Stores values, zeros up to a whole vector, as codes and returns their scale. `turn`: the tile's.
 template <class Block>
 __attribute__((noinline)) float encode_block(const float* from, int count, uint32_t turn,
                                              typename Block::Stored* codes) {
@@ -192,6 +192,8 @@ class TileOperand {
       });
   }
   void store_block(uint32_t turn) {
+    // What a rule makes of padding (0 / 0, say) is no part of the tile.
+    std::fill(buffer_ + count_, buffer_ + (count_ + kWidth - 1) / kWidth * kWidth, T(0));
     if constexpr (sizeof(T) == 4)
       with_block(dtype_, 0, [&]<class Block>(const Block&) {
         scale() = encode_block<Block>(buffer_, count_, turn, reinterpret_cast<typename Block::Stored*>(base_));

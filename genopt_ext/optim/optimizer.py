@@ -73,8 +73,7 @@ class _Saved:
         if name == "step":
             # As torch: where it was saved, unless kernels read it.
             device = p.device if self.on_device else value.device
-            if self.on_device and not value.is_floating_point():
-                dtype = torch.float32
+            dtype = torch.float32 if self.on_device else dtype
         elif not (value.is_floating_point() or str(name).endswith(("_codes", "_scales"))):
             dtype = p.dtype if p.is_floating_point() else dtype
         return value.detach().to(device=device, dtype=dtype, copy=True)
@@ -103,7 +102,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _max_grad_norm: float | None = None
     _plan: Any = None
     # How many groups there were, the last one, and the parameters of all, by id.
-    _listed: tuple[int, dict[str, Any] | None, set[int]] = (0, None, set())
+    _listed: tuple[list[tuple[int, int]], set[int]] = ([], set())
     _resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
     _results: dict[str, Tensor] | None = None  # what a step writes beside the parameters, on their device
     _zeroes = False  # the running step zeroes gradients
@@ -263,8 +262,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _append_group(self, param_group: dict[str, Any]) -> None:
         """torch's ``add_param_group``, which would look at every earlier parameter again for each group."""
         groups = self.param_groups
-        count, last, listed = self._listed
-        if not groups or count != len(groups) or last is not groups[-1]:
+        marks, listed = self._listed
+        if not groups or marks != [(id(group["params"]), len(group["params"])) for group in groups]:
             listed = {id(p) for group in groups for p in group["params"]}
         # One earlier group says whether they have names.
         self.param_groups = [{**group, "params": []} for group in groups[:1]]
@@ -274,12 +273,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self.param_groups = groups
         ids = [id(p) for p in added["params"]]
-        if not listed.isdisjoint(ids):  # unless a list was changed by hand
+        if not listed.isdisjoint(ids):  # let torch say so
             super().add_param_group(param_group)
         else:
             groups.append(added)
         listed.update(ids)
-        self._listed = len(groups), added, listed
+        self._listed = [(id(group["params"]), len(group["params"])) for group in groups], listed
 
     # Checkpoints, pickle and deepcopy
 
@@ -295,10 +294,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for i, group in enumerate(state.get("param_groups", ())):
             self._check_group(i, group)
-        entries = state.get("state", {})
-        for p, saved in entries.items():
-            if isinstance(saved, _Saved):
-                entries[p] = saved.on(p)
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,7 +310,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
 
         # torch casts between its hooks and the assignment, and searches all groups for each tensor. What the last hook
-        # leaves is hidden from that, and taken out in __setstate__.
+        # leaves is hidden from that, and taken out where torch hands it to __setstate__.
         def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             for i, group in enumerate(final["param_groups"]):
                 check_storage(f"{type(self).__name__}.load_state_dict: group {i}", group)
@@ -325,12 +320,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             }
             return {**final, "state": hidden}
 
+        def take_out(state: dict[str, Any]) -> None:
+            entries = state["state"]
+            entries.update({p: saved.on(p) for p, saved in entries.items() if isinstance(saved, _Saved)})
+            type(self).__setstate__(self, state)
+
         before = self.param_groups
         handle = self.register_load_state_dict_pre_hook(keep)
+        self.__dict__["__setstate__"] = take_out
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+            self.__dict__.pop("__setstate__", None)
         # Options that the checkpoint knows nothing of stay as they are.
         for old, new in zip(before, self.param_groups, strict=True):
             clips = clips_alone(new)
@@ -366,7 +368,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             before = torch_optimizer._global_optimizer_pre_hooks or self._optimizer_step_pre_hooks
             after = torch_optimizer._global_optimizer_post_hooks or self._optimizer_step_post_hooks
             # A closure may register hooks that then run after this very step.
-            if before or after or any(args) or kwargs or _is_observed():
+            if before or after or any(each is not None for each in args) or kwargs or _is_observed():
                 return observed(self, *args, **kwargs)
             return func(self, *args)
 
@@ -944,22 +946,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         return []
 
     def _check_codes(self, place: Place, state: dict[str, Any], name: str) -> None:
-        p = place[2]
-
-        def refuse(problem: str, fix: str) -> None:
-            raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {problem}; {fix}")
-
-        fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
-        blocks = -(-p.numel() // storage.BLOCK)
-        code_dtype = torch.uint8 if name in self.squares else torch.int8
-        for key, dtype, shape in (
-            (name + "_codes", code_dtype, list(p.shape)),
-            (name + "_scales", torch.float32, [blocks]),
-        ):
-            t = state.get(key)
-            if not isinstance(t, Tensor):
-                refuse(f"its state has {sorted(state)}, and '{key}' is {type(t).__name__}", fix)
-            elif t.dtype != dtype or list(t.shape) != shape:
-                refuse(f"state '{key}' is {t.dtype} of shape {list(t.shape)}, expected {dtype} of {shape}", fix)
-            elif t.device != p.device:
-                refuse(f"state '{key}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
+        broken = storage.broken(state, name, place[2], name not in self.squares)
+        if broken is not None:
+            raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {'; '.join(broken)}")
