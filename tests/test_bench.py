@@ -268,8 +268,9 @@ def test_figures_of_the_readme_are_there() -> None:
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)  # it would reach the pytest that measures
+    # What tells pytest that it runs within xdist would reach the one that measures.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 

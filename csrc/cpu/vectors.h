@@ -252,13 +252,28 @@ GENOPT_INLINE Ints load_ints(const uint16_t* from) {
 }
 // The low bytes.
 GENOPT_INLINE void store_ints(int8_t* to, Ints x) {
+#if GENOPT_VECTOR_BYTES == 32  // GCC 12 would take them out one by one
+  const __m256i first = _mm256_setr_epi8(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                         0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const Ints bytes = (Ints::Raw)_mm256_shuffle_epi8((__m256i)x.raw, first);
+  const int32_t halves[] = {bytes.raw[0], bytes.raw[4]};
+  std::memcpy(to, halves, sizeof halves);
+#else
   store(to, Vector<int8_t>(__builtin_convertvector(x.raw, Vector<int8_t>::Raw)));
+#endif
 }
 GENOPT_INLINE void store_ints(uint8_t* to, Ints x) {
-  store(to, Vector<uint8_t>(__builtin_convertvector(x.raw, Vector<uint8_t>::Raw)));
+  store_ints(reinterpret_cast<int8_t*>(to), x);
 }
 GENOPT_INLINE void store_ints(uint16_t* to, Ints x) {
+#if GENOPT_VECTOR_BYTES == 32
+  const __m256i first = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)x.raw, first), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(pairs));
+#else
   store(to, Vector<uint16_t>(__builtin_convertvector(x.raw, Vector<uint16_t>::Raw)));
+#endif
 }
 
 GENOPT_INLINE uint32_t largest(Words x) {

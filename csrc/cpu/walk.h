@@ -51,7 +51,7 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
     // The usual cases first: all in the compute type, and what else lies dense in whole tiles.
     if (is_plain && !row.unbiased) start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
     if constexpr (sizeof(T) == 4 && kUsed < kWithAverage)
-      if (is_plain) {
+      if (is_plain && stop - start >= kTile) {
         start = run_plain<Rule, kUsed, BFloat16, BFloat16>(scalars, row, start, stop);
         if constexpr (kUsed != 0) {
           start = run_plain<Rule, kUsed, BFloat16, Float32>(scalars, row, start, stop);
