@@ -1,8 +1,10 @@
 // The extension module genopt_ext._C: one register function per subsystem. Its Python side is declared
 // in genopt_ext/_C.pyi. The only file that knows pybind11.
-#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+// After pybind11: this declares its namespace without hiding it.
+#include <ATen/record_function.h>
 
 #include "cpu/stream.h"
 #include "torch_plan.h"
