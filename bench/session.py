@@ -11,6 +11,7 @@ import ctypes
 import datetime
 import gc
 import io
+import os
 import resource
 import statistics
 import time
@@ -316,8 +317,13 @@ def run(table: list[Case], settings: Settings, path: Path, told: Callable[[Case,
     options = ["-s", "-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={path}"]
     options += ["-W", "ignore::DeprecationWarning", "-W", "ignore::UserWarning", "-W", "ignore::FutureWarning"]
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = pytest.main([str(Path(__file__).parent / "test_cases.py"), *options], plugins=[plugin])
+    # Options for tests, and that they run within xdist, are not meant for this pytest.
+    others = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PYTEST_")}
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = pytest.main([str(Path(__file__).parent / "test_cases.py"), *options], plugins=[plugin])
+    finally:
+        os.environ.update(others)
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or (code and not plugin.failed):
         raise RuntimeError(f"pytest ended with {code}:\n{said.getvalue()[-4000:]}")
     return plugin.failed

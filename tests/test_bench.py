@@ -268,9 +268,7 @@ def test_figures_of_the_readme_are_there() -> None:
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # What tells pytest that it runs within xdist would reach the one that measures.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "-n 2"}  # which is for tests
     command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
