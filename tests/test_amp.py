@@ -103,8 +103,8 @@ WIDE = [dict(max_grad_norm=10.0), {}, dict(agc=0.2, clip_grad_value=0.1)]
     ids=str,
 )
 def test_scaled_steps(row, make_scaler, backend):
-    case, wide = row
     """What unscale_, torch's clipping and torch's step give; the skipped first step and a later one included."""
+    case, wide = row
     params = parameters(SHAPES)
     recipe = Recipe(case, [{"params": params}], **wide)
     opt = case.ours(params, fused=True, backend=backend, **wide)
