@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     given = ["--scale", f"{args.scale:g}", "--seconds", f"{args.seconds:g}", "--device", args.device]
     given += ["--cases", *args.cases] * bool(args.cases) + ["--subjects", *args.subjects] * bool(args.subjects)
     settings = session.Settings(args.seconds, args.scale, args.device, shlex.join(["run", *given]), subjects)
-    table = selected(cases(args.scale, session.free_memory(args.device)), args.cases)
+    table = selected(cases(args.scale, method.free_memory(args.device)), args.cases)
     path = args.json or session.default_path(args.device)
     failed = measured(table, settings, path)
     show(path)
@@ -99,7 +99,7 @@ def show_list(args: argparse.Namespace) -> int:
     shown = Table(title="Cases")
     for name in ("case", "kind", "tensors", "elements", "B/param"):
         shown.add_column(name, justify="left" if name in ("case", "kind") else "right", no_wrap=True)
-    for case in cases(args.scale, session.free_memory()):
+    for case in cases(args.scale, method.free_memory()):
         width = f"{case.bytes_an_element:.4g}" if case.moves else ""
         shown.add_row(case.name, case.kind, str(len(case.shapes)), f"{case.elements:,}", width)
     CONSOLE.print(shown)

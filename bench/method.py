@@ -144,6 +144,17 @@ def device_folder(device: str = "cpu") -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
 
 
+def free_memory(device: str = "cpu") -> int:
+    """Bytes."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def last_level_cache() -> int:
     """Bytes."""
     sizes = [64 << 20]

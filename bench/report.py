@@ -316,12 +316,14 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
         picture = path.with_name(f"{path.stem}-{figure}.png")
         if picture.exists():
             lines += ["", f"![{title}]({picture.relative_to(root).as_posix()})"]
-    picture = path.parent.with_name("growth") / f"{path.parent.name}-tensors.png"  # python -m bench.growth's
-    if picture.exists():
-        lines += ["", f"![How time grows with the number of tensors]({picture.relative_to(root).as_posix()})"]
     again = [f"python -m bench {m['command']} --json {name}", f"python -m bench plot {name}"]
     if m["command"] == "gpu-check":
         again[0] = f"make gpu-check  # writes {name}"
+    grown = path.parent.with_name("growth") / f"{path.parent.name}.json"
+    picture = grown.with_name(f"{grown.stem}-tensors.png")
+    if picture.exists():
+        lines += ["", f"![Time against the number of tensors]({picture.relative_to(root).as_posix()})"]
+        again.append(json.loads(grown.read_text())["machine_info"]["command"])
     return [*lines, "", "```sh", *again, "python -m bench readme --write", "```"]
 
 

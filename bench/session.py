@@ -65,17 +65,6 @@ class Settings:
     subjects: tuple[str, ...] = tuple(name for name, subject in SUBJECTS.items() if subject.default)
 
 
-def free_memory(device: str = "cpu") -> int:
-    """Bytes."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8 << 30
-
-
 def copies(nbytes: float, device: str) -> int:
     """How many of something that large are twice the last-level cache."""
     cache = method.last_level_cache()
@@ -123,7 +112,7 @@ def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[s
     count = 1 if alone else copies(one, device)
     # Torch's state may be wider than the case's, and a loop over tensors makes some as large as the parameters.
     need = case.elements * (count * (2 * width + max(kept, 4.0 * case.moments)) + 12)
-    if need > 0.8 * free_memory(device):
+    if need > 0.8 * method.free_memory(device):
         raise Absent(f"not enough memory: {need / 1e9:.1f} GB")
     made: list[Made] = []
     for _ in range(count):

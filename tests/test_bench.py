@@ -237,6 +237,14 @@ def test_section_and_figures(tmp_path: Path) -> None:
     assert "![Bandwidth of each case against the limit](bench/results/abacus/2026-01-02-abc-bandwidth.png)" in text
     assert "python -m bench run --scale 1 --json bench/results/abacus/2026-01-02-abc.json" in text
     assert "Absent: torchao (not installed)." in text
+    assert "number of tensors" not in text
+    grown = tmp_path / "bench" / "results" / "growth" / "abacus.json"
+    grown.parent.mkdir()
+    grown.write_text('{"machine_info": {"command": "python -m bench.growth --seconds 1"}}')
+    grown.with_name("abacus-tensors.png").write_bytes(b"")
+    text = report.markdown([path], tmp_path)
+    assert "![Time against the number of tensors](bench/results/growth/abacus-tensors.png)" in text
+    assert "python -m bench.growth --seconds 1\n" in text
     old = path.with_name("2025-12-31-old.json")
     old.write_text(json.dumps(made_up()))
     path.with_name("2027-01-01-other.json").write_text('{"results": []}')

@@ -27,9 +27,9 @@ def test_a_curve_that_bends_is_marked_where_it_does() -> None:
     xs = growth.steps_of(10_000, 10**0.5)
     assert xs[:4] == [1, 3, 10, 32] and xs[-1] == 10_000
     seconds = {x: 1e-4 + 1e-6 * x * (4 if x > 1000 else 1) for x in xs}
-    expected = growth.expectation("tensors", {growth.OURS: seconds})
-    curve = growth.Curve("tensors", "", xs, {growth.OURS: {x: [seconds[x]] * 5 for x in xs}}, expected)
-    bends = {x: bend for x in xs if (bend := growth.factor(curve, x)) is not None}
+    curve = growth.Curve(growth.AXES["tensors"], "", {growth.OURS: {x: [seconds[x]] * 5 for x in xs}})
+    assert curve.xs == xs
+    bends = {x: bend for x in xs if (bend := curve.bend(x)) is not None}
     assert list(bends) == [3162, 10_000] and 3.5 < bends[10_000] < 4.5
 
 
@@ -42,11 +42,29 @@ def test_bytes_and_threads_have_the_limit_as_their_line() -> None:
 
 
 def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "available", lambda: 17 << 20)
-    reason = growth.large(1 << 20)
-    assert isinstance(reason, str) and "16 bytes a parameter" in reason
-    monkeypatch.setattr(growth, "available", lambda: 28 << 20)
-    assert list(growth.large(1 << 20)) == [growth.OURS, "torch fused", growth.LIMIT]
+    names = list(growth.SUBJECTS)
+    monkeypatch.setattr(growth, "free_memory", lambda: 17 << 20)
+    _, runs, absent = growth.large(1 << 20, names)
+    assert not runs and list(absent) == names
+    assert absent[growth.OURS] == "with it, 0.0156 GiB are needed, and 0.0149 GiB are free"
+    monkeypatch.setattr(growth, "free_memory", lambda: 28 << 20)
+    _, runs, absent = growth.large(1 << 20, names)
+    assert list(runs) == [growth.OURS, "torch fused", growth.LIMIT] and list(absent) == ["torch foreach"]
+
+
+def test_torchs_slow_loading_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "LOADED", 3)
+    for x, runs, absent in growth.once_points([growth.OURS, "torch fused"], 10):
+        assert len(runs) == (8 if x <= 3 else 7)
+        assert list(absent) == ([] if x <= 3 else ["torch fused: load_state_dict"])
+
+
+def test_who_is_left_out_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(growth.SUBJECTS, "torch foreach", None)
+    for axis in growth.AXES.values():
+        if axis.name != "threads":  # 16M elements
+            x, runs, _ = next(axis.points([growth.OURS, "torch fused"], 1))
+            assert x == 1 and not any("foreach" in name for name in runs)
 
 
 def test_axes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +73,7 @@ def test_axes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ["--up-to", "4", "--seconds", "0", "--rounds", "2", "--threads", "1", "--json", str(path)]
     axes = ["elements", "groups", "once"]
     curves = growth.main(["--axis", *axes, "--cpu-time", *few])
-    assert [curve.axis for curve in curves] == ["elements", "groups"] + ["once"] * 4
+    assert [curve.axis.name for curve in curves] == ["elements", "groups"] + ["once"] * 4
     entries = json.loads(path.read_text())["benchmarks"]
     named = {(e["extra_info"]["axis"], e["extra_info"]["subject"]) for e in entries}
     assert named == {(a, s) for a in axes for s in growth.SUBJECTS} | {("elements", growth.LIMIT)}
