@@ -25,6 +25,7 @@ import torch
 Run = Callable[[], object]
 ROOT = Path(__file__).parent.parent
 NOISY = 0.25  # interquartile range over median: from here on a row says that it is noisy
+FEW = 8  # rounds: with fewer, quartiles say little of the noise
 PEERS = ("bitsandbytes", "torchao", "torch-optimi", "flashoptim", "deepspeed")
 
 

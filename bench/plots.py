@@ -90,7 +90,7 @@ def bandwidth(data: dict[str, Any], path: Path) -> list[Path]:
             value = 100 * (row.of_limit or 0)
             bar = axes.barh(y, min(value, WIDEST), height, color=color(row.subject))
             seen.setdefault(row.subject, bar)
-            said = f"{value:.0f} %" + "*" * bool(row.info["other"]) + ", noisy" * row.noisy
+            said = f"{value:.0f} %" + "*" * bool(row.info["other"]) + f", {row.doubt}" * bool(row.doubt)
             weight = "bold" if report.is_ours(row.subject) else "normal"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             at = min(value, WIDEST) + 1.2

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .method import NOISY, ROOT
+from .method import FEW, NOISY, ROOT
 
 OURS, LIMIT = "genopt_ext", "limit"
 RESULTS = ROOT / "bench" / "results"
@@ -22,7 +22,10 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One subject in one case. ``of_limit`` compares bytes a second; None where a case has no limit."""
+    """One subject in one case. ``of_limit`` compares bytes a second; None where a case has no limit.
+
+    ``noise`` is the largest, ``rounds`` the fewest, of those that are compared: the row, the limit and the best peer.
+    """
 
     case: str
     subject: str
@@ -30,6 +33,7 @@ class Row:
     low: float
     high: float
     noise: float
+    rounds: int
     bytes_an_element: float
     speed: float  # bytes a second
     of_limit: float | None
@@ -38,8 +42,9 @@ class Row:
     info: dict[str, Any]
 
     @property
-    def noisy(self) -> bool:
-        return self.noise > NOISY
+    def doubt(self) -> str:
+        """Why the numbers count for little; empty where they do."""
+        return "noisy" if self.noise > NOISY else "few rounds" if self.rounds < FEW else ""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def rows(data: dict[str, Any]) -> list[Row]:
                 if info["bytes"]:  # the limit may move a little less: scales are left out, arrays end at 64 bytes
                     of_limit *= info["bytes"] / limit["extra_info"]["moved"]
             best = min(rivals, key=rivals.__getitem__, default="")
+            compared = [e for s, e in entries.items() if s in (subject, LIMIT, best)]
             made.append(
                 Row(
                     case=case,
@@ -96,7 +102,8 @@ def rows(data: dict[str, Any]) -> list[Row]:
                     median=stats["median"],
                     low=stats["q1"],
                     high=stats["q3"],
-                    noise=max(e["extra_info"]["noise"] for s, e in entries.items() if s in (subject, LIMIT, best)),
+                    noise=max(e["extra_info"]["noise"] for e in compared),
+                    rounds=min(e["stats"]["rounds"] for e in compared),
                     bytes_an_element=info["bytes"] / info["elements"],
                     speed=info["bytes"] / stats["median"],
                     of_limit=of_limit,
@@ -122,7 +129,8 @@ def table(data: dict[str, Any]) -> Table:
     """Every case and subject; ours first, then from fast to slow."""
     shown = Table(title=f"Medians of rounds taken in turn: {described(data)}")
     wide = ("case", "subject")
-    for name in (*wide, "median", "quartiles", "B/param", "GB/s", "of limit", "peer / ours", "state B", "noise"):
+    numbers = ("median", "quartiles", "B/param", "GB/s", "of limit", "peer / ours", "state B", "rounds", "noise")
+    for name in (*wide, *numbers):
         shown.add_column(name, justify="left" if name in wide else "right", no_wrap=True)
     goals = any(entry["extra_info"].get("goal") for entry in data["benchmarks"])
     launches = any("host_ms" in entry["extra_info"] for entry in data["benchmarks"])
@@ -158,7 +166,8 @@ def table(data: dict[str, Any]) -> Table:
                 "" if row.of_limit is None else f"{row.of_limit:.0%}",
                 against if better else f"[red]{against}[/red]",
                 f"{row.info['state_bytes']:.3g}" if "state_bytes" in row.info else "",
-                f"[yellow]{row.noise:.0%} noisy[/yellow]" if row.noisy else f"{row.noise:.0%}",
+                str(row.rounds),
+                f"[yellow]{row.noise:.0%} {row.doubt}[/yellow]" if row.doubt else f"{row.noise:.0%}",
             ]
             if launches:
                 cells += [f"{row.info['host_ms']:.3f}" if "host_ms" in row.info else ""]
@@ -202,8 +211,8 @@ def verdicts(data: dict[str, Any]) -> list[str]:
     said = [f"Ahead of the best peer in {ahead} of {len(against)} cases; at {NEAR:.0%} of the limit or more in {near}."]
     for row in behind(data):
         limit = "" if row.of_limit is None else f", {row.of_limit:.0%} of the limit"
-        noisy = ", noisy" if row.noisy else ""
-        said.append(f"Behind: {row.case}: {row.peer} takes {row.peer_over_ours:.2f} of our time{limit}{noisy}.")
+        doubt = f", {row.doubt}" if row.doubt else ""
+        said.append(f"Behind: {row.case}: {row.peer} takes {row.peer_over_ours:.2f} of our time{limit}{doubt}.")
     return said
 
 
@@ -218,7 +227,7 @@ def described(data: dict[str, Any]) -> str:
 def comparison(a: dict[str, Any], b: dict[str, Any]) -> Table:
     """Of two results, what drift leaves: how near ours is to the limit, and the best peer's time over ours."""
     shown = Table(title="A against B, by ratios within each run")
-    for name in ("case", "subject", "of limit A", "of limit B", "change", "peer / ours A", "peer / ours B", "noisy"):
+    for name in ("case", "subject", "of limit A", "of limit B", "change", "peer / ours A", "peer / ours B", "doubt"):
         shown.add_column(name, justify="left" if name in ("case", "subject") else "right", no_wrap=True)
     olds = {(row.case, row.subject): row for row in rows(a) if is_ours(row.subject)}
     for new in rows(b):
@@ -234,7 +243,7 @@ def comparison(a: dict[str, Any], b: dict[str, Any]) -> Table:
             f"{new.of_limit / old.of_limit - 1:+.0%}" if known else "",  # type: ignore[operator]
             ratio(old.peer_over_ours),
             ratio(new.peer_over_ours),
-            "yes" if old.noisy or new.noisy else "",
+            old.doubt or new.doubt,
         )
     return shown
 
@@ -272,7 +281,7 @@ def markdown_table(data: dict[str, Any]) -> list[str]:
             "" if row.of_limit is None else f"{row.of_limit:.0%}",
             row.peer + peer_note(data, row),
             ratio(row.peer_over_ours),
-            "noisy" if row.noisy else "",
+            row.doubt,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -339,9 +348,12 @@ def markdown(paths: Iterable[Path], root: Path = ROOT) -> str:
         "Time: the median of rounds in which all candidates take turns. Limit: a loop (on a GPU, a copy) that moves "
         "the same bytes and computes nothing, in the same turns; of the training step, forward and backward without an "
         "optimizer. Best peer: the fastest of torch's own (for-loop, foreach, fused, compiled), bitsandbytes, torchao, "
-        "optimi, flashoptim and DeepSpeed that runs the case; where none does the same arithmetic, what it does is "
-        "said. peer / ours: above 1, ours is faster. Copies of all tensors rotate, so that caches do not flatter, "
-        "except where a case is called warm."
+        "optimi, flashoptim and DeepSpeed that do the case's arithmetic, or store more than 8 bits or other codes "
+        "where it asks for 8; of all where none does. What the best does otherwise is said in brackets. "
+        "peer / ours: above 1, ours is faster. So that caches do not flatter, copies of all tensors rotate: as many as "
+        "fill the last-level cache twice, but 8 at most, too few for tensors of one element; torch compiled, saving, "
+        f"loading, the training step and cases called warm have one. Noisy: quartiles are more than {NOISY:.0%} of the "
+        f"median apart. Few rounds: fewer than {FEW}, of which quartiles say little."
     )
     return "\n".join([intro, "", *(line for path in paths for line in [*section(path, root), ""])]).rstrip()
 

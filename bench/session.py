@@ -28,6 +28,7 @@ from .cases import Case
 from .limit import limit
 from .subjects import (
     OURS,
+    OWN_CODES,
     SUBJECTS,
     Absent,
     Made,
@@ -174,7 +175,9 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
             if peak is not None:
                 result.info[name]["peak_bytes"] = peak / case.elements
     steps = max(5, int(TRAINING_STEPS * min(1.0, 100 * settings.scale)))
-    rounds = {"min_rounds": steps, "max_rounds": steps} if case.kind == "training" else {"max_rounds": 100}
+    rounds = {"min_rounds": steps, "max_rounds": steps}
+    if case.kind != "training":
+        rounds = {"min_rounds": method.FEW + 1, "max_rounds": 100}
     seconds = 0.0 if case.kind == "training" else settings.seconds
     result.rounds = method.in_turn(runs, seconds, device=device, progress=progress, **rounds)
     for name, each in made.items():
@@ -267,8 +270,8 @@ class Plugin:
             "noise": round(method.noise(seconds), 4),
             "weight_bytes": case.dtype.itemsize,
             "other": differs,
-            # More precise state is a fair choice in the place of 8-bit state: who has it is a peer.
-            "rival": not differs or (case.kind == "step" and case.state == torch.int8),
+            # In the place of 8-bit state, other codes and more precise state are fair choices: who has them is a peer.
+            "rival": differs in ("", OWN_CODES) or (case.kind == "step" and case.state == torch.int8),
             "scale": self.settings.scale,
             "main": case.main,
             "goal": case.goal,

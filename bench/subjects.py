@@ -31,6 +31,7 @@ Params = list[torch.nn.Parameter]
 Make = Callable[[Case, Params], "torch.optim.Optimizer | None"]
 OURS = "genopt_ext"
 MANY = 5000  # tensors, from which on a loop in Python is too slow to wait for
+OWN_CODES = "its own codes"
 SHAPES = 4  # from so many shapes on, what compiles each one takes minutes
 
 
@@ -198,7 +199,8 @@ def flashoptim(case: Case, params: Params) -> torch.optim.Optimizer | None:
         return None
     make = getattr(package("flashoptim"), "Flash" + case.optimizer)
     try:
-        return make(params, quantize=case.state == torch.int8, master_weight_bits=32 if case.master else None)
+        master = 32 if case.master else None
+        return make(params, quantize=case.state == torch.int8, master_weight_bits=master, **case.kwargs)
     except NotImplementedError as error:
         raise Absent(str(error)) from None
 
@@ -216,6 +218,7 @@ def deepspeed(case: Case, params: Params) -> torch.optim.Optimizer | None:
             weight_decay=1e-2 if case.optimizer == "AdamW" else 0.0,
             adamw_mode=case.optimizer == "AdamW",
             fp32_optimizer_states=torch.float32 in (case.state, case.dtype),
+            **case.kwargs,
         )
     except Exception as error:  # whatever its compiler says
         raise Absent(f"does not build here: {str(error).splitlines()[0]}") from None
@@ -420,6 +423,8 @@ def other(name: str, case: Case) -> str:
     """In which way the subject's arithmetic is not the case's; empty where it is the same."""
     if name == OURS + " int8":
         return "int8 moments"
+    if name in ("bitsandbytes", "torchao", "flashoptim") and (case.kind in _CODES or case.state == torch.int8):
+        return OWN_CODES
     if case.kind in _CODES:
         return "one scale for all" if name == "torch per tensor" else ""
     if case.kind in ("step", *_CHECKPOINT) and name.startswith("torch ") and differs(case):

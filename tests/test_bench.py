@@ -171,6 +171,15 @@ def test_who_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert subjects.make("torch for-loop", case, "cpu") is None  # torch has no 8-bit state
 
 
+def test_what_a_subject_does_otherwise_is_said() -> None:
+    codes = tables.Case("quantize int8", "AdamW", ((4096,),), kind="quantize")
+    state = tables.Case("AdamW int8", "AdamW", ((4096,),), state=torch.int8)
+    assert [subjects.other("bitsandbytes", case) for case in (codes, state)] == [subjects.OWN_CODES] * 2
+    assert subjects.other("torch per tensor", codes) == "one scale for all"
+    assert subjects.other("torch fused", state) == "fp32 moments"
+    assert subjects.other("genopt_ext", codes) == subjects.other("torch compiled", codes) == ""
+
+
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -209,9 +218,14 @@ def test_report_arithmetic() -> None:
     rows = {(row.case, row.subject): row for row in report.rows(made_up())}
     one, two = rows["one", "genopt_ext"], rows["two", "genopt_ext"]
     assert (one.of_limit, one.peer, one.speed, one.bytes_an_element) == (0.8, "torch fused", 22.4e9, 28.0)
-    assert one.peer_over_ours == pytest.approx(1.2) and not one.noisy
+    assert one.peer_over_ours == pytest.approx(1.2) and not one.doubt
     # The limit moved half: it would have taken 2 s. Torch does something else, so optimi is the peer.
-    assert (two.of_limit, two.peer, two.peer_over_ours, two.noisy) == (0.5, "optimi", 0.5, True)
+    assert (two.of_limit, two.peer, two.peer_over_ours, two.doubt) == (0.5, "optimi", 0.5, "noisy")
+    few = made_up()
+    few["benchmarks"][2]["stats"]["rounds"] = 5  # of torch fused, the best peer
+    assert {(row.subject, row.doubt) for row in report.rows(few) if row.case == "one"} == {
+        (subject, "few rounds") for subject in ("genopt_ext", "torch fused", "torch foreach")
+    }
     assert [row.case for row in report.behind(made_up())] == ["two"]
     first, second = report.verdicts(made_up())
     assert first == "Ahead of the best peer in 1 of 2 cases; at 95% of the limit or more in 0."
@@ -281,7 +295,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     chosen = ["--cases", "^AdamW 0", "AdamW int8 0", "training", "save"]
     names = ["genopt_ext", "genopt_ext int8", "torch fused", "torch foreach", "flashoptim"]
@@ -305,6 +319,9 @@ def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert command_line.main(["compare", str(path), str(again), "--times"]) == 0
     said = capfd.readouterr().out
     assert "+0%" in said and "Median" in said
+    monkeypatch.setattr(command_line.shutil, "which", lambda *_, **__: None)
+    assert command_line.main(["compare", str(path), str(again), "--times"]) == 2
+    assert "--times needs the command pytest-benchmark" in capfd.readouterr().err
 
 
 def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
