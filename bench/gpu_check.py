@@ -187,7 +187,7 @@ def main() -> int:
         few = dataclasses.replace(case, warm=True) if dry else case
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "case.json"
-            settings = session.Settings(seconds, scale, device, subjects=(report.OURS, *others))
+            settings = session.Settings(seconds, scale, device, subjects=(method.OURS, *others))
             failed = session.run([few], settings, path, lambda case, share: None)
             if path.exists() and path.stat().st_size:
                 told.add(json.loads(path.read_text()))

@@ -35,8 +35,8 @@ from torch import nn
 from genopt_ext import _C, optim
 
 from . import plots
-from .method import NOISY, Run, device_folder, free_memory, in_turn, machine, noise, quartiles
-from .report import LIMIT, OURS, RESULTS, duration
+from .method import LIMIT, NOISY, OURS, Run, device_folder, free_memory, in_turn, machine, noise, quartiles
+from .report import RESULTS, duration
 
 BENDS = 1.3  # times its line, by the lower quartile: from here on a row is marked
 SMALL = 64  # elements of a tensor where it is their number that counts

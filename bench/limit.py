@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cases import Case, Move
+from .method import Run
 
-Run = Callable[[], object]
 STREAMS = 8  # arrays that the native loop takes
 LARGEST = 4 << 30  # bytes of a device copy, which does not get faster from there on
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 Run = Callable[[], object]
+OURS, LIMIT = "genopt_ext", "limit"
 ROOT = Path(__file__).parent.parent
 NOISY = 0.25  # interquartile range over median: from here on a row says that it is noisy
 FEW = 8  # rounds: with fewer, quartiles say little of the noise

@@ -17,7 +17,8 @@ from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from . import report  # noqa: E402
-from .report import LIMIT, OURS, Row  # noqa: E402
+from .method import LIMIT, OURS  # noqa: E402
+from .report import Row  # noqa: E402
 
 if TYPE_CHECKING:
     from .growth import Curve
@@ -181,11 +182,9 @@ def loss(data: dict[str, Any], path: Path) -> list[Path]:
         at = [step * (k + 1) for k in range(len(losses))]
         style = {"linewidth": 2.4 if report.is_ours(name) else 1.4, "linestyle": "-" if name == OURS else "--"}
         left.plot(at, smooth, color=color(name), label=name, **style)
-    own = [curves[name][2] for name in names]
-    costs = [
-        1e3 * (s if s is not None else max(0.0, statistics.median(curves[name][0]) - bare))
-        for name, s in zip(names, own, strict=True)
-    ]
+    costs = []
+    for seconds, _, own in (curves[name] for name in names):
+        costs.append(1e3 * (own if own is not None else max(0.0, statistics.median(seconds) - bare)))
     right.barh(range(len(names)), costs, 0.7, color=[color(name) for name in names])
     for k, cost in enumerate(costs):
         right.text(cost + 0.02 * max(costs), k, f"{cost:.2f}", va="center", fontsize=8)

@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .method import FEW, NOISY, ROOT
+from .method import FEW, LIMIT, NOISY, OURS, ROOT
 
-OURS, LIMIT = "genopt_ext", "limit"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- python -m bench readme --write: begin -->", "<!-- end -->"
 NEAR = 0.95  # of the limit, from which on a row is as good as it gets
@@ -38,6 +37,7 @@ class Row:
     speed: float  # bytes a second
     of_limit: float | None
     peer: str  # the best of the others
+    peer_other: str  # in which way its arithmetic is not the case's
     peer_over_ours: float | None  # above 1: slower than this row
     info: dict[str, Any]
 
@@ -108,6 +108,7 @@ def rows(data: dict[str, Any]) -> list[Row]:
                     speed=info["bytes"] / stats["median"],
                     of_limit=of_limit,
                     peer=best,
+                    peer_other=entries[best]["extra_info"]["other"] if best else "",
                     peer_over_ours=rivals[best] / stats["median"] if best else None,
                     info=info,
                 )
@@ -279,20 +280,12 @@ def markdown_table(data: dict[str, Any]) -> list[str]:
             duration(row.median),
             f"{row.speed / 1e9:.3g}" if row.speed else "",
             "" if row.of_limit is None else f"{row.of_limit:.0%}",
-            row.peer + peer_note(data, row),
+            row.peer + (f" ({row.peer_other})" if row.peer_other else ""),
             ratio(row.peer_over_ours),
             row.doubt,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def peer_note(data: dict[str, Any], row: Row) -> str:
-    """Where the best of the others does something else, what."""
-    if not row.peer:
-        return ""
-    differs = by_case(data)[row.case][row.peer]["extra_info"]["other"]
-    return f" ({differs})" if differs else ""
 
 
 def section(path: Path, root: Path = ROOT) -> list[str]:

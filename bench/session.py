@@ -26,13 +26,12 @@ import torch
 from . import method
 from .cases import Case
 from .limit import limit
+from .method import LIMIT, OURS, Run
 from .subjects import (
-    OURS,
     OWN_CODES,
     SUBJECTS,
     Absent,
     Made,
-    Run,
     check,
     expected,
     forget,
@@ -43,7 +42,6 @@ from .subjects import (
     wrong_by,
 )
 
-LIMIT = "limit"
 COPIES = 8
 TRAINING_STEPS = 200
 

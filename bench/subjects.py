@@ -24,12 +24,11 @@ import genopt_ext
 from genopt_ext import optim, quant
 
 from .cases import BLOCK, Case, short
+from .method import OURS, Run
 from .training import LR, Training
 
-Run = Callable[[], object]
 Params = list[torch.nn.Parameter]
 Make = Callable[[Case, Params], "torch.optim.Optimizer | None"]
-OURS = "genopt_ext"
 MANY = 5000  # tensors, from which on a loop in Python is too slow to wait for
 OWN_CODES = "its own codes"
 SHAPES = 4  # from so many shapes on, what compiles each one takes minutes
@@ -185,12 +184,11 @@ def optimi(case: Case, params: Params) -> torch.optim.Optimizer | None:
         return None
     if case.rounding == "stochastic":
         return None
-    adam = {} if case.optimizer == "SGD" else {"betas": (0.9, 0.999), "eps": 1e-8}
-    adam |= {"weight_decay": 1e-2} if case.optimizer == "AdamW" else {}
-    if case.optimizer == "SGD":
-        adam |= {"torch_init": True}
+    options: dict[str, Any] = {"torch_init": True} if case.optimizer == "SGD" else {"betas": (0.9, 0.999), "eps": 1e-8}
+    if case.optimizer == "AdamW":
+        options["weight_decay"] = 1e-2
     kahan = case.rounding == "kahan"
-    return getattr(package("optimi"), case.optimizer)(params, lr=1e-3, kahan_sum=kahan, **adam, **case.kwargs)
+    return getattr(package("optimi"), case.optimizer)(params, lr=1e-3, kahan_sum=kahan, **options, **case.kwargs)
 
 
 def flashoptim(case: Case, params: Params) -> torch.optim.Optimizer | None:
@@ -427,9 +425,7 @@ def other(name: str, case: Case) -> str:
         return OWN_CODES
     if case.kind in _CODES:
         return "one scale for all" if name == "torch per tensor" else ""
-    if case.kind in ("step", *_CHECKPOINT) and name.startswith("torch ") and differs(case):
-        return differs(case)
-    return ""
+    return differs(case) if case.kind in ("step", *_CHECKPOINT) and name.startswith("torch ") else ""
 
 
 def rotating(runs: list[Run]) -> Run:
