@@ -152,11 +152,12 @@ using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
 // Sets elements [begin, end) tiles of a row's gradient to zero.
 using ZeroKernel = void (*)(const Row& row, int64_t begin, int64_t end);
 // Moves bytes [begin, end) of all arrays, of which the first `written` are written, and computes nothing: cpu/stream.h.
+// `fresh`: they are not read, and where it says so written past the caches.
 constexpr int kMaxStreams = 8;
 struct Streams {
   char* base[kMaxStreams];
   int count = 0, written = 0;
-  bool fresh = false;
+  bool fresh = false, past_caches = false;
 };
 using StreamKernel = void (*)(const Streams& streams, int64_t begin, int64_t end);
 struct KernelTable {

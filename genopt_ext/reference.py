@@ -49,8 +49,25 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().to(x.dtype)
 
 
-def _descend(p: Tensor, rate: float, u: Tensor) -> Tensor:
-    return (p.double() - rate * u.double()).to(p.dtype)
+def _multiply_add(a: float, x: Tensor, b: Tensor) -> Tensor:
+    """``a x + b``, rounded once in float32; in float64 after each operation."""
+    if x.dtype != torch.float32:
+        return x * a + b
+    product, b = x.double() * a, b.double()  # the product is exact
+    total = product + b
+    back = total - product
+    error = (product - (total - back)) + (b - back)
+    # Rounded to odd first, a number of twice the bits is rounded as if it had been exact.
+    bits = total.view(torch.int64)
+    odd = (bits - (error.signbit() != total.signbit()).long()) | 1
+    return torch.where((error != 0) & error.isfinite(), odd.view(torch.float64), total).float()
+
+
+def _scaled_add(factor: float, x: Tensor, b: Tensor) -> Tensor:
+    """``factor x + b``, the factor in two parts."""
+    most = _rounded(factor, x)
+    limit = torch.finfo(x.dtype).max
+    return _multiply_add(most, x, _multiply_add(_rounded(factor - most, x), x.clamp(-limit, limit), b))
 
 
 def _power(base: float, n: float) -> float:
@@ -111,17 +128,17 @@ def sgd(
     maximize: bool,
 ) -> Tensor:
     """SGD with momentum, dampening and Nesterov momentum: ``csrc/rules/sgd.h``."""
-    g = g.double()
+    l2 = _rounded(weight_decay, p)
     if maximize:
         g = -g
-    if weight_decay != 0:
-        g = g + p.double() * weight_decay
+    if l2 != 0:
+        g = _multiply_add(l2, p, g)
     if momentum != 0:
-        old = state["momentum_buffer"].double()
-        b = torch.where(is_unset(old), g, old * momentum + g * (1.0 - dampening))
-        state["momentum_buffer"] = b.to(p.dtype) + 0.0
-        g = g + b * momentum if nesterov else b
-    return _descend(p, lr, g)
+        old = state["momentum_buffer"]
+        b = torch.where(is_unset(old), g, _scaled_add(momentum, old, g * _rounded(1.0 - dampening, p))) + 0.0
+        state["momentum_buffer"] = b
+        g = _multiply_add(_rounded(momentum, p), b, g) if nesterov else b
+    return _multiply_add(-_rounded(lr, p), g, p)
 
 
 def rmsprop(
@@ -151,7 +168,7 @@ def rmsprop(
     u = g / (_sqrt(variance) + _rounded(eps, p))
     if momentum > 0:
         b = state["momentum_buffer"] = state["momentum_buffer"] * _rounded(momentum, p) + u
-        return _descend(p, lr, b)
+        return _multiply_add(-_rounded(lr, p), b, p)
     return p - u * _rounded(lr, p)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -27,7 +28,7 @@ from cases import (
 )
 from hypothesis import given, settings
 
-from genopt_ext import _backend
+from genopt_ext import _backend, optim
 
 pytestmark = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
 
@@ -263,6 +264,31 @@ def test_no_less_accurate_than_torch(case):
         # torch fuses some multiplications and additions, which spares it a rounding.
         allowance = 1.03 if DEVICE == "cuda" else 1.01
         assert errors[1] <= errors[0] * allowance, (case, scale, errors)
+
+
+@pytest.mark.parametrize("backend", (NATIVE, "reference"))
+def test_update_and_parameter_are_rounded_together_once(backend):
+    """Just below the middle between two numbers, where double, rounded to float, would end above."""
+    p = torch.nn.Parameter(torch.full((300,), 1 + 2**-23, device=DEVICE))
+    p.grad = torch.full_like(p, -(1 - 2**-23))
+    optim.SGD([p], lr=2**-24 * (1 + 2**-23), backend=backend).step()
+    assert (p == 1 + 2**-23).all()
+
+
+@pytest.mark.parametrize("nesterov", (False, True))
+@pytest.mark.parametrize("momentum", (0.9, 0.5, 0.3))  # which float32 rounds down, not at all, and up
+def test_infinite_momentum_stays_infinite(momentum, nesterov):
+    results = []
+    for make in (torch.optim.SGD, partial(optim.SGD, backend=NATIVE), partial(optim.SGD, backend="reference")):
+        p = torch.nn.Parameter(torch.ones(300, device=DEVICE))
+        opt = make([p], lr=0.1, momentum=momentum, nesterov=nesterov)
+        for grad in (torch.inf, 1.0, -1.0):
+            p.grad = torch.full_like(p, grad)
+            opt.step()
+        results.append((p.detach(), opt.state[p]["momentum_buffer"]))
+    for result in results[1:]:
+        for ours, theirs in zip(result, results[0], strict=True):
+            assert_same_bits(ours, theirs)
 
 
 def test_many_groups_and_sizes_share_tiles():

@@ -36,7 +36,7 @@ std::vector<Capability> available() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     list.push_back({"avx512", avx512::kernel_table});
-  if (__builtin_cpu_supports("avx2")) list.push_back({"avx2", avx2::kernel_table});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back({"avx2", avx2::kernel_table});
 #endif
   list.push_back({"default", baseline::kernel_table});
   return list;

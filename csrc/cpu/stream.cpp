@@ -2,12 +2,14 @@
 #include "stream.h"
 
 #include "run.h"
+#include "threads.h"
 
 namespace genopt::cpu {
 
 void stream(const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads, bool fresh) {
   Streams streams;
   streams.fresh = fresh;
+  streams.past_caches = writes_past_caches(bytes, threads);
   for (const bool write : {true, false})
     for (const auto& [address, is_written] : arrays)
       if (is_written == write && streams.count < kMaxStreams) {

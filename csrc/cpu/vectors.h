@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -97,6 +98,12 @@ struct Vector {
     return a.raw > b.raw ? a.raw : b.raw;
   }
   friend GENOPT_INLINE Vector smaller(Vector a, Vector b) {
+    // The processor's minimum is this choice, also of NaN; GCC 12 does not see it where one side is a constant.
+#if GENOPT_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, float>) return _mm512_maskz_min_ps(0xffff, a.raw, b.raw);
+#elif GENOPT_VECTOR_BYTES == 32
+    if constexpr (std::is_same_v<T, float>) return _mm256_min_ps(a.raw, b.raw);
+#endif
     return a.raw < b.raw ? a.raw : b.raw;
   }
   friend GENOPT_INLINE Vector absolute(Vector a) {
@@ -147,80 +154,19 @@ GENOPT_INLINE Floats square_root(Floats x) {
   return x;
 #endif
 }
+GENOPT_INLINE Floats multiply_add(Floats a, Floats x, Floats b) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_fmadd_ps(a.raw, x.raw, b.raw);
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_fmadd_ps(a.raw, x.raw, b.raw);
+#else
+  for (int i = 0; i < kWidth; ++i) x.raw[i] = fmaf(a.raw[i], x.raw[i], b.raw[i]);
+  return x;
+#endif
+}
 GENOPT_INLINE Floats::Mask is_unset(Floats x) {
   return signed_bits(x).raw == INT32_MIN;
 }
-
-// As many in double, in two vectors.
-struct Doubles {
-  typedef double Half __attribute__((vector_size(GENOPT_VECTOR_BYTES)));
-  typedef int64_t HalfMask __attribute__((vector_size(GENOPT_VECTOR_BYTES)));
-  struct Mask {
-    HalfMask low, high;
-  };
-  Half low, high;
-
-  GENOPT_INLINE Doubles(Half low, Half high) : low(low), high(high) {
-  }
-  GENOPT_INLINE Doubles(double x) : low(x - Half{}), high(x - Half{}) {
-  }
-  friend GENOPT_INLINE Doubles operator+(Doubles a, Doubles b) {
-    return {a.low + b.low, a.high + b.high};
-  }
-  friend GENOPT_INLINE Doubles operator-(Doubles a, Doubles b) {
-    return {a.low - b.low, a.high - b.high};
-  }
-  friend GENOPT_INLINE Doubles operator*(Doubles a, Doubles b) {
-    return {a.low * b.low, a.high * b.high};
-  }
-  friend GENOPT_INLINE Doubles choose(Mask condition, Doubles a, Doubles b) {
-    return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
-  }
-  friend GENOPT_INLINE Mask is_unset(Doubles x) {
-    return {(HalfMask)x.low == INT64_MIN, (HalfMask)x.high == INT64_MIN};
-  }
-};
-
-// By half a vector of floats. GCC 12 would convert a quarter at a time.
-typedef float HalfFloats __attribute__((vector_size(GENOPT_VECTOR_BYTES / 2)));
-GENOPT_INLINE Doubles::Half convert(HalfFloats x) {
-#if GENOPT_VECTOR_BYTES == 64
-  return _mm512_maskz_cvtps_pd(0xff, x);
-#elif GENOPT_VECTOR_BYTES == 32
-  return _mm256_cvtps_pd(x);
-#else
-  return __builtin_convertvector(x, Doubles::Half);
-#endif
-}
-GENOPT_INLINE HalfFloats convert(Doubles::Half x) {
-#if GENOPT_VECTOR_BYTES == 64
-  return _mm512_maskz_cvtpd_ps(0xff, x);
-#elif GENOPT_VECTOR_BYTES == 32
-  return _mm256_cvtpd_ps(x);
-#else
-  return __builtin_convertvector(x, HalfFloats);
-#endif
-}
-
-#if GENOPT_VECTOR_BYTES == 64
-#define GENOPT_LOW 0, 1, 2, 3, 4, 5, 6, 7
-#define GENOPT_HIGH 8, 9, 10, 11, 12, 13, 14, 15
-#elif GENOPT_VECTOR_BYTES == 32
-#define GENOPT_LOW 0, 1, 2, 3
-#define GENOPT_HIGH 4, 5, 6, 7
-#else
-#define GENOPT_LOW 0, 1
-#define GENOPT_HIGH 2, 3
-#endif
-GENOPT_INLINE Doubles widened(Floats x) {
-  return {convert(__builtin_shufflevector(x.raw, x.raw, GENOPT_LOW)),
-          convert(__builtin_shufflevector(x.raw, x.raw, GENOPT_HIGH))};
-}
-GENOPT_INLINE Floats narrowed(Floats, Doubles x) {
-  return __builtin_shufflevector(convert(x.low), convert(x.high), GENOPT_LOW, GENOPT_HIGH);
-}
-#undef GENOPT_LOW
-#undef GENOPT_HIGH
 
 // Codes of one byte, and numbers of two, as integers of four.
 GENOPT_INLINE Ints load_ints(const int8_t* from) {

@@ -34,7 +34,7 @@ void part_rest(DType dtype, int count, T* p, T* rest) {
 #pragma GCC ivdep
     for (int i = 0; i < count; ++i) {
       const T rounded = Codec::template decode<T>(Codec::encode(p[i]));
-      rest[i] = rounded - rounded == T(0) ? p[i] - rounded : T(0);  // infinity leaves nothing over
+      rest[i] = rest_of(p[i], rounded);
       p[i] = rounded;
     }
   });
@@ -46,19 +46,10 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   scalars.around.factor *= static_cast<T>(row.factor);
   const int64_t stop = std::min(end * kTile, row.numel);
   int64_t start = begin * kTile;
-  const bool is_plain = row.extra == Extra::kNone;
   if constexpr (!(kUsed & kRests)) {
     // The usual cases first: all in the compute type, and what else lies dense in whole tiles.
-    if (is_plain && !row.unbiased) start = run_direct<Values<T>, T, kUsed>(scalars, row, start, stop);
-    if constexpr (sizeof(T) == 4 && kUsed < kWithAverage)
-      if (is_plain && stop - start >= kTile) {
-        start = run_plain<Rule, kUsed, BFloat16, BFloat16>(scalars, row, start, stop);
-        if constexpr (kUsed != 0) {
-          start = run_plain<Rule, kUsed, BFloat16, Float32>(scalars, row, start, stop);
-          start = run_coded<Rule, kUsed, Float32>(scalars, row, start, stop);
-          start = run_coded<Rule, kUsed, BFloat16>(scalars, row, start, stop);
-        }
-      }
+    if constexpr (sizeof(T) == 4) start = run_whole<Rule, kUsed>(scalars, row, start, stop);
+    if (row.extra == Extra::kNone && !row.unbiased) start = run_direct<T, kUsed>(scalars, row, start, stop);
     if (start == stop) return;
   }
 
@@ -81,8 +72,8 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
         load(kExtra);
         join_rest(values[kExtra], count, p);
       }
-      apply<T, Values<T>, kUsed % kWithAverage>(scalars, p, values[kGrad], values[kState], values[kState + 1],
-                                                values[kState + 2], static_cast<T*>(nullptr), padded);
+      apply<T, kUsed % kWithAverage>(scalars, p, values[kGrad], values[kState], values[kState + 1], values[kState + 2],
+                                     static_cast<T*>(nullptr), padded);
       if (row.extra == Extra::kCompensation) part_rest(row.dtype[kParam], count, p, values[kExtra]);
       if (row.extra == Extra::kMaster)
         std::copy(p, p + count, operands[kParam].place(row, kParam, start, count, padded));

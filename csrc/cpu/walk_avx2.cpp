@@ -16,12 +16,12 @@
 #include <vector>
 
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #include "../codecs/int8_block.h"
 #include "../rules/all.h"
 #pragma GCC pop_options
 #include "../plan.h"
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #define GENOPT_CAPABILITY avx2
 #define GENOPT_VECTOR_BYTES 32
 #include "walk.h"

@@ -52,12 +52,12 @@ struct Encoders {
 };
 
 // What one instruction set offers, over pieces [begin, end). `reaches` are Reaches<T>, which what is measured is joined
-// to; `encoders` are Encoders<T>.
+// to; `encoders` are Encoders<T>; with `streams` results go past the caches.
 struct Kernels {
-  void (*quantize_blocks)(const Quantization& q, int64_t begin, int64_t end);
+  void (*quantize_blocks)(const Quantization& q, bool streams, int64_t begin, int64_t end);
   void (*measure)(const Quantization& q, const void* reaches, int64_t begin, int64_t end);
-  void (*encode)(const Quantization& q, const void* encoders, int64_t begin, int64_t end);
-  void (*decode)(const Quantization& q, int64_t begin, int64_t end);
+  void (*encode)(const Quantization& q, bool streams, const void* encoders, int64_t begin, int64_t end);
+  void (*decode)(const Quantization& q, bool streams, int64_t begin, int64_t end);
 };
 
 }  // namespace genopt::quant

@@ -34,6 +34,10 @@ const Kernels& kernels() {
   return chosen;
 }
 
+bool streams_codes(const Quantization& q, int threads) {
+  return genopt::cpu::writes_past_caches(q.numel * q.bits / 8, threads);
+}
+
 // Calls work(begin, end) with pieces of `q`, on several threads.
 template <class Work>
 void for_pieces(const Quantization& q, int threads, Work work) {
@@ -76,13 +80,15 @@ void encode_in(const Quantization& q, int threads) {
     zero_point.push_back(encoder.zero_point);
   }
   const Encoders<T> encoders{inverse.data(), lowest.data(), highest.data(), zero_point.data()};
-  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().encode(q, &encoders, begin, end); });
+  const bool streams = streams_codes(q, threads);
+  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().encode(q, streams, &encoders, begin, end); });
 }
 
 }  // namespace
 
 void quantize_blocks(const Quantization& q, int threads) {
-  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().quantize_blocks(q, begin, end); });
+  const bool streams = streams_codes(q, threads);
+  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().quantize_blocks(q, streams, begin, end); });
 }
 
 void find_scales(const Quantization& q, int threads) {
@@ -94,7 +100,8 @@ void encode(const Quantization& q, int threads) {
 }
 
 void decode(const Quantization& q, int threads) {
-  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().decode(q, begin, end); });
+  const bool streams = genopt::cpu::writes_past_caches(q.numel * size_of(q.dtype), threads);
+  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().decode(q, streams, begin, end); });
 }
 
 }  // namespace cpu

@@ -19,6 +19,9 @@ namespace genopt::quant::GENOPT_CAPABILITY {
 constexpr int kShortRun = 32;
 constexpr int kTogether = 256;
 
+// Elements that are asked for ahead of those being decoded.
+constexpr int kAhead = 256;
+
 inline bool has_rows(const Quantization& q) {
   return q.run == 1 && q.units >= kShortRun;
 }
@@ -43,12 +46,6 @@ inline void stream_line(char* to, const char* from) {
   std::memcpy(to, from, 64);
 }
 #endif
-
-// Large results are written past the caches, so that memory need not be read first.
-inline bool is_streamed(int64_t bytes) {
-  constexpr int64_t kStreamedBytes = 4 << 20;
-  return bytes >= kStreamedBytes;
-}
 
 inline void stream_bytes(char* to, const char* from, size_t bytes) {
   for (; bytes >= 64; bytes -= 64, to += 64, from += 64) stream_line(to, from);
@@ -79,6 +76,13 @@ GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
   }
 #pragma GCC ivdep
   for (int64_t i = done; i < count; ++i) to[i] = make(i);
+}
+
+// Asks for memory that is read or written later, also beyond the tensor's end: while one piece is made, from the cache,
+// memory is to be busy with the next one.
+template <int kLevel = 3>
+inline void prefetch(const void* from, size_t bytes) {
+  for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte, 0, kLevel);
 }
 
 // The loops stand in functions of their own, not inlined: the compiler then vectorizes each of them.
@@ -197,14 +201,14 @@ void with_types(const Quantization& q, Work work) {
 
 // Calls encode(first element, their number, where their codes go, whether past the caches, random key) for each piece.
 template <class Encode>
-void for_codes(const Quantization& q, int64_t begin, int64_t end, Encode encode) {
+void for_codes(const Quantization& q, bool streams, int64_t begin, int64_t end, Encode encode) {
   const Fence fence;
-  const bool streams = is_streamed(q.bits == 8 ? q.numel : q.numel / 2);
   alignas(64) int8_t wide[kPiece + 1];
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t at = piece * kPiece;
     const int count = static_cast<int>(std::min<int64_t>(kPiece, q.numel - at));
     const uint32_t key = q.stochastic ? random_key(q.seed, static_cast<uint64_t>(at)) : 0;
+    if (q.codes && !streams) prefetch(static_cast<const char*>(q.codes) + at * q.bits / 8, count * q.bits / 8);
     if (q.bits == 8 && q.codes) {
       encode(at, count, static_cast<int8_t*>(q.codes) + at, streams, key);
     } else {
@@ -214,19 +218,14 @@ void for_codes(const Quantization& q, int64_t begin, int64_t end, Encode encode)
   }
 }
 
-// While a piece is encoded, from the cache, memory is to be busy with the next one.
-inline void prefetch(const void* from, size_t bytes) {
-  for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte, 0, 2);
-}
-
-inline void quantize_blocks(const Quantization& q, int64_t begin, int64_t end) {
+inline void quantize_blocks(const Quantization& q, bool streams, int64_t begin, int64_t end) {
   with_types(q, [&](auto codec, auto t, auto symmetric, auto stochastic) {
     using Codec = decltype(codec);
     using T = decltype(t);
     const CodeRange range = q.code_range();
     const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
     const int run = static_cast<int>(q.run);
-    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+    for_codes(q, streams, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
       // All blocks of a piece together: none has to wait for another's maximum and divisions.
       Reach<T> reach[kPiece / kSmallestBlock];
       const int blocks = (count + run - 1) / run;
@@ -239,7 +238,7 @@ inline void quantize_blocks(const Quantization& q, int64_t begin, int64_t end) {
           q.zero_point[unit + i] = static_cast<int8_t>(zero_point_of(reach[i], q.scale[unit + i], range));
       if (!q.codes) return;
       for (int i = 0; i < blocks; ++i) {
-        prefetch(x + at + kPiece + i * run, size(i) * sizeof *x);
+        prefetch<2>(x + at + kPiece + i * run, size(i) * sizeof *x);
         encode_run<Codec, stochastic(), T>(x + at + i * run, size(i),
                                            Encoder<T>(q.scale[unit + i], q.zero_point_at(unit + i), range), key,
                                            static_cast<uint32_t>(at + i * run), codes + i * run, streams);
@@ -274,7 +273,7 @@ inline void measure(const Quantization& q, const void* all, int64_t begin, int64
   });
 }
 
-inline void encode(const Quantization& q, const void* all, int64_t begin, int64_t end) {
+inline void encode(const Quantization& q, bool streams, const void* all, int64_t begin, int64_t end) {
   with_types(q, [&](auto codec, auto t, auto, auto stochastic) {
     using Codec = decltype(codec);
     using T = decltype(t);
@@ -282,7 +281,7 @@ inline void encode(const Quantization& q, const void* all, int64_t begin, int64_
     const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
     T inverse[kTogether], lowest[kTogether], highest[kTogether];
     int zero_point[kTogether];
-    for_codes(q, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+    for_codes(q, streams, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
       if (q.run >= kShortRun) {
         for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
           encode_run<Codec, stochastic(), T>(x + first, static_cast<int>(last - first), encoders[unit], key,
@@ -315,7 +314,7 @@ inline void encode(const Quantization& q, const void* all, int64_t begin, int64_
   });
 }
 
-inline void decode(const Quantization& q, int64_t begin, int64_t end) {
+inline void decode(const Quantization& q, bool streams, int64_t begin, int64_t end) {
   with_codec(q.dtype, [&](auto codec) {
     using Codec = decltype(codec);
     using Stored = typename Codec::Stored;
@@ -323,8 +322,7 @@ inline void decode(const Quantization& q, int64_t begin, int64_t end) {
     constexpr int kStep = sizeof(Stored) == 8 ? kPiece / 2 : kPiece;
     const T largest = largest_of<T>(q.dtype);
     const Fence fence;
-    const bool streams =
-        is_streamed(q.numel * static_cast<int64_t>(sizeof(Stored))) && reinterpret_cast<uintptr_t>(q.numbers) % 64 == 0;
+    const bool buffers = streams && reinterpret_cast<uintptr_t>(q.numbers) % 64 == 0;
     alignas(64) Stored buffer[kStep];  // some KB at a time are streamed faster than single lines
     alignas(64) int8_t wide[kStep + 1];
     float scale[kTogether];
@@ -337,11 +335,16 @@ inline void decode(const Quantization& q, int64_t begin, int64_t end) {
         unpack_run(static_cast<const uint8_t*>(q.codes) + at / 2, count, wide);
         codes = wide;
       }
-      Stored *const place = static_cast<Stored*>(q.numbers) + at, *const to = streams ? buffer : place;
+      Stored *const place = static_cast<Stored*>(q.numbers) + at, *const to = buffers ? buffer : place;
+      // While a piece is decoded, the lines of the next one are on their way.
+      const auto decode = [&](const int8_t* from, int many, int zero_point, float scale, Stored* result) {
+        if (!buffers) prefetch(result + kAhead, many * sizeof(Stored));
+        decode_run<Codec, T>(from, many, zero_point, scale, largest, result);
+      };
       if (q.run >= kShortRun) {
         for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
-          decode_run<Codec, T>(codes + (first - at), static_cast<int>(last - first), q.zero_point_at(unit),
-                               q.scale[unit], largest, to + (first - at));
+          decode(codes + (first - at), static_cast<int>(last - first), q.zero_point_at(unit), q.scale[unit],
+                 to + (first - at));
         });
       } else if (has_rows(q)) {
         for_rows(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
@@ -360,7 +363,7 @@ inline void decode(const Quantization& q, int64_t begin, int64_t end) {
           decode_each<Codec, T>(codes + start, here, zero_point, scale, largest, to + start);
         }
       }
-      if (streams)
+      if (buffers)
         stream_bytes(reinterpret_cast<char*>(place), reinterpret_cast<const char*>(buffer), count * sizeof(Stored));
     }
   });

@@ -1,6 +1,6 @@
 // The scalar operations that rules share, written once for CPU and CUDA.
-// Each is a fixed sequence of IEEE operations (the build forbids contraction), so that every backend
-// and the plain-torch reference (genopt_ext/reference.py spells the same sequences) give the same bits.
+// Each is a fixed sequence of IEEE operations (the build forbids contraction: what is fused says so), so that every
+// backend and the plain-torch reference (genopt_ext/reference.py spells the same sequences) give the same bits.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@
 namespace genopt {
 
 // What follows takes numbers, or several at once (cpu/vectors.h), as V: those bring spellings of their own of
-// these functions, of is_unset and of square_root.
+// these functions, of is_unset, square_root and multiply_add.
 
 template <class T>
 GENOPT_INLINE T choose(bool condition, T a, T b) {
@@ -37,16 +37,6 @@ GENOPT_INLINE T smaller(T a, T b) {
 template <class T>
 GENOPT_INLINE T absolute(T x) {
   return x < 0 ? -x : x;
-}
-
-// As double, and back.
-template <class T>
-GENOPT_INLINE double widened(T x) {
-  return static_cast<double>(x);
-}
-template <class T>
-GENOPT_INLINE T narrowed(T, double x) {
-  return static_cast<T>(x);
 }
 
 // start + weight * (end - start), from the nearer end, so that weight = 1 gives `end` exactly.
@@ -71,8 +61,7 @@ struct Lerp {
 // Infinity becomes the largest finite number; NaN stays NaN.
 template <class T, class V>
 GENOPT_INLINE V finite(V x) {
-  const V most(std::numeric_limits<T>::max());
-  return choose(x > most, most, x);
+  return smaller(V(std::numeric_limits<T>::max()), x);
 }
 
 // The running average of squares. A gradient whose square overflows counts as the largest finite one:
@@ -110,11 +99,31 @@ GENOPT_INLINE double square_root(double x) {
   return sqrt(x);
 }
 
-// p - rate * u through double, so that p is rounded once, and the rate not at all.
-template <class V, class Wide>
-GENOPT_INLINE V descend(V p, double rate, Wide u) {
-  return narrowed(p, widened(p) - rate * u);
+// a x + b: rounded once in float; in double, which needs no such care, after each operation.
+GENOPT_INLINE float multiply_add(float a, float x, float b) {
+  return fmaf(a, x, b);
 }
+GENOPT_INLINE double multiply_add(double a, double x, double b) {
+  return a * x + b;
+}
+
+// A factor that T alone is too coarse for, as what T can tell of it and the rest.
+template <class T>
+struct Factor {
+  T most, rest;
+
+  Factor() = default;
+  GENOPT_INLINE explicit Factor(double factor)
+      : most(static_cast<T>(factor)), rest(static_cast<T>(factor - static_cast<double>(most))) {
+  }
+
+  // factor x + b, to little more than one rounding. Infinity stays one, whatever the signs of the two parts.
+  template <class V>
+  GENOPT_INLINE V operator()(V x, V b) const {
+    const V limit(std::numeric_limits<T>::max());
+    return multiply_add(V(most), x, multiply_add(V(rest), smaller(larger(x, -limit), limit), b));
+  }
+};
 
 // base^n by repeated squaring: unlike pow, the same bits in every maths library.
 GENOPT_INLINE double power(double base, double n) {

@@ -35,12 +35,11 @@ struct RMSprop {
 
   template <class T>
   struct Update {
-    double rate;
     Lerp<T> lerp;
-    T eps, sign, l2, momentum;
+    T rate, eps, sign, l2, momentum;
 
     GENOPT_INLINE Update(const Options& o, double /*t*/) {
-      rate = o.lr;
+      rate = static_cast<T>(o.lr);
       lerp = Lerp<T>(1.0 - o.alpha);
       eps = static_cast<T>(o.eps);
       l2 = static_cast<T>(o.weight_decay);
@@ -60,9 +59,9 @@ struct RMSprop {
       const V u = g / (square_root(variance) + eps);
       if constexpr ((kUsed & kMomentum) != 0) {
         b = momentum * b + u;
-        p = descend(p, rate, widened(b));
+        p = multiply_add(V(-rate), b, p);
       } else {
-        p = p - static_cast<T>(rate) * u;
+        p = p - rate * u;
       }
     }
   };

@@ -28,33 +28,31 @@ struct Sgd {
     return o.momentum != 0 ? kWithMomentum : kPlain;
   }
 
-  // In double throughout, so that p and b are rounded once each: with momentum 0.9, rounding the 0.9
-  // alone would cost more accuracy than all else together.
+  // p and b are rounded once each. With momentum 0.9, rounding the 0.9 alone would cost more accuracy than all else
+  // together.
   template <class T>
   struct Update {
-    double rate, momentum, g_weight, l2, nesterov;  // the last: 0 or 1, see Lerp
-    T sign;
+    T rate;
+    Factor<T> momentum;
+    T g_weight, l2, nesterov, sign;  // nesterov: 0 or 1, see Lerp
 
     GENOPT_INLINE Update(const Options& o, double /*t*/) {
-      rate = o.lr;
-      momentum = o.momentum;
-      g_weight = 1.0 - o.dampening;
+      rate = static_cast<T>(o.lr);
+      momentum = Factor<T>(o.momentum);
+      g_weight = static_cast<T>(1.0 - o.dampening);
       sign = o.maximize != 0 ? T(-1) : T(1);
-      l2 = o.weight_decay;
-      nesterov = o.nesterov != 0 ? 1.0 : 0.0;
+      l2 = static_cast<T>(o.weight_decay);
+      nesterov = o.nesterov != 0 ? T(1) : T(0);
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V grad, V& buffer, V&, V&) const {
-      auto g = widened(grad);
-      g = l2 != 0.0 ? g + l2 * widened(p) : g;
+    GENOPT_INLINE void apply(V& p, V g, V& buffer, V&, V&) const {
+      g = l2 != T(0) ? multiply_add(V(l2), p, g) : g;
       if constexpr (kUsed == kWithMomentum) {
-        const auto old = widened(buffer);
-        const auto b = choose(is_unset(old), g, momentum * old + g_weight * g);
-        buffer = narrowed(buffer, b) + T(0);
-        g = nesterov != 0.0 ? g + momentum * b : b;
+        buffer = choose(is_unset(buffer), g, momentum(buffer, g_weight * g)) + T(0);
+        g = nesterov != T(0) ? multiply_add(V(momentum.most), buffer, g) : buffer;
       }
-      p = descend(p, rate, g);
+      p = multiply_add(V(-rate), g, p);
     }
   };
 };

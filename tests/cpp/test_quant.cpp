@@ -10,6 +10,8 @@
 using namespace genopt;
 using namespace genopt::quant;
 
+int threads = 2;
+
 struct Shape {
   int64_t outer, units, run;
 };
@@ -40,10 +42,10 @@ void test(int64_t numel, int64_t run, int64_t units, bool blocks, int bits, bool
   q.stochastic = stochastic;
   q.seed = 0x123456789abcdef0;
   if (blocks) {
-    quant::cpu::quantize_blocks(q, 2);
+    quant::cpu::quantize_blocks(q, threads);
   } else {
-    quant::cpu::find_scales(q, 2);
-    quant::cpu::encode(q, 2);
+    quant::cpu::find_scales(q, threads);
+    quant::cpu::encode(q, threads);
   }
   const CodeRange range = q.code_range();
   std::vector<Reach<T>> reach(units);
@@ -67,7 +69,7 @@ void test(int64_t numel, int64_t run, int64_t units, bool blocks, int bits, bool
           what + ", element " + std::to_string(i));
   }
   q.numbers = back.data();
-  quant::cpu::decode(q, 2);
+  quant::cpu::decode(q, threads);
   for (int64_t i = 0; i < numel; ++i) {
     const int64_t unit = i / run % units;
     const T number = number_behind<T>(code_at(i), q.zero_point_at(unit), scale[unit], largest_of<T>(Codec::kDType));
@@ -96,6 +98,7 @@ int main() {
            {Shape{1, 1, 1}, {3, 5, 7}, {2, 40, 1}, {300, 33, 1}, {4, 3, 2000}, {1, 1, 4099}, {9, 700, 5}})
         all(s.outer * s.units * s.run, s.run, s.units, false);
     }
-  // Large enough to be written past the caches.
+  // Large enough, and by enough threads, to be written past the caches.
+  threads = 8;
   test<Float32, float>((4 << 20) + 77, 256, (4 << 12) + 1, true, 8, true, false);
 }
