@@ -18,12 +18,6 @@ GENOPT_INLINE constexpr bool is_block(DType type) {
   return type >= DType::kInt8;
 }
 
-GENOPT_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 GENOPT_INLINE int32_t signed_bits(float x) {
   return static_cast<int32_t>(bits_of(x));
 }

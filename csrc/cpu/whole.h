@@ -103,7 +103,7 @@ template <class Rule, unsigned kUsed, class Param, bool kHasExtra>
 class VectorStep {
  public:
   GENOPT_INLINE VectorStep(const Scalars<Rule, float>& scalars, const Row& row)
-      : scalars_(scalars), random_(row.unbiased >> kParam & 1), row_(row) {
+      : scalars_(scalars), plain_(scalars.around.is_plain()), random_(row.unbiased >> kParam & 1), row_(row) {
   }
   static bool takes(const Row& row) {
     if (!is_direct<Param>(row, kParam) || !is_direct<Param>(row, kGrad)) return false;
@@ -134,7 +134,8 @@ class VectorStep {
     if (is_used(kUsed, kAverage)) ahead_.ask(average_, i);
     Floats p = kHasExtra && master_ ? load<Floats>(master_ + i) : load_values<Param>(p_ + i);
     if (kHasExtra && rest_) p = p + load_values<Param>(rest_ + i);
-    const Floats g = scalars_.around.gradient(load_values<Param>(g_ + i));
+    Floats g = load_values<Param>(g_ + i);
+    if (!plain_) g = scalars_.around.gradient(g);
     scalars_.update.template apply<kUsed % kWithAverage>(p, g, states[0], states[1], states[2]);
     if (kHasExtra && master_) store(master_ + i, p);
     if constexpr (!std::is_same_v<Param, Float32>)
@@ -147,7 +148,7 @@ class VectorStep {
 
  private:
   const Scalars<Rule, float> scalars_;
-  const bool random_;
+  const bool plain_, random_;
   const Row& row_;
   Ahead ahead_;
   typename Param::Stored *p_, *rest_;

@@ -50,12 +50,12 @@ struct Adam {
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V& m, V& v, V& v_max) const {
-      g = l2 != T(0) ? g + l2 * p : g;
+      g = is_set(l2) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);
       if constexpr (kUsed == kWithMaximum) v_max = maximum(v_max, v);
       V u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
-      u = decay != T(0) ? decay * p + u : u;
+      u = is_set(decay) ? decay * p + u : u;
       p = p - u;
     }
   };

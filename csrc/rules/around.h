@@ -35,6 +35,10 @@ struct Around {
         to_average(1.0 - ema_decay) {
   }
 
+  // Whether a gradient is left as it is.
+  GENOPT_INLINE bool is_plain() const {
+    return factor == T(1) && limit == std::numeric_limits<T>::infinity();
+  }
   // NaN stays NaN.
   template <class V>
   GENOPT_INLINE V gradient(V g) const {

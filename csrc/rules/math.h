@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__CUDACC__)
@@ -39,12 +40,36 @@ GENOPT_INLINE T absolute(T x) {
   return x < 0 ? -x : x;
 }
 
+// The bits of a number, as an integer of its size.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+template <class T>
+GENOPT_INLINE Bits<T> bits_of(T x) {
+  Bits<T> bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Whether an option, which all elements share, is not zero. By its bits: comparing floats takes the port that a
+// processor computes vectors on. A number of the elements' size: compilers vectorize a choice by it, and not by a bool.
+template <class T>
+GENOPT_INLINE bool is_set(T option) {
+  return bits_of(option) << 1 != 0;
+}
+
+// States that a first gradient sets rather than changes begin as -0.0, which no update leaves: it adds +0.0 to what it
+// stores. So "not yet set" lasts through skipped steps, checkpoints and CUDA graphs without a flag beside the state.
+template <class T>
+GENOPT_INLINE bool is_unset(T x) {
+  return bits_of(x) == Bits<T>(1) << (8 * sizeof(T) - 1);
+}
+
 // start + weight * (end - start), from the nearer end, so that weight = 1 gives `end` exactly.
 // More accurate than beta * start + (1 - beta) * end: its fixed point does not move with the rounding
 // of beta, and it rounds once at the size of the result.
 template <class T>
 struct Lerp {
-  T coefficient, from_end;  // a flag as a number: compilers vectorize a choice by it, and not by a bool
+  T coefficient, from_end;
 
   Lerp() = default;
   GENOPT_INLINE explicit Lerp(double weight)
@@ -54,7 +79,7 @@ struct Lerp {
 
   template <class V>
   GENOPT_INLINE V operator()(V start, V end) const {
-    return choose(from_end != T(0), end, start) + coefficient * (end - start);
+    return choose(is_set(from_end), end, start) + coefficient * (end - start);
   }
 };
 
@@ -69,21 +94,6 @@ GENOPT_INLINE V finite(V x) {
 template <class T, class V>
 GENOPT_INLINE V average_square(V average, V g, const Lerp<T>& lerp) {
   return lerp(finite<T>(average), finite<T>(g * g));
-}
-
-// States that a first gradient sets rather than changes begin as -0.0, which no update leaves: it adds +0.0 to what it
-// stores. So "not yet set" lasts through skipped steps, checkpoints and CUDA graphs without a flag beside the state.
-template <class T>
-GENOPT_INLINE bool is_unset(T x) {
-  if constexpr (sizeof(T) == 8) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits == uint64_t{1} << 63;
-  } else {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits == uint32_t{1} << 31;
-  }
 }
 
 // The larger one; NaN in either argument gives NaN (a plain maximum may lose it).

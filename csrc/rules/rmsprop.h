@@ -49,7 +49,7 @@ struct RMSprop {
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V& s, V& b, V& c) const {
-      g = l2 != T(0) ? g + l2 * p : g;
+      g = is_set(l2) ? g + l2 * p : g;
       s = average_square(s, g, lerp);
       V variance = s;
       if constexpr ((kUsed & kCentered) != 0) {

@@ -34,7 +34,7 @@ struct Sgd {
   struct Update {
     T rate;
     Factor<T> momentum;
-    T g_weight, l2, nesterov, sign;  // nesterov: 0 or 1, see Lerp
+    T g_weight, l2, nesterov, sign;  // nesterov: 0 or 1
 
     GENOPT_INLINE Update(const Options& o, double /*t*/) {
       rate = static_cast<T>(o.lr);
@@ -47,10 +47,10 @@ struct Sgd {
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V& buffer, V&, V&) const {
-      g = l2 != T(0) ? multiply_add(V(l2), p, g) : g;
+      g = is_set(l2) ? multiply_add(V(l2), p, g) : g;
       if constexpr (kUsed == kWithMomentum) {
         buffer = choose(is_unset(buffer), g, momentum(buffer, g_weight * g)) + T(0);
-        g = nesterov != T(0) ? multiply_add(V(momentum.most), buffer, g) : buffer;
+        g = is_set(nesterov) ? multiply_add(V(momentum.most), buffer, g) : buffer;
       }
       p = multiply_add(V(-rate), g, p);
     }
