@@ -33,7 +33,7 @@ def passes(moves: tuple[Move, ...]) -> list[Pass]:
     first = [Pass(int(move.width), (False,)) for move in moves if move.read == 2]
     fresh = [move for move in moves if not move.read]
     both = [move for move in moves if move.read and move.written]
-    if fresh and both:  # written past the caches or not: a call does one of the two
+    if fresh and both:  # only written, or read and written: a call does one of the two
         alone = [Pass(int(move.width), (True,), fresh=True) for move in fresh]
         return first + alone + passes(tuple(move for move in moves if move.read))[len(first) :]
     unit = min(int(move.width) for move in moves)

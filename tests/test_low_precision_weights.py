@@ -39,6 +39,7 @@ from low_precision import (
     SIXTEEN,
     SOME,
     WIDE,
+    WIDER,
     assert_broken_state_is_refused,
     assert_change_is_honoured,
     assert_copies_train_on_alone,
@@ -103,7 +104,12 @@ def assert_kept(case, opt, options, what=""):
 
 
 @KERNELS
-@pytest.mark.parametrize(("case", "kept", "dtype", "state"), pairs(CASES, KEPT, SIXTEEN, [{}, INT8]), ids=str)
+@pytest.mark.parametrize(
+    ("case", "kept", "dtype", "state"),
+    # On a CPU, what is kept, dtype and state together choose the loop.
+    [*pairs(CASES, KEPT, SIXTEEN, [{}, INT8]), *in_turn(CASES, KEPT, SIXTEEN, WIDER)],
+    ids=str,
+)
 def test_kernels_equal_reference(case, kept, dtype, state):
     shapes = [(n,) for n in SIZES] + [(), (3, 5, 7)]
     options = {**kept, **state}
@@ -111,7 +117,7 @@ def test_kernels_equal_reference(case, kept, dtype, state):
         assert_kept(case, opt, options)
         for p in places(opt):
             if state and p.numel():
-                assert_state(case, opt, p, torch.int8, kept, extras(kept, p))
+                assert_state(case, opt, p, state["state_dtype"], kept, extras(kept, p))
 
 
 @KERNELS
@@ -172,15 +178,16 @@ def test_same_bits_for_every_thread_count_and_run(kept):
 
 DIGEST = """
 import sys, torch
+from itertools import product
 from cases import CASES, parameters
-from low_precision import INT8, KEPT, set_strained
+from low_precision import INT8, KEPT, SIXTEEN, WIDER, set_strained
 from genopt_ext import _C
 bits = []
 for case in CASES:
-    for kept, dtype in zip([{}, *KEPT], (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)):
+    for kept, dtype, state in [({}, torch.float32, INT8), *product(KEPT, SIXTEEN, (INT8, *WIDER))]:
         params = parameters([(3001,), (30, 7), ()], dtype)
         torch.manual_seed(7)
-        opt = case.ours(params, backend="cpu", **kept, **INT8)
+        opt = case.ours(params, backend="cpu", **kept, **state)
         for step in range(3):
             set_strained(params, step)
             opt.step()

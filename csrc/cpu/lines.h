@@ -24,6 +24,7 @@ GENOPT_INLINE void write_past_caches(char* to, Words x) {
 template <int kArrays, int kWritten, bool kFresh>
 void move_lines(const Streams& streams, int64_t begin, int64_t end) {
   constexpr int kAhead = 2048;  // bytes
+  const bool past_caches = kFresh && streams.past_caches;
   static std::atomic<uint32_t> zero{0}, sink;
   const Words nothing(zero.load());  // the compiler must not see that the values stay the same
   Words sum(0);
@@ -31,13 +32,13 @@ void move_lines(const Streams& streams, int64_t begin, int64_t end) {
   for (int k = 0; k < kArrays; ++k) base[k] = streams.base[k];
   for (int64_t at = begin; at < end; at += GENOPT_VECTOR_BYTES) {
     for (int k = 0; k < kArrays; ++k)
-      if (!(kFresh && k < kWritten && streams.past_caches)) __builtin_prefetch(base[k] + at + kAhead);
+      if (k >= kWritten || !past_caches) __builtin_prefetch(base[k] + at + kAhead);
     Words values[kArrays];
     for (int k = kFresh ? kWritten : 0; k < kArrays; ++k) values[k] = load<Words>(base[k] + at);
     for (int k = kWritten; k < kArrays; ++k) sum = sum ^ values[k];
     for (int k = 0; k < kWritten; ++k)
-      kFresh&& streams.past_caches ? write_past_caches(base[k] + at, nothing)
-                                   : store(base[k] + at, kFresh ? nothing : values[k] ^ nothing);
+      past_caches ? write_past_caches(base[k] + at, nothing)
+                  : store(base[k] + at, kFresh ? nothing : values[k] ^ nothing);
   }
   sink ^= largest(sum);  // keeps the reads of arrays that are not written alive
 }

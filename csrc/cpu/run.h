@@ -8,7 +8,7 @@
 
 namespace genopt::cpu {
 
-// The instruction set in use: "default", "avx2" or "avx512", as torch names them. The best that this
+// The instruction set in use: "default", "avx2" (with FMA) or "avx512", as torch names them. The best that this
 // processor has, or the one that GENOPT_CPU_CAPABILITY names; throws std::runtime_error where that
 // variable names none, or one that this processor lacks.
 const std::string& capability();

@@ -94,11 +94,17 @@ struct Vector {
   friend GENOPT_INLINE Vector choose(bool condition, Vector a, Vector b) {
     return condition ? a.raw : b.raw;
   }
+  // The processor's maximum and minimum are these choices, also of NaN; GCC 12 does not see it where one side is
+  // constant.
   friend GENOPT_INLINE Vector larger(Vector a, Vector b) {
+#if GENOPT_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, float>) return _mm512_maskz_max_ps(0xffff, a.raw, b.raw);
+#elif GENOPT_VECTOR_BYTES == 32
+    if constexpr (std::is_same_v<T, float>) return _mm256_max_ps(a.raw, b.raw);
+#endif
     return a.raw > b.raw ? a.raw : b.raw;
   }
   friend GENOPT_INLINE Vector smaller(Vector a, Vector b) {
-    // The processor's minimum is this choice, also of NaN; GCC 12 does not see it where one side is a constant.
 #if GENOPT_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, float>) return _mm512_maskz_min_ps(0xffff, a.raw, b.raw);
 #elif GENOPT_VECTOR_BYTES == 32

@@ -47,7 +47,7 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   const int64_t stop = std::min(end * kTile, row.numel);
   int64_t start = begin * kTile;
   if constexpr (!(kUsed & kRests)) {
-    // The usual cases first: all in the compute type, and what else lies dense in whole tiles.
+    // The usual cases first: what lies dense in whole tiles, and what else is stored in the compute type.
     if constexpr (sizeof(T) == 4) start = run_whole<Rule, kUsed>(scalars, row, start, stop);
     if (row.extra == Extra::kNone && !row.unbiased) start = run_direct<T, kUsed>(scalars, row, start, stop);
     if (start == stop) return;

@@ -78,8 +78,8 @@ GENOPT_INLINE void each_state(Visit&& visit) {
   visit_used(std::integral_constant<int, 2>{});
 }
 
-// While a tile is stepped, a later one of the row is asked for, a line of each operand with each vector: a core has
-// room for some ten lines under way, and its own prefetchers stop at the end of a page.
+// While a tile is stepped, a later one of the row is asked for, a line or less with each vector: a core has room for
+// some ten lines under way, and its own prefetchers stop at the end of a page.
 class Ahead {
  public:
   // For the tile at `start` of those that end at `stop`.
@@ -261,7 +261,8 @@ template <class Rule, unsigned kUsed>
 int64_t run_whole(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
   if (stop - start < kTile) return start;
   start = run_plain<Rule, kUsed, Float32, Float32, false>(scalars, row, start, stop);
-  if constexpr (kUsed < kWithAverage) start = run_narrow<Rule, kUsed>(scalars, row, start, stop);
+  if constexpr (kUsed < kWithAverage)
+    if (stop - start >= kTile) start = run_narrow<Rule, kUsed>(scalars, row, start, stop);
   return start;
 }
 

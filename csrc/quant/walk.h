@@ -19,9 +19,6 @@ namespace genopt::quant::GENOPT_CAPABILITY {
 constexpr int kShortRun = 32;
 constexpr int kTogether = 256;
 
-// Elements that are asked for ahead of those being decoded.
-constexpr int kAhead = 256;
-
 inline bool has_rows(const Quantization& q) {
   return q.run == 1 && q.units >= kShortRun;
 }
@@ -78,8 +75,7 @@ GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
   for (int64_t i = done; i < count; ++i) to[i] = make(i);
 }
 
-// Asks for memory that is read or written later, also beyond the tensor's end: while one piece is made, from the cache,
-// memory is to be busy with the next one.
+// Asks for memory that is read or written later, also beyond the tensor's end: memory is to be busy meanwhile.
 template <int kLevel = 3>
 inline void prefetch(const void* from, size_t bytes) {
   for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte, 0, kLevel);
@@ -336,15 +332,14 @@ inline void decode(const Quantization& q, bool streams, int64_t begin, int64_t e
         codes = wide;
       }
       Stored *const place = static_cast<Stored*>(q.numbers) + at, *const to = buffers ? buffer : place;
-      // While a piece is decoded, the lines of the next one are on their way.
-      const auto decode = [&](const int8_t* from, int many, int zero_point, float scale, Stored* result) {
-        if (!buffers) prefetch(result + kAhead, many * sizeof(Stored));
-        decode_run<Codec, T>(from, many, zero_point, scale, largest, result);
-      };
       if (q.run >= kShortRun) {
         for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
-          decode(codes + (first - at), static_cast<int>(last - first), q.zero_point_at(unit), q.scale[unit],
-                 to + (first - at));
+          // A few elements, while the lines for the next are on their way.
+          for (int64_t from = first - at; from < last - at; from += kTogether) {
+            const int here = static_cast<int>(std::min<int64_t>(kTogether, last - at - from));
+            if (!buffers) prefetch(to + from + kTogether, here * sizeof(Stored));
+            decode_run<Codec, T>(codes + from, here, q.zero_point_at(unit), q.scale[unit], largest, to + from);
+          }
         });
       } else if (has_rows(q)) {
         for_rows(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {

@@ -43,9 +43,7 @@ struct Around {
   template <class V>
   GENOPT_INLINE V gradient(V g) const {
     const V most(limit), least(-limit);
-    g = factor * g;
-    g = choose(g > most, most, g);
-    return choose(g < least, least, g);
+    return larger(least, smaller(most, V(factor * g)));
   }
   template <class V>
   GENOPT_INLINE V average(V e, V p) const {

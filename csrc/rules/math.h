@@ -51,7 +51,8 @@ GENOPT_INLINE Bits<T> bits_of(T x) {
 }
 
 // Whether an option, which all elements share, is not zero. By its bits: comparing floats takes the port that a
-// processor computes vectors on. A number of the elements' size: compilers vectorize a choice by it, and not by a bool.
+// processor computes vectors on. Flags are options too: compilers vectorize a choice by a number of the elements' size,
+// and not by a bool.
 template <class T>
 GENOPT_INLINE bool is_set(T option) {
   return bits_of(option) << 1 != 0;

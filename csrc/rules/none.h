@@ -34,12 +34,12 @@ struct None {
     // Whether an element would stay as it is, where p is g: clipping leaves it alone then.
     template <class Around>
     GENOPT_INLINE bool is_idle(const Around& around) const {
-      return add == T(0) && around.factor == T(1) && around.limit > std::numeric_limits<T>::max();
+      return !is_set(add) && around.is_plain();
     }
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V&, V&, V&) const {
-      p = add != T(0) ? p + g : g;
+      p = is_set(add) ? p + g : g;
     }
   };
 };

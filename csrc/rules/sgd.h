@@ -28,7 +28,7 @@ struct Sgd {
     return o.momentum != 0 ? kWithMomentum : kPlain;
   }
 
-  // p and b are rounded once each. With momentum 0.9, rounding the 0.9 alone would cost more accuracy than all else
+  // p is rounded once, b little more. With momentum 0.9, rounding the 0.9 alone would cost more accuracy than all else
   // together.
   template <class T>
   struct Update {
