@@ -23,13 +23,11 @@ struct CodeRange {
 // How far numbers go above and below 0, as the bits of non-negative numbers: these are ordered as the numbers are, with
 // infinity and then NaN on top, so a maximum of integers loses no NaN. Symmetric codes need the larger one alone.
 template <class T>
-using Key = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+using Key = std::make_signed_t<Bits<T>>;
 
 template <class T>
 GENOPT_INLINE Key<T> key_of(T x) {
-  Key<T> key;
-  memcpy(&key, &x, sizeof key);
-  return key;
+  return static_cast<Key<T>>(bits_of(x));
 }
 template <class T>
 GENOPT_INLINE T number_of(Key<T> key) {
