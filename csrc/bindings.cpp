@@ -35,7 +35,7 @@ py::object step(TorchPlan& plan, const py::object& param_groups, const py::objec
     throw py::error_already_set();
   }
   if (!refusal) return py::none();
-  return py::make_tuple(refusal->rows, refusal->groups, refusal->overlaps, refusal->devices,
+  return py::make_tuple(refusal->rows, refusal->groups, refusal->overlaps, refusal->grad_overlaps, refusal->devices,
                         refusal->gradients_overlap);
 }
 

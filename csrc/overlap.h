@@ -1,6 +1,8 @@
-// Which tensors that a step writes share memory: written in parallel, they would race.
+// Which tensors share memory: what a step writes in parallel would race, and what it reads besides would change under
+// it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -16,8 +18,28 @@ struct Region {
   int64_t owner;  // what to report
 };
 
-// The pairs of owners that share a byte, a region that visits one byte twice as a pair with itself.
-// At least one pair for each group of regions in conflict; not necessarily every pair of it.
-std::vector<std::pair<int64_t, int64_t>> find_overlaps(std::vector<Region> regions);
+// Regions in the order of their addresses.
+class Regions {
+ public:
+  Regions() = default;
+  explicit Regions(std::vector<Region> regions);
+
+  // The pairs of owners that share a byte, a region that visits one byte twice as a pair with itself.
+  // At least one pair for each group of regions in conflict; not necessarily every pair of it.
+  std::vector<std::pair<int64_t, int64_t>> find_overlaps() const;
+
+  // Those that share a byte with `other`.
+  std::vector<const Region*> find_met(const Region& other) const;
+
+ private:
+  struct Span {
+    const char *low, *high;
+    size_t region;
+  };
+
+  std::vector<Region> regions_;
+  std::vector<Span> spans_;         // without empty ones, by their lower end
+  std::vector<const char*> reach_;  // the highest end so far
+};
 
 }  // namespace genopt

@@ -53,11 +53,14 @@ struct Refusal {
   std::vector<int64_t> rows;
   std::vector<int64_t> groups;  // with an option that is no finite number
   std::vector<std::pair<int64_t, int64_t>> overlaps;
+  std::vector<std::pair<int64_t, int64_t>>
+      grad_overlaps;               // the gradient of one with what belongs to another, or itself
   std::vector<int> devices;        // of active rows, where a norm has to meet on one, or a tensor lacks on one
   bool gradients_overlap = false;  // and are to be zeroed, which another row's step would then see
 
   bool is_empty() const {
-    return rows.empty() && groups.empty() && overlaps.empty() && devices.empty() && !gradients_overlap;
+    return rows.empty() && groups.empty() && overlaps.empty() && grad_overlaps.empty() && devices.empty() &&
+           !gradients_overlap;
   }
 };
 
@@ -102,9 +105,18 @@ inline bool is_in_memory(const at::Tensor& t) {
   const bool served = keys.has(c10::DispatchKey::CPU) || (keys.has(c10::DispatchKey::CUDA) && has_kernels(t));
   return served && !keys.has_any(kOthers);
 }
+// Inference tensors may only be changed in inference mode.
+inline bool may_be_written(const at::Tensor& t) {
+  return !t.is_inference() || c10::InferenceMode::is_enabled();
+}
 // And they are floating-point numbers.
 inline bool is_plain(const at::Tensor& t) {
   return is_in_memory(t) && plain_dtype(t.scalar_type()).has_value();
+}
+
+// Whether a step counter can be one: a whole number, and one that a float64 holds exactly.
+inline bool is_step_count(double t) {
+  return t >= 0 && t <= 9007199254740992.0 && t == std::floor(t);
 }
 
 class TorchPlan {
@@ -148,7 +160,7 @@ class TorchPlan {
     layouts_.clear();
     std::vector<bool> skip(params_.size());
     for (const int64_t row : skipped) skip.at(row) = true;
-    bool moved = recheck_overlaps_;
+    bool moved = recheck_overlaps_, grads_moved = false;
     int64_t elements = 0;
     devices_.clear();
     for (size_t r = 0; r < params_.size(); ++r) {
@@ -164,6 +176,7 @@ class TorchPlan {
           const uint64_t place = fingerprint(row);
           moved |= place != places_[r];
           places_[r] = place;
+          grads_moved |= has_moved_grad(r);
         }
         if (row.device == kHost) elements += row.numel;
         note_device(row);
@@ -171,7 +184,11 @@ class TorchPlan {
     }
     read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
-    if (!control.only_measure && (moved || !refusal.rows.empty())) check_overlaps(refusal);
+    if (!control.only_measure && (moved || !refusal.rows.empty())) {
+      check_overlaps(refusal);
+    } else if (grads_moved) {
+      check_grads(refusal);
+    }
     refusal.gradients_overlap = control.zero && gradients_overlap_;
     std::vector<DeviceTensors> tensors;
     for (const int device : devices_)
@@ -361,6 +378,7 @@ class TorchPlan {
     plan_.rows.resize(params_.size());
     handles_.resize(params_.size());
     places_.resize(params_.size());
+    grad_places_.resize(params_.size());
     hints_.resize(params_.size());
     has_grad_.resize(params_.size());
   }
@@ -506,26 +524,32 @@ class TorchPlan {
     return nullptr;
   }
 
+  // What a row takes as its gradient, or null.
+  const at::Tensor* find_grad(size_t r) const {
+    if (grads_) {
+      PyObject* const given = PyList_GET_ITEM(grads_, r);
+      return given == Py_None ? nullptr : &THPVariable_Unpack(given);
+    }
+    const at::Tensor& grad = THPVariable_Unpack(params_[r]).unsafeGetTensorImpl()->grad();
+    return grad.defined() ? &grad : nullptr;
+  }
+
   // False: odd. A row without gradient is fine, and inactive.
   bool read_row(size_t r, PyObject* state) {
     if (!THPVariable_Check(params_[r])) return false;
     const at::Tensor& param = THPVariable_Unpack(params_[r]);
-    const at::Tensor* grad = &param.unsafeGetTensorImpl()->grad();
-    if (grads_) {
-      PyObject* const given = PyList_GET_ITEM(grads_, r);
-      if (given != Py_None && !THPVariable_Check(given)) return false;
-      grad = given == Py_None ? nullptr : &THPVariable_Unpack(given);
-    }
+    if (grads_ && PyList_GET_ITEM(grads_, r) != Py_None && !THPVariable_Check(PyList_GET_ITEM(grads_, r))) return false;
+    const at::Tensor* const grad = find_grad(r);
     Row& row = plan_.rows[r];
     row.used = masks_[row.group];
-    if (!grad || !grad->defined()) {
+    if (!grad) {
       if (!(row.used & kWithAverage) || !(param.requires_grad() || find_state(r, state))) return true;
       row.used = kWithAverage | kRests;
-      grad = nullptr;
     }
     has_grad_[r] = grad != nullptr;
     // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
-    if (!is_plain(param) || param.is_inference()) return false;
+    if (!is_plain(param) || !may_be_written(param)) return false;
+    if (grad && plan_.control.zero && !may_be_written(*grad)) return false;
     const bool mixes = grad && may_mix(grad->scalar_type()) && may_mix(param.scalar_type());
     if (grad && (!is_plain(*grad) || grad->sizes() != param.sizes() || grad->is_complex() != param.is_complex() ||
                  (!grads_ && !mixes && grad->scalar_type() != param.scalar_type())))
@@ -640,12 +664,14 @@ class TorchPlan {
       }
       if (!THPVariable_Check(value)) return false;
       const at::Tensor& t = THPVariable_Unpack(value);
-      if (!is_in_memory(t) || t.is_inference()) return false;
+      if (!is_in_memory(t) || !may_be_written(t)) return false;
       if (handle == kStepHandle) {
         if (t.numel() != 1 || (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble)) return false;
         if (kernel_device(t) != device) return false;
         row.step = t.mutable_data_ptr();
         row.step_dtype = *plain_dtype(t.scalar_type());
+        // Reading one from a GPU would wait for it: there, loading a checkpoint is what checks it.
+        if (device == kHost && !is_step_count(read_number({row.step, row.step_dtype, 1}))) return false;
       } else if (handle >= kFirstScales) {
         const bool fits = t.scalar_type() == at::kFloat && t.dim() == 1 && t.numel() == tiles_of(param.numel()) &&
                           t.is_contiguous() && kernel_device(t) == device;
@@ -694,10 +720,14 @@ class TorchPlan {
     return make_layout(real_view(handles[kParam]->sizes(), complex, 1, 2), pointers);
   }
 
+  static uint64_t mixed(uint64_t hash, uint64_t value) {
+    return (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29);
+  }
+
   // Where a row writes, as one number: when it changes, overlaps are looked for again.
   uint64_t fingerprint(const Row& row) const {
     uint64_t hash = 0x9e3779b97f4a7c15u;
-    const auto mix = [&hash](uint64_t value) { hash = (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29); };
+    const auto mix = [&hash](uint64_t value) { hash = mixed(hash, value); };
     for (int k = 0; k < kOperands; ++k)
       if (k != kGrad || plan_.control.zero) mix(reinterpret_cast<uintptr_t>(row.data[k]));
     mix(plan_.control.zero);
@@ -712,34 +742,113 @@ class TorchPlan {
     return hash;
   }
 
+  static Region region_of(const at::Tensor& t, size_t r) {
+    Region region{
+        static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)};
+    if (!t.is_non_overlapping_and_dense()) {
+      region.sizes = t.sizes().vec();
+      region.strides = t.strides().vec();
+    }
+    return region;
+  }
+
+  // Visits a row's parameter and the tensors of its state.
+  template <class Visit>
+  void for_each_own(size_t r, Visit visit) const {
+    visit(THPVariable_Unpack(params_[r]));
+    PyObject *entries = states_[r], *key, *value;
+    if (!entries || !PyDict_Check(entries)) return;
+    for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);)
+      if (THPVariable_Check(value)) visit(THPVariable_Unpack(value));
+  }
+
+  bool takes_part(size_t r) const {
+    return has_grad_[r] || plan_.rows[r].active;
+  }
+
   // Looks at what all rows write, with or without a gradient now, so that it need not be done again
   // when a gradient comes. A pair of which one has none does no harm yet: it is looked at every time.
   void check_overlaps(Refusal& refusal) {
     std::vector<Region> regions, gradients;
-    const auto add_to = [](std::vector<Region>& regions, const at::Tensor& t, size_t r) {
-      if (!is_in_memory(t)) return;
-      Region& region = regions.emplace_back(Region{
-          static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)});
-      if (t.is_non_overlapping_and_dense()) return;
-      region.sizes = t.sizes().vec();
-      region.strides = t.strides().vec();
-    };
-    const auto add = [&](const at::Tensor& t, size_t r) { add_to(regions, t, r); };
     for (size_t r = 0; r < params_.size(); ++r) {
       if (!THPVariable_Check(params_[r])) continue;
-      if (plan_.control.zero && has_grad_[r] && plan_.rows[r].active) add_to(gradients, *handles_[r][kGrad], r);
-      add(THPVariable_Unpack(params_[r]), r);
-      PyObject *entries = states_[r], *key, *value;
-      if (!entries || !PyDict_Check(entries)) continue;
-      for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);)
-        if (THPVariable_Check(value)) add(THPVariable_Unpack(value), r);
+      if (plan_.control.zero && has_grad_[r] && plan_.rows[r].active)
+        gradients.push_back(region_of(*handles_[r][kGrad], r));
+      for_each_own(r, [&](const at::Tensor& t) {
+        if (is_in_memory(t)) regions.push_back(region_of(t, r));
+      });
     }
-    gradients_overlap_ = !find_overlaps(std::move(gradients)).empty();
+    written_ = Regions(std::move(regions));
+    gradients_overlap_ = !Regions(std::move(gradients)).find_overlaps().empty();
     recheck_overlaps_ = gradients_overlap_;
-    for (const auto& [a, b] : find_overlaps(std::move(regions))) {
-      if (has_grad_[a] && has_grad_[b]) refusal.overlaps.emplace_back(a, b);
+    for (const auto& [a, b] : written_.find_overlaps()) {
+      if (takes_part(a) && takes_part(b)) refusal.overlaps.emplace_back(a, b);
       recheck_overlaps_ = true;
     }
+    check_grads(refusal);
+  }
+
+  // Whether no other tensor can share its memory, as with most gradients that backward() makes: nobody else holds it or
+  // its storage, and that is torch's own.
+  static bool is_alone(const at::Tensor& t) {
+    const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+    static const c10::DeleterFnPtr host_deleter = c10::GetAllocator(c10::kCPU)->raw_deleter();
+    const c10::DeleterFnPtr deleter = storage.data_ptr().get_deleter();
+    const bool owned =
+        t.is_cpu() ? deleter == host_deleter : deleter == c10::GetAllocator(t.device().type())->raw_deleter();
+    if (!owned || storage.use_count() != 1) return false;
+    // Its own Python object counts as one.
+    return t.use_count() == 1 ||
+           (t.use_count() == 2 && is_held_by_tensor_alone(*t.unsafeGetTensorImpl()->pyobj_slot()));
+  }
+  template <class Slot>
+  static bool is_held_by_tensor_alone(const Slot& slot) {
+    if constexpr (requires { slot.load_pyobj(); }) {
+      PyObject* const object = slot.load_pyobj();
+      return object && Py_REFCNT(object) == 1;
+    } else {
+      return false;
+    }
+  }
+
+  // Whether the gradient of an active row has to be looked at again.
+  bool has_moved_grad(size_t r) {
+    uint64_t place = 0;
+    if (const at::Tensor* const grad = handles_[r][kGrad]; grad && (grads_ || !is_alone(*grad))) {
+      place = mixed(0x9e3779b97f4a7c15u, reinterpret_cast<uintptr_t>(grad->const_data_ptr()));
+      for (const int64_t size : grad->sizes()) place = mixed(place, size);
+      for (const int64_t stride : grad->strides()) place = mixed(place, stride);
+      place = mixed(place, static_cast<uint64_t>(grad->scalar_type()));
+    }
+    const bool moved = place && place != grad_places_[r];
+    grad_places_[r] = place;
+    return moved;
+  }
+
+  // Whether gradients share memory with what the step writes, or their zeroing with anything of the optimizer's.
+  void check_grads(Refusal& refusal) {
+    for (size_t r = 0; r < params_.size(); ++r) {
+      const at::Tensor* const grad = has_grad_[r] ? find_grad(r) : nullptr;
+      if (!grad || !is_in_memory(*grad) || (!grads_ && is_alone(*grad))) continue;
+      for (const Region* met : written_.find_met(region_of(*grad, r))) {
+        const size_t owner = static_cast<size_t>(met->owner);
+        if (!plan_.control.zero && owner == r && is_own(*grad, r)) continue;
+        recheck_overlaps_ = true;
+        if (plan_.control.zero || takes_part(owner)) refusal.grad_overlaps.emplace_back(r, owner);
+      }
+    }
+  }
+
+  // Whether it is the very same elements, in the same order, as the row's parameter or one of its states: then each
+  // element is read before it is written.
+  bool is_own(const at::Tensor& grad, size_t r) const {
+    bool found = false;
+    for_each_own(r, [&](const at::Tensor& t) {
+      found = found ||
+              (is_in_memory(t) && t.const_data_ptr() == grad.const_data_ptr() &&
+               t.scalar_type() == grad.scalar_type() && t.sizes() == grad.sizes() && t.strides() == grad.strides());
+    });
+    return found;
   }
 
   // Steps the rows on the CPU.
@@ -779,7 +888,8 @@ class TorchPlan {
       for (int k = 0; k < kHandles; ++k) {
         if (!handles_[r][k]) continue;
         const bool written = k == kGrad ? plan_.control.zero : steps && !(k == kParam && (row.used & kRests));
-        if (written) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
+        // Tensors made in inference mode have no version.
+        if (written && !handles_[r][k]->is_inference()) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
       }
     }
   }
@@ -789,6 +899,7 @@ class TorchPlan {
   const std::string backend_;
   bool busy_ = false;
   bool recheck_overlaps_ = false, gradients_overlap_ = false;
+  Regions written_;            // of the last overlap check
   PyObject* grads_ = nullptr;  // of the step that is read now
   // Keys are interned and never freed.
   std::vector<PyObject*> option_keys_, common_keys_;
@@ -816,7 +927,8 @@ class TorchPlan {
   std::vector<int> devices_;  // with active rows
 
   std::vector<std::array<Hint, kHandles>> hints_;
-  std::vector<uint64_t> places_;  // fingerprints of the last overlap check
+  std::vector<uint64_t> places_;       // fingerprints of the last overlap check
+  std::vector<uint64_t> grad_places_;  // and of gradients that may share memory with others
 };
 
 }  // namespace genopt

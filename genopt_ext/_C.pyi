@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+_Pairs = list[tuple[int, int]]
+_Refusal = tuple[list[int], list[int], _Pairs, _Pairs, list[int], bool]
+
 class Plan:
     def __init__(self, rule: str, backend: str) -> None: ...
     @property
@@ -27,7 +30,7 @@ class Plan:
         grad_norm: list[Any] | None = None,
         nonfinite: list[Any] | None = None,
         skipped_steps: list[Any] | None = None,
-    ) -> tuple[list[int], list[int], list[tuple[int, int]], list[int], bool] | None: ...
+    ) -> _Refusal | None: ...
 
 has_cuda: bool
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
-from . import _backend, reference
+from . import _backend, overlap, reference
 
 NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/rules/around.h
 
@@ -192,13 +192,16 @@ def clip_grads_with_norm_(
         foreach: accepted; every pass covers all tensors at once.
 
     Raises:
+        RuntimeError: a gradient's elements share memory with one another; nothing is changed then.
         TypeError, ValueError: ``max_norm`` is no number, or below 0.
     """
     bound = _number("clip_grads_with_norm_", "max_norm", max_norm)
     # as_tensor() would move a tensor to the default device.
     norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64, device="cpu")
     factor = coefficient(bound, norm.double()).reshape(1)
-    for device, here in _by_device(p.grad for p in _listed(parameters) if p.grad is not None).items():
+    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
+    overlap.refuse_revisits("clip_grads_with_norm_", grads)
+    for device, here in _by_device(grads).items():
         if not _run(here, list(here), {}, group_scales=[factor.to(device)]):
             own = factor.to(device).squeeze()
             for g in here if device.type != "cpu" or own != 1 else ():
@@ -227,7 +230,8 @@ def clip_grad_norm_(
         The norm before, as :func:`get_total_norm`.
 
     Raises:
-        RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first parameter.
+        RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first parameter. A gradient
+            whose elements share memory with one another; nothing is changed then.
         TypeError, ValueError: ``max_norm`` is below 0 or no number, ``norm_type`` no number above 0.
     """
     bound = _number("clip_grad_norm_", "max_norm", max_norm)
@@ -240,6 +244,7 @@ def clip_grad_norm_(
         total = torch.empty((), dtype=dtype, device=grads[0].device)
         if _run(grads, list(grads), {}, max_norm=bound, norm=NORMS[norm], grad_norm=[total]):
             return total
+    overlap.refuse_revisits("clip_grad_norm_", grads)
     if error_if_nonfinite:  # by its place among all parameters, with a gradient or without
         everything = [grads[0].new_zeros(0) if p.grad is None else p.grad for p in listed] if grads else []
         total = get_total_norm(everything, norm, True, foreach)
@@ -259,12 +264,14 @@ def clip_grad_value_(parameters: _TensorOrTensors, clip_value: float, foreach: b
         foreach: accepted; every pass covers all tensors at once.
 
     Raises:
+        RuntimeError: a gradient's elements share memory with one another; nothing is changed then.
         TypeError, ValueError: ``clip_value`` is no number, or below 0; complex gradients, which have no order.
     """
     limit = _number("clip_grad_value_", "clip_value", clip_value)
     grads = [p.grad for p in _listed(parameters) if p.grad is not None]
     if any(g.is_complex() for g in grads):
         raise TypeError("clip_grad_value_: gradients must be real to have an order; clip complex ones by their norm")
+    overlap.refuse_revisits("clip_grad_value_", grads)
     for device, here in _by_device(grads).items():
         # On a CPU a first look costs less than writing what does not change.
         look = dict(norm=NORMS[math.inf], measure=True) if device.type == "cpu" else {"scale": 1.0}

@@ -187,20 +187,19 @@ class _Hook:
         # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
         def natively(skipped: Sequence[int], arguments: dict[str, Any]) -> Refusal | None:
             group = {**optimizer.param_groups[i], "params": [p]}
-            refusal: Refusal | None = self.plan.step([group], {p: optimizer.state.get(p)}, skipped, **arguments)
-            return refusal
+            refused = self.plan.step([group], {p: optimizer.state.get(p)}, skipped, **arguments)
+            return None if refused is None else Refusal(*refused)
 
         # Resolved once: it takes as long as the step of a small parameter, and GENOPT_BACKEND is for a whole run.
         if (optimizer._resolved if self.plan is None else optimizer.backend) == "reference":
-            optimizer._settle(((0,), (i,), (), (), False), {}, [place], natively)
+            optimizer._settle(Refusal((0,), (i,)), {}, [place], natively)
             return
         if self.plan is None:
             self.plan = optimizer._make_plan((i,), [place])
         refusal = natively((), {})
         if refusal is not None:
-            rows, groups, overlaps, devices, gradients_overlap = refusal
-            refusal = rows, (i,) if groups else (), overlaps, devices, gradients_overlap
-            optimizer._settle(refusal, {}, [place], natively)
+            groups = (i,) if refusal.groups else ()
+            optimizer._settle(refusal._replace(groups=groups), {}, [place], natively)
 
     def _find(self, optimizer: FusedOptimizer, p: Tensor) -> Place | None:
         """Where ``p`` stands now; None: no more in the optimizer, which leaves it alone."""

@@ -205,3 +205,135 @@ def test_gpu_gradients_and_meta_parameters():
     p.grad = torch.zeros(3, device="meta")
     with pytest.raises(RuntimeError, match=f"backend is '{NATIVE}', but there are no kernels for meta"):
         optim.SGD([p], backend=NATIVE).step()
+
+
+def inference_tensor():
+    with torch.inference_mode():
+        return torch.ones(5)
+
+
+# What can not be stepped, and what the message says of it; where it may stand.
+UNUSUAL = {
+    "inference": (inference_tensor, "is an inference tensor", ("state", "zeroed gradient")),
+    "mkldnn": (lambda: torch.ones(5).to_mkldnn(), "is torch._mkldnn, expected torch.strided", ("state",)),
+    "sparse": (lambda: torch.ones(5).to_sparse(), "is torch.sparse_coo, expected torch.strided", ("state",)),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1)] * 5), "is nested", ("state",)),
+    "expanded": (lambda: torch.ones(1).expand(5), "share memory with one another", ("state",)),
+    "zero tensor": (lambda: torch._efficientzerotensor(5), "is a zero tensor", ("state", "gradient")),
+    "meta": (lambda: torch.ones(5, device="meta"), "is on meta, parameter on cpu", ("state",)),
+    "int32": (lambda: torch.ones(5, dtype=torch.int32), "is torch.int32, parameter is torch.float32", ("state", "ema")),
+    "fp8": (lambda: torch.ones(5).to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, parameter", ("state", "ema")),
+    "complex": (lambda: torch.ones(5, dtype=torch.complex64), "is torch.complex64, parameter", ("state", "gradient")),
+    "shape": (lambda: torch.ones(1), r"has shape \[1\], expected \[5\]", ("state", "ema")),
+    "no tensor": (lambda: [1.0], "has list, expected", ("state", "ema")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="makes tensors on the CPU")
+@pytest.mark.parametrize(("kind", "where"), [(kind, where) for kind, row in UNUSUAL.items() for where in row[2]])
+def test_unusual_tensors(kind, where, backend):
+    make, match, _ = UNUSUAL[kind]
+    for case in STATEFUL:
+        params = parameters([(5,), (5,), (5,)])
+        opt = case.ours(params, backend=backend, ema_decay=0.9)
+        train(opt, params, 1)
+        set_grads(params, 1)
+        if "gradient" in where:
+            if hasattr(params[1], "grad_dtype"):
+                params[1].grad_dtype = None
+            params[1].grad = make()
+        elif where == "ema":  # of a row that only averages
+            params[1].grad = None
+            opt.state[params[1]]["ema"] = make()
+        else:
+            name = next(name for name in opt.state[params[1]] if name not in ("step", "ema"))
+            opt.state[params[1]][name] = make()
+        others = [params[0].detach().clone(), params[2].detach().clone()]
+        step = opt.step_and_zero_ if where == "zeroed gradient" else opt.step
+        with pytest.raises(RuntimeError, match=rf"{case.name}.step: group 0 parameter 1 \(shape \[5\]\): .*{match}"):
+            step()
+        assert_same_bits([params[0].detach(), params[2].detach()], others)
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_counters_that_can_not_be(case, dtype, backend):
+    params = parameters([(5,), (5,)])
+    opt = case.ours(params, backend=backend, state_dtype=torch.bfloat16)  # SGD counts steps too then
+    train(opt, params, 1)
+    if "step" not in opt.state[params[1]]:
+        return
+    set_grads(params, 1)
+    for value in (NAN, INF, -INF, -1.0, 1e30, 2.5, 2.0**54):
+        opt.state[params[1]]["step"] = torch.tensor(value, dtype=dtype, device="cpu")
+        refused(opt, params, r"group 0 parameter 1 .*state 'step' is .*expected a whole number from 0 to 2\*\*53")
+    for value in (0.0, 1.0, 2.0**24, 2.0**53):
+        opt.state[params[1]]["step"] = torch.tensor(value, dtype=dtype, device="cpu")
+        opt.step()
+        assert torch.isfinite(params[1]).all()
+
+
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+def test_scales_that_are_no_number(name, backend):
+    params = parameters([(5,)])
+    opt = optim.SGD(params, lr=0.1, fused=True, backend=backend)
+    set_grads(params, 0)
+    for value in (
+        torch.zeros(0),
+        torch.ones(1).expand(5),
+        torch.ones(2),
+        torch.ones(1, device="meta"),
+        torch.ones((), dtype=torch.complex64),
+        torch.ones(1).to_sparse(),
+    ):
+        setattr(opt, name, value)
+        refused(opt, params, f"SGD.step: {name} must be a number or a real tensor of one element, got shape")
+    before = params[0].detach().clone()
+    for value in (1, True, 1.0, torch.ones(1, dtype=torch.int64), torch.ones((), dtype=torch.bool)):
+        setattr(opt, name, value)
+        opt.step()
+        assert torch.equal(params[0], before) == (name == "found_inf")  # a scale of 1
+
+
+def test_accumulate_takes_all_gradients_or_none(backend):
+    params = parameters([(5,), (4,)])
+    opt = optim.SGD(params, lr=0.1, backend=backend)
+    set_grads(params, 0)
+    opt.accumulate()
+    sums = [opt._gathered[p].clone() for p in params]
+    set_grads(params, 1)
+    kept = params[1].grad
+    params[1].data = torch.zeros(2, 2)
+    params[1].grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="accumulate: .* in an earlier micro-batch"):
+        opt.accumulate()
+    params[1].data = torch.zeros(4)
+    params[1].grad = torch._efficientzerotensor(4) if torch.get_default_device().type == "cpu" else kept[:3]
+    with pytest.raises(RuntimeError, match="accumulate: group 0 parameter 1 .*gradient is"):
+        opt.accumulate()
+    assert_same_bits([opt._gathered[p] for p in params], sums)
+    assert params[0].grad is not None and opt._micro_batches == 1
+    params[1].grad = kept
+    opt.accumulate()
+    opt.step()
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_state_made_in_inference_mode_is_stepped_outside_of_it(case, backend):
+    results = []
+    for inside in (True, False):
+        params = parameters([(5,), (4,)])
+        opt = case.ours(params, backend=backend, ema_decay=0.9, max_grad_norm=1.0)
+        with torch.inference_mode(inside):
+            train(opt, params, 1)
+            set_grads(params, 1)
+            opt.step_and_zero_()
+            set_grads(params, 2)
+            opt.accumulate()
+            opt.step()
+        train(opt, params, 1, first=3)
+        results.append((params, opt))
+    for p, q in zip(results[0][0], results[1][0], strict=True):
+        assert_same_bits(p.detach(), q.detach())
+    assert not any(t.is_inference() for state in results[0][1].state.values() for t in state.values())

@@ -12,13 +12,13 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from .. import _backend, clip, reference, storage
+from .. import _backend, clip, overlap, reference, storage
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
@@ -28,6 +28,7 @@ from .options import (
     StepOptions,
     check_storage,
     clips_alone,
+    is_step_count,
 )
 
 if TYPE_CHECKING:
@@ -39,9 +40,19 @@ SERVED = {"cpu", "cuda"}  # device types that have kernels
 # A parameter and where it stands: (group index, index in the group, the parameter).
 Place = tuple[int, int, Tensor]
 
-# What the native plan could not take: rows, groups, overlaps, devices, whether gradients to be zeroed overlap. See
-# csrc/torch_plan.h.
-Refusal = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int], bool]
+Pairs = Sequence[tuple[int, int]]
+
+
+class Refusal(NamedTuple):
+    """What the native plan could not take: see csrc/torch_plan.h."""
+
+    rows: Sequence[int] = ()
+    groups: Sequence[int] = ()
+    overlaps: Pairs = ()
+    grad_overlaps: Pairs = ()
+    devices: Sequence[int] = ()
+    gradients_overlap: bool = False
+
 
 # Calls the native plan with the rows to leave out, and what it is told besides.
 NativeStep = Callable[[Sequence[int], dict[str, Any]], "Refusal | None"]
@@ -398,7 +409,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._resolved == "reference":
             places = self._places()
             rows = [r for r, place in enumerate(places) if self._takes_part(place)]
-            self._settle((rows, range(len(self.param_groups)), (), (), False), arguments, places, self._step_natively)
+            everything = Refusal(rows, range(len(self.param_groups)))
+            self._settle(everything, arguments, places, self._step_natively)
         else:
             if self._plan is None:
                 self._plan = self._make_plan(range(len(self.param_groups)), self._places())
@@ -466,8 +478,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return _backend.native.Plan(self.rule, self._resolved)
 
     def _step_natively(self, skipped: Sequence[int], arguments: dict[str, Any]) -> Refusal | None:
-        refusal: Refusal | None = self._plan.step(self.param_groups, self.state, skipped, **arguments)
-        return refusal
+        refused = self._plan.step(self.param_groups, self.state, skipped, **arguments)
+        return None if refused is None else Refusal(*refused)
 
     def _arguments(self, device: torch.device | None) -> dict[str, Any]:
         """What the native plan is told of this step beside the groups; what it writes is made on ``device``."""
@@ -493,13 +505,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in ("grad_scale", "found_inf"):
             given = getattr(self, name, None)
             if given is not None:
-                t = (
-                    given
-                    if isinstance(given, Tensor)
-                    else torch.tensor(float(given), dtype=torch.float32, device="cpu")
-                )
+                t = self._number(name, given)
                 arguments[name] = [t if device is None else t.to(device)]
         return arguments
+
+    def _number(self, name: str, given: Any) -> Tensor:
+        """A number that was given for one step, as the kernels read it."""
+        if not isinstance(given, Tensor):
+            return torch.tensor(float(given), dtype=torch.float32, device="cpu")
+        if given.numel() != 1 or given.is_complex() or given.layout != torch.strided or given.device.type == "meta":
+            raise RuntimeError(
+                f"{type(self).__name__}.step: {name} must be a number or a real tensor of one element, got shape "
+                f"{list(given.shape)}, {given.dtype}, {given.layout} on {given.device}; GradScaler gives 0-dim tensors"
+            )
+        return given if given.is_floating_point() else given.double()
 
     def _results_on(self, device: torch.device | None) -> dict[str, Tensor]:
         first = next((p for group in self.param_groups for p in group["params"]), None)
@@ -508,11 +527,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             precise = clip.is_precise(p for group in self.param_groups for p in group["params"])
             self._refuse_capture()
             old = self._results
-            self._results = {
-                "grad_norm": torch.zeros((), dtype=torch.float64 if precise else torch.float32, device=where),
-                "nonfinite": torch.zeros((), dtype=torch.float32, device=where),
-                "skipped_steps": torch.zeros((), dtype=torch.int64, device=where),
-            }
+            with torch.inference_mode(False):
+                self._results = {
+                    "grad_norm": torch.zeros((), dtype=torch.float64 if precise else torch.float32, device=where),
+                    "nonfinite": torch.zeros((), dtype=torch.float32, device=where),
+                    "skipped_steps": torch.zeros((), dtype=torch.int64, device=where),
+                }
             if old is not None:
                 self._results["skipped_steps"].copy_(old["skipped_steps"])
         return self._results
@@ -531,12 +551,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises for what is wrong with the refused rows (indices into ``places``), groups or overlaps; else makes
         missing state and steps with ``step``, rows that kernels do not serve with the reference.
         """
-        rows, groups, overlaps, _, _ = refusal
-        for i in groups:
+        rows = refusal.rows
+        for i in refusal.groups:
             self._check_group(i, self.param_groups[i])
             self._complete(self.param_groups[i])
-        self._check_overlaps(places, overlaps)
+        self._refuse_overlaps(places, refusal.overlaps, refusal.grad_overlaps)
         missing = {r: names for r in rows if (names := self._check(places[r]))}
+        if self._resolved == "reference":
+            self._refuse_overlaps(places, *self._find_overlaps(places, rows))
         away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
         if missing or away:
             self._refuse_capture()
@@ -553,11 +575,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             again = step((), arguments)
             if again is None:
                 return
-            by_reference, _, overlaps, _, gradients_overlap = again
-            self._check_overlaps(places, overlaps)
+            by_reference = again.rows
+            self._refuse_overlaps(places, again.overlaps, again.grad_overlaps)
             if by_reference:
                 self._tell_reference(places[by_reference[0]])
-            if gradients_overlap:
+            if again.gradients_overlap:
                 self._zero_apart(arguments, places, step)
                 return
         self._step_apart(by_reference, arguments, places, step)
@@ -708,6 +730,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = self.state.get(p, {}).get("step")
         return isinstance(step, Tensor) and step.device != p.device and {p.device.type, step.device.type} <= SERVED
 
+    @torch.inference_mode(False)  # what is made within it could not be stepped outside of it
     def _make_state(self, missing: list[tuple[Place, list[str]]]) -> list[dict[str, Tensor]]:
         made: list[dict[str, Tensor]] = [{} for _ in missing]
         # A device's step counters are views of one buffer: they stay together in memory.
@@ -731,6 +754,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                         state[name].copy_(p)
         return made
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _store_anew(self, place: Place) -> None:
         """Stores the parameter's states as its group asks for them, where they are stored in another way."""
         i, _, p = place
@@ -797,24 +822,36 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.accumulate: step_in_backward() steps each parameter at once, so there is "
                 "nothing to accumulate; remove its hooks first"
             )
-        params = [p for _, _, p in self._places() if p.grad is not None]
-        if not self._micro_batches:
-            # What no longer belongs to a parameter is let go.
-            kept = {p: b for _, _, p in self._places() if (b := self._buffers.get(p)) is not None and self._fits(b, p)}
-            self._buffers, self._gathered = kept, {}
-        for p in params:
-            if p in self._gathered and not self._fits(self._gathered[p], p):
+        where = f"{type(self).__name__}.accumulate"
+        places = self._places()
+        rows = [place for place in places if place[2].grad is not None]
+        first = not self._micro_batches
+        # What no longer belongs to a parameter is let go.
+        buffers = {p: b for _, _, p in places if (b := self._buffers.get(p)) is not None and self._fits(b, p)}
+        gathered = {} if first else dict(self._gathered)
+        for _, _, p in rows:
+            if p in gathered and not self._fits(gathered[p], p):
                 raise RuntimeError(
-                    f"{type(self).__name__}.accumulate: a parameter of shape {list(p.shape)} on {p.device} had shape "
-                    f"{list(self._gathered[p].shape)} on {self._gathered[p].device} in an earlier micro-batch; call "
-                    "discard_accumulated() after such a change"
+                    f"{where}: a parameter of shape {list(p.shape)} on {p.device} had shape {list(gathered[p].shape)} "
+                    f"on {gathered[p].device} in an earlier micro-batch; call discard_accumulated() after such a change"
                 )
-        for p in params:
-            if p not in self._buffers:
-                wide = p.dtype if p.is_complex() or p.element_size() >= 4 else torch.float32
-                self._buffers[p] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-            self._gathered[p] = self._buffers[p]
-        clip.add_([self._gathered[p] for p in params], [p.grad for p in params])
+        for place in rows:
+            p, g = place[2], place[2].grad
+            assert g is not None
+            if (g.shape, g.device, g.is_complex()) != (p.shape, p.device, p.is_complex()) or g._is_zerotensor():
+                raise RuntimeError(
+                    f"{where}: {self._name(place)}: gradient is {g.dtype} of shape {list(g.shape)} on {g.device}, "
+                    f"parameter is {p.dtype} on {p.device}; clear gradients with zero_grad() and compute them anew"
+                )
+            if p not in gathered:
+                if p not in buffers:
+                    wide = p.dtype if p.is_complex() or p.element_size() >= 4 else torch.float32
+                    with torch.inference_mode(False):
+                        buffers[p] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+                gathered[p] = buffers[p]
+        params = [p for _, _, p in rows]
+        clip.add_([gathered[p] for p in params], [p.grad for p in params])
+        self._buffers, self._gathered = buffers, gathered
         self._micro_batches += 1
         for p in params:
             p.grad = None
@@ -843,7 +880,38 @@ class FusedOptimizer(torch.optim.Optimizer):
         name = f"'{names[k]}', " if names else ""
         return f"group {i} parameter {k} ({name}shape {list(p.shape)})"
 
-    def _check_overlaps(self, places: list[Place], overlaps: Sequence[tuple[int, int]]) -> None:
+    def _find_overlaps(self, places: list[Place], rows: Sequence[int]) -> tuple[Pairs, Pairs]:
+        """What ``check_overlaps`` in ``csrc/torch_plan.h`` finds, where ``rows`` take part."""
+        writes, takes_part = self._zeroes or self._micro_batches > 0, set(rows)
+        owned: list[Tensor] = []
+        owners: list[int] = []
+        for r, (_, _, p) in enumerate(places):
+            own = [t for t in (p, *self.state.get(p, {}).values()) if isinstance(t, Tensor) and overlap.has_memory(t)]
+            owned += own
+            owners += [r] * len(own)
+        grads = [(r, g) for r in rows if (g := self._gradient(places[r][2])) is not None and overlap.has_memory(g)]
+        overlaps, of_gradients = [], []
+        for a, b in overlap.pairs([*owned, *(g for _, g in grads)]):
+            if b < len(owned):
+                if {owners[a], owners[b]} <= takes_part:
+                    overlaps.append((owners[a], owners[b]))
+            elif a < len(owned):
+                r, g = grads[b - len(owned)]
+                # The very same elements in the same order are read before they are written.
+                same = owners[a] == r and g.data_ptr() == owned[a].data_ptr() and g.dtype == owned[a].dtype
+                same = same and (g.shape, g.stride()) == (owned[a].shape, owned[a].stride())
+                if writes or (owners[a] in takes_part and not same):
+                    of_gradients.append((r, owners[a]))
+        return overlaps, of_gradients
+
+    def _refuse_overlaps(self, places: list[Place], overlaps: Pairs, grad_overlaps: Pairs) -> None:
+        for a, b in grad_overlaps:
+            whose = "its own parameter or state" if a == b else f"the parameter or state of {self._name(places[b])}"
+            raise RuntimeError(
+                f"{type(self).__name__}.step: {self._name(places[a])}: its gradient shares memory with {whose}, which "
+                "the step changes while it reads, or zeroes with the gradient; give it memory of its own: "
+                "p.grad = p.grad.clone()"
+            )
         for a, b in overlaps:
             where = f"{type(self).__name__}.step: {self._name(places[a])}"
             if a == b:
@@ -864,12 +932,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The row's states that are to be made; raises where the row can not be served."""
         i, _, p = place
         g, group = self._gradient(p), self.param_groups[i]
-        if g is None:  # only an average moves; it begins with the others'
-            return [] if "ema" in self.state.get(p, {}) else ["ema"]
 
         def refuse(problem: str, fix: str) -> None:
             raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {problem}; {fix}")
 
+        if g is None:  # only an average moves; it begins with the others'
+            if (ema := self.state.get(p, {}).get("ema")) is None:
+                return ["ema"]
+            self._check_numbers(refuse, p, "ema", ema)
+            return []
         if g.is_sparse or g.layout != torch.strided:
             own = type(self).__name__
             refuse(f"{own} does not support sparse gradients (got {g.layout})", f"use {self.sparse_class}")
@@ -888,16 +959,36 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(
                 f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"
             )
-        if p.is_inference() and not torch.is_inference_mode_enabled():
-            refuse("parameter is an inference tensor", "make it outside of torch.inference_mode()")
+        for name, t in self._operands(place, g).items():
+            if t.is_inference() and not torch.is_inference_mode_enabled() and (name != "gradient" or self._zeroes):
+                refuse(f"{name} is an inference tensor", "make it outside of torch.inference_mode()")
+            if t._is_zerotensor():
+                refuse(f"{name} is a zero tensor, without memory", "use its .clone()")
+            if t.layout != torch.strided or t.is_nested:
+                kind = "nested" if t.is_nested else t.layout
+                refuse(f"{name} is {kind}, expected torch.strided", "replace it with a dense tensor")
         if group.get("capturable") and p.device.type == "cpu":
             refuse("capturable=True, but it is on cpu, where there are no graphs to capture", "use capturable=False")
         state = self.state.get(p, {})
         missing = self._check_state(refuse, place, state, self.state_names(group))
-        for name in self._further_names(group, p):
+        further = self._further_names(group, p)
+        if self.has_step or "step" in further:
+            self._check_step(refuse, p, state)
+        for name in further:
             if state.get(name) is None and name not in missing:
                 missing.append(name)
         return missing
+
+    def _operands(self, place: Place, g: Tensor) -> dict[str, Tensor]:
+        """The tensors that the row's step reads or writes, as far as they are there."""
+        i, _, p = place
+        state = self.state.get(p, {})
+        states = [*self.state_names(self.param_groups[i]), "step", "ema", "master", "compensation"]
+        keys = [f"{name}{end}" for name in states for end in ("", "_codes", "_scales")]
+        found = (
+            {} if not isinstance(state, dict) else {key: t for key in keys if isinstance(t := state.get(key), Tensor)}
+        )
+        return {"parameter": p, "gradient": g, **{f"state '{key}'": t for key, t in found.items()}}
 
     def _further_names(self, group: dict[str, Any], p: Tensor) -> list[str]:
         """What else the group's options ask for, which is made where it lacks."""
@@ -927,23 +1018,35 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state.get(name) is None and name not in scales:
                 self._check_codes(place, state, name)
         for name in [*names, "ema", "master", "compensation"]:
-            t = state.get(name)
-            if t is None:
-                continue
-            if not isinstance(t, Tensor) or t.shape != p.shape:
-                got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-                refuse(f"state '{name}' has {got}, expected {list(p.shape)}", "load a checkpoint of this model")
-            if t.is_complex() != p.is_complex() or not (t.is_complex() or t.is_floating_point()):
-                refuse(f"state '{name}' is {t.dtype}, parameter is {p.dtype}", f"cast it to {p.dtype}")
-            if t.device != p.device:
-                refuse(f"state '{name}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
-        step = state.get("step")
-        if self.has_step and not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
-            refuse(
-                f"state 'step' is {step!r}, expected a 0-dim float32 tensor",
-                "replace it with torch.tensor(float(step))",
-            )
+            if (t := state.get(name)) is not None:
+                self._check_numbers(refuse, p, name, t)
         return []
+
+    @staticmethod
+    def _check_numbers(refuse: Callable[[str, str], None], p: Tensor, name: str, t: Any) -> None:
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            refuse(f"state '{name}' has {got}, expected {list(p.shape)}", "load a checkpoint of this model")
+        numbers = (t.is_floating_point() or t.is_complex()) and t.element_size() > (4 if t.is_complex() else 1)
+        if t.is_complex() != p.is_complex() or not numbers:
+            refuse(f"state '{name}' is {t.dtype}, parameter is {p.dtype}", f"cast it to {p.dtype}")
+        if t.device != p.device:
+            refuse(f"state '{name}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
+
+    def _check_step(self, refuse: Callable[[str, str], None], p: Tensor, state: dict[str, Any]) -> None:
+        step = state.get("step")
+        if step is None:
+            return
+        if not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
+            got = f"of shape {list(step.shape)}, {step.dtype}" if isinstance(step, Tensor) else repr(step)
+            refuse(
+                f"state 'step' is {got}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))"
+            )
+        if step.is_cpu and not is_step_count(step.item()):
+            refuse(
+                f"state 'step' is {step.item()}, expected a whole number from 0 to 2**53",
+                "load a checkpoint that was saved whole, or delete the parameter's state to start anew",
+            )
 
     def _check_codes(self, place: Place, state: dict[str, Any], name: str) -> None:
         broken = storage.broken(state, name, place[2], name not in self.squares)

@@ -98,6 +98,11 @@ class StepOptions(TypedDict, total=False):
     master_weights: bool
 
 
+def is_step_count(value: float) -> bool:
+    """Whether a step counter can be this: a whole number from 0 to 2**53, up to which float64 has all of them."""
+    return 0 <= value <= 2**53 and value == math.floor(value)
+
+
 STORAGE_OPTIONS = ("state_dtype", "min_int8_size", "param_rounding", "master_weights")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 PARAM_ROUNDINGS = ("nearest", "stochastic", "kahan")

@@ -15,7 +15,7 @@ static Region view(int64_t first, std::vector<int64_t> sizes, std::vector<int64_
   return {memory + 4 * first, 4, numel, std::move(sizes), std::move(strides), owner};
 }
 static bool overlap(std::vector<Region> regions) {
-  return !find_overlaps(std::move(regions)).empty();
+  return !Regions(std::move(regions)).find_overlaps().empty();
 }
 
 int main() {
@@ -37,8 +37,8 @@ int main() {
   CHECK(!overlap({view(9, {5}, {-2}, 0), view(8, {5}, {-2}, 1)}), "backwards, even and odd");
   CHECK(overlap({view(9, {5}, {-2}, 0), view(1, {1}, {1}, 1)}), "the far end of one that runs backwards");
   CHECK(!overlap({view(0, {3, 2}, {2, 3}, 0)}), "strides that interlock without meeting");
-  const auto pairs = find_overlaps({dense(0, 9, 7), dense(3, 2, 8), dense(50, 2, 9)});
+  const auto pairs = Regions({dense(0, 9, 7), dense(3, 2, 8), dense(50, 2, 9)}).find_overlaps();
   CHECK(pairs.size() == 1 && pairs[0] == std::make_pair(int64_t{7}, int64_t{8}), "owners");
-  const auto self = find_overlaps({view(0, {3, 4}, {0, 1}, 5), dense(100, 4, 6)});
+  const auto self = Regions({view(0, {3, 4}, {0, 1}, 5), dense(100, 4, 6)}).find_overlaps();
   CHECK(self.size() == 1 && self[0] == std::make_pair(int64_t{5}, int64_t{5}), "a pair with itself");
 }
