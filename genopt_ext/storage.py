@@ -18,6 +18,7 @@ FORMAT = 1  # of the codes, kept in a group with 8-bit state as "int8_format"
 MIN_INT8_SIZE = 4096
 MIXES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that parameters, gradients and states may mix
 HALVES = (torch.bfloat16, torch.float16)
+STEPPED = (*MIXES, torch.float64, torch.complex64, torch.complex128)  # dtypes of parameters that can take a step
 
 _FINE = 19  # bits of a float below a code's last one, where an octave has 16 codes; 2 more where it has 4
 

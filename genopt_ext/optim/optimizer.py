@@ -236,7 +236,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_options(f"{type(self).__name__}: group {i}", group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group's options and dtypes are checked too, and a refused group is not added.
+        """As torch's; the group's options are checked too, and a refused group is not added.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -247,12 +247,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         i = len(self.param_groups) - 1
         try:
             self._check_group(i, self.param_groups[i])
-            for k, p in enumerate(self.param_groups[i]["params"]):
-                if not (p.is_floating_point() or p.is_complex()):
-                    raise TypeError(
-                        f"{type(self).__name__}: {self._name((i, k, p))}: parameters must be floating-point "
-                        f"or complex, got {p.dtype}; leave it out: [p for p in params if p.is_floating_point()]"
-                    )
             if self._in_backward is not None:
                 self._in_backward._add_groups((i,))
         except (TypeError, ValueError):
@@ -452,7 +446,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _takes_part(self, place: Place) -> bool:
         i, _, p = place
-        averages = self.param_groups[i].get("ema_decay") is not None
+        averages = self.param_groups[i].get("ema_decay") is not None and p.dtype in storage.STEPPED
         return self._gradient(p) is not None or (averages and (p.requires_grad or bool(self.state.get(p))))
 
     def _make_plan(self, groups: Sequence[int], places: list[Place]) -> Any:
@@ -882,8 +876,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(f"gradient is {g.dtype}, parameter is {p.dtype}", f"cast the gradient to {p.dtype}")
         if g.device != p.device:
             refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
-        if p.dtype in (torch.complex32,) or p.element_size() < 2:
-            refuse(f"parameter is {p.dtype}", "use float32, float64, bfloat16, float16, complex64 or complex128")
+        if p.dtype not in storage.STEPPED:
+            refuse(
+                f"parameter is {p.dtype} and has a gradient",
+                "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
+            )
         if storage.is_stochastic(group, p) and reference.is_subclass(p):
             refuse(
                 f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"
