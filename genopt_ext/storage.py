@@ -232,6 +232,8 @@ def fits(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> bool:
 def broken(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> tuple[str, str] | None:
     """What keeps the codes of the state ``name`` from being those of ``p``, and how to mend it; or None."""
     fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
+    if p.is_complex():
+        return f"state '{name}' is in codes of real numbers, and the parameter is {p.dtype}", fix
     for key, dtype, shape in (
         (name + "_codes", torch.int8 if signed else torch.uint8, list(p.shape)),
         (name + "_scales", torch.float32, [-(-p.numel() // BLOCK)]),

@@ -913,15 +913,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         wanted = (["step"] if self.has_step else []) + names
         absent = [name for name in wanted if state.get(name) is None and state.get(name + "_codes") is None]
         scales = [name for name in names if state.get(name + "_scales") is not None]
-        if len(absent) == len(wanted) and not scales:
-            return wanted
+        missing = absent if len(absent) == len(wanted) and not scales else []
         for name in scales:
             self._check_codes(place, state, name)
-        if absent:
+        if absent and not missing:
             fix = f"add torch.zeros_like(parameter) as state['{absent[0]}'], or delete its state to start anew"
             refuse(f"its state has {sorted(state)} but no '{absent[0]}', which the group's options ask for", fix)
         for name in names:
-            if state.get(name) is None and name not in scales:
+            if state.get(name) is None and name not in scales and name not in missing:
                 self._check_codes(place, state, name)
         for name in [*names, "ema", "master", "compensation"]:
             t = state.get(name)
@@ -935,12 +934,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             if t.device != p.device:
                 refuse(f"state '{name}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
         step = state.get("step")
-        if self.has_step and not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
+        if (
+            self.has_step
+            and not missing
+            and not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point())
+        ):
             refuse(
                 f"state 'step' is {step!r}, expected a 0-dim float32 tensor",
                 "replace it with torch.tensor(float(step))",
             )
-        return []
+        return missing
 
     def _check_codes(self, place: Place, state: dict[str, Any], name: str) -> None:
         broken = storage.broken(state, name, place[2], name not in self.squares)
