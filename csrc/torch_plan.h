@@ -543,7 +543,9 @@ class TorchPlan {
     Row& row = plan_.rows[r];
     row.used = masks_[row.group];
     if (!grad) {
-      if (!(row.used & kWithAverage) || !(param.requires_grad() || find_state(r, state))) return true;
+      // What no kernel steps, as a frozen integer weight, has no average.
+      if (!(row.used & kWithAverage) || !plain_dtype(param.scalar_type())) return true;
+      if (!param.requires_grad() && !find_state(r, state)) return true;
       row.used = kWithAverage | kRests;
     }
     has_grad_[r] = grad != nullptr;

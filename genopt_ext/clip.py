@@ -54,14 +54,21 @@ def _listed(tensors: _TensorOrTensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _number(where: str, name: str, value: Any, above: bool = False) -> float:
+def _number(where: str, name: str, value: Any) -> float:
     try:
         number = float("x") if isinstance(value, (str, bytes)) and value != "inf" else float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}") from None
-    if not (number > 0 if above else number >= 0):
-        raise ValueError(f"{where}: {name} must be a number {'>' if above else '>='} 0, got {value}")
+    if not number >= 0:
+        raise ValueError(f"{where}: {name} must be a number >= 0, got {value}")
     return number
+
+
+def _order(where: str, norm_type: Any) -> float:
+    try:
+        return float(norm_type)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{where}: norm_type must be a number, got {norm_type!r}") from None
 
 
 def coefficient(bound: float, norm: Tensor) -> Tensor:
@@ -107,9 +114,16 @@ def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
     together = torch.stack([n.to(home) for n in norms])
     if norm in NORMS:
         return torch.linalg.vector_norm(together, norm) if len(norms) > 1 else norms[0]
-    # Relative to the largest, so that no power leaves the range of float64.
-    largest = together.max()
-    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    real = [t for t in real if t.numel()]
+    if not real:
+        return torch.zeros_like(norms[0])
+    if norm == 0:  # torch's norm of norms, which counts the tensors that are not all zero
+        return torch.stack([t.any().to(home) for t in real]).sum().double()
+    # The number that counts most: relative to it, no power leaves the range of float64.
+    main = together.max() if norm > 0 else torch.stack([t.abs().min().double().to(home) for t in real]).min()
+    if not norm > -math.inf:  # and of order NaN the norm is NaN
+        return main if norm == -math.inf else main * norm
+    scale = torch.where((main > 0) & main.isfinite(), main, 1.0)
     parts = [(t.double() / scale.to(t.device)).abs().pow(norm).sum().to(home) for t in real]
     return scale * torch.stack(parts).sum().pow(1 / norm)
 
@@ -147,7 +161,7 @@ def get_total_norm(
 
     Args:
         tensors: on any devices, of any floating-point dtypes.
-        norm_type: any number above 0, also infinity.
+        norm_type: any number, also infinity, 0 and below, as torch: order 0 counts the tensors that are not all zero.
         error_if_nonfinite: raise if the norm is NaN or infinite; waits for the device.
         foreach: accepted; every pass covers all tensors at once.
 
@@ -157,9 +171,9 @@ def get_total_norm(
 
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first tensor.
-        TypeError, ValueError: ``norm_type`` is no number above 0.
+        TypeError: ``norm_type`` is no number.
     """
-    norm = _number("get_total_norm", "norm_type", norm_type, above=True)
+    norm = _order("get_total_norm", norm_type)
     listed = _listed(tensors)
     if not listed:
         return torch.tensor(0.0)
@@ -221,7 +235,7 @@ def clip_grad_norm_(
     Args:
         parameters: those without gradient are passed over.
         max_norm: at least 0; infinity scales nothing.
-        norm_type: any number above 0, also infinity.
+        norm_type: any number, also infinity, 0 and below, as torch: order 0 counts the tensors that are not all zero.
         error_if_nonfinite: raise if the norm is NaN or infinite, and leave all gradients as they were; waits for the
             device.
         foreach: accepted; every pass covers all tensors at once.
@@ -232,10 +246,10 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first parameter. A gradient
             whose elements share memory with one another; nothing is changed then.
-        TypeError, ValueError: ``max_norm`` is below 0 or no number, ``norm_type`` no number above 0.
+        TypeError, ValueError: ``max_norm`` is below 0 or no number, ``norm_type`` no number.
     """
     bound = _number("clip_grad_norm_", "max_norm", max_norm)
-    norm = _number("clip_grad_norm_", "norm_type", norm_type, above=True)
+    norm = _order("clip_grad_norm_", norm_type)
     listed = _listed(parameters)
     grads = [p.grad for p in listed if p.grad is not None]
     at_once = norm in NORMS and (norm == 2 or not any(g.is_complex() for g in grads))

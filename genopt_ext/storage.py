@@ -18,6 +18,7 @@ FORMAT = 1  # of the codes, kept in a group with 8-bit state as "int8_format"
 MIN_INT8_SIZE = 4096
 MIXES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that parameters, gradients and states may mix
 HALVES = (torch.bfloat16, torch.float16)
+STEPPED = (*MIXES, torch.float64, torch.complex64, torch.complex128)  # dtypes of parameters that can take a step
 
 _FINE = 19  # bits of a float below a code's last one, where an octave has 16 codes; 2 more where it has 4
 
@@ -231,6 +232,8 @@ def fits(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> bool:
 def broken(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> tuple[str, str] | None:
     """What keeps the codes of the state ``name`` from being those of ``p``, and how to mend it; or None."""
     fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
+    if p.is_complex():
+        return f"state '{name}' is in codes of real numbers, and the parameter is {p.dtype}", fix
     for key, dtype, shape in (
         (name + "_codes", torch.int8 if signed else torch.uint8, list(p.shape)),
         (name + "_scales", torch.float32, [-(-p.numel() // BLOCK)]),

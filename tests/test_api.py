@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import os
@@ -12,11 +13,12 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, DEVICE, STATEFUL, assert_same_bits, parameters, randn, set_grads, train
+from cases import CASES, DEVICE, STATEFUL, assert_same_bits, pairs, parameters, randn, set_grads, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.common_optimizers import optim_db
 
-from genopt_ext import _backend, optim, reference
+import genopt_ext
+from genopt_ext import _backend, optim, reference, step_in_backward
 
 OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.OURS}
 
@@ -217,6 +219,54 @@ def test_zero_grad_and_frozen_parameters():
     (params[1].detach() * params[0].sum()).sum().backward()
     opt.step()
     assert (params[0] != before).all()
+
+
+FROZEN_DTYPES = (torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn)
+FROZEN_OPTIONS = (
+    {},
+    dict(ema_decay=0.9),
+    dict(max_grad_norm=0.1, skip_nonfinite=True),
+    dict(clip_per_param=0.1, state_dtype=torch.int8, min_int8_size=1),
+    dict(master_weights=True, state_dtype=torch.bfloat16, ema_decay=0.9),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), pairs([*optim.OURS, "Adagrad8bit"], FROZEN_OPTIONS), ids=lambda x: str(x or "plain")
+)
+def test_frozen_quantized_weights_change_nothing(name, options, backend):
+    """What model.parameters() gives under QLoRA: without a gradient a parameter may have any dtype, as in torch."""
+
+    def params_of(opt):
+        return [p for group in opt.param_groups for p in group["params"]]
+
+    def run(frozen):
+        params = parameters([(300,), (5, 7)], torch.bfloat16 if "master_weights" in options else torch.float32)
+        opt = getattr(optim, name)([*frozen[:3], *params], lr=0.01, backend=backend, **options)
+        opt.add_param_group({"params": [*frozen[3:], *(last := parameters([(3,)]))]})
+        train(opt, params, 2)
+        set_grads(params + last, 2)
+        opt.accumulate()
+        set_grads(params + last, 3)
+        opt.step_and_zero_()
+        genopt_ext.clip_grad_norm_([*frozen, *params], 0.1)
+        opt.load_state_dict(opt.state_dict())
+        opt = copy.deepcopy(opt)
+        trained = [p for p in params_of(opt) if p.requires_grad]
+        train(opt, trained, 1, first=4)
+        if "max_grad_norm" not in options:
+            opt.zero_grad()
+            step_in_backward(opt)
+            sum((p.float() * p).sum() for p in trained).backward()
+        assert not any("ema" in opt.state.get(p, {}) for p in params_of(opt) if not p.requires_grad)
+        return trained
+
+    frozen = [torch.nn.Parameter(torch.arange(6).to(dtype), requires_grad=False) for dtype in FROZEN_DTYPES]
+    before = [t.clone() for t in frozen]
+    for p, q in zip(run([]), run(frozen), strict=True):
+        assert_same_bits(p.detach(), q.detach())
+    for t, old in zip(frozen, before, strict=True):
+        assert_same_bits(t.view(torch.uint8), old.view(torch.uint8))
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from itertools import product
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import utils as theirs
 import genopt_ext
 
 NORMS = (2.0, 1, INF, "inf", 0.5, 3.0)
+UNUSUAL_NORMS = (0, -0.0, -0.1, -1, -2.0, -3, -INF, "-inf", "2", NAN, "nan", -40.5, torch.tensor(-2.0))
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # One rounding to the dtype, and a few of the factor; the smallest fp16 is 6e-8.
 CLOSE = {
@@ -110,6 +112,25 @@ def test_norm_and_clip(norm_type, dtype):
             assert all(p.grad._version > old[2] for p, old in zip(params, before, strict=True) if p.grad.numel())
 
 
+@pytest.mark.parametrize("norm_type", UNUSUAL_NORMS, ids=repr)
+def test_unusual_orders_as_torch(norm_type):
+    """Not one that torch takes is refused, down to what each makes of zeros, NaN and infinity."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
+    for dtype, special in product(dtypes, (None, 0.0, NAN, INF)):
+        if dtype.is_complex and (special not in (None, 0.0) or float(norm_type) == 0):
+            continue  # torch's product of infinity and a factor is NaN there, and its order 0 drops what is imaginary
+        params = leaves(drawn([(300,), (), (2, 3)], dtype))
+        params[1].grad.fill_(0.5)
+        if special is not None:
+            params[0].grad[3] = params[2].grad[0] = special
+        expected = exact(params)
+        truth = theirs.clip_grad_norm_(expected, 0.01, norm_type, foreach=False)
+        before = genopt_ext.get_total_norm([p.grad for p in params], norm_type)
+        for norm in (before, genopt_ext.clip_grad_norm_(params, 0.01, norm_type)):
+            torch.testing.assert_close(norm.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
+        assert_close_grads(params, expected, (dtype, special))
+
+
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("foreach", [None, True, False])
 def test_mixed_dtypes_none_and_empty(norm_type, foreach):
@@ -186,7 +207,7 @@ def test_nothing_to_clip(nothing):
     genopt_ext.clip_grads_with_norm_(nothing(), 1.0, torch.tensor(5.0))
     assert genopt_ext.get_total_norm([]).item() == 0.0
     empty = leaves([randn((0,), 0), randn((3, 0), 0)])
-    for norm_type in (2.0, INF, 0.5):
+    for norm_type in (2.0, INF, 0.5, 0, -1, -INF):
         assert genopt_ext.clip_grad_norm_(empty, 1.0, norm_type, error_if_nonfinite=True).item() == 0.0
     genopt_ext.clip_grad_value_(empty, 1.0)
 
@@ -330,7 +351,7 @@ def test_refused_limits(bad):
     assert_untouched(params, before)
 
 
-@pytest.mark.parametrize("bad", [0, 0.0, -1.0, -INF, NAN, "two", None])
+@pytest.mark.parametrize("bad", ["two", None, 1j, [2.0]])
 def test_refused_norm_types(bad):
     params = leaves(drawn([(300,), (7,)]))
     before = saved(params)

@@ -71,8 +71,6 @@ def test_betas(betas):
 
 
 def test_other_arguments():
-    with pytest.raises(TypeError, match="floating-point or complex, got torch.int64"):
-        optim.AdamW([torch.zeros(3, dtype=torch.int64)])
     with pytest.raises(TypeError, match="unexpected keyword argument 'beta'"):
         optim.AdamW(parameters([(2,)]), beta=0.9)
     with pytest.raises(TypeError, match="maximize must be True or False"):
@@ -146,6 +144,18 @@ def test_refused_steps_change_nothing(case, backend, trained):
         state["step"] = step
     state[name] = kept
     opt.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex32], ids=str)
+@pytest.mark.parametrize("name", optim.OURS)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_a_gradient_of_a_parameter_that_takes_no_step(name, dtype, backend):
+    params = [torch.nn.Parameter(randn((5,), 0)), torch.zeros(3, dtype=dtype)]
+    opt = getattr(optim, name)(params, backend=backend)
+    params[0].grad = randn((5,), 1)
+    opt.step()
+    params[1].grad = torch.ones(3, dtype=dtype)
+    refused(opt, params, rf"{name}.step: group 0 parameter 1 .*: parameter is {dtype} and has a gradient; clear it, or")
 
 
 def test_shared_memory_is_refused():

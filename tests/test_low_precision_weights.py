@@ -59,6 +59,7 @@ from low_precision import (
     places,
     plain,
     run_both,
+    run_one,
     run_scaled,
     saved,
     seeded,
@@ -705,6 +706,71 @@ def test_changes_between_steps(case, kept, change):
         return parameters([(700,), (20, 15), (3,)], torch.bfloat16)
 
     assert_change_is_honoured(case, make, {**kept, **INT8}, change)
+
+
+DTYPE_CHANGES = [
+    (before, after)
+    for before in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for after in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if before != after
+]
+CHANGING = [
+    {},
+    dict(ema_decay=0.7, **INT8),
+    *({**kept, "max_grad_norm": 10.0, "skip_nonfinite": True, "ema_decay": 0.9} for kept in KEPT),
+]
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("case", "options", "change"), pairs(SOME, CHANGING, DTYPE_CHANGES), ids=lambda x: str(x) if x else "plain"
+)
+def test_a_model_that_changes_its_dtype(case, options, change):
+    """model.to(dtype) with state there, also amid accumulation: state goes on, where torch's Adam raises."""
+    before, after = change
+
+    def act(opt, params, step):
+        if step == 3:
+            opt.accumulate()
+        if step in (2, 3):
+            torch.nn.ParameterList(params).to(after if step == 2 else before)
+        old = [p.detach().clone() for p in params]
+        set_grads(params, step)
+        opt.step()
+        for p, o in zip(params, old, strict=True):
+            assert p.isfinite().all() and p.dtype == o.dtype
+            assert options.get("ema_decay") is None or opt.state[p]["ema"].isfinite().all()
+            assert case.name == "SGD" or p.dtype == after or (p != o).any(), (case, options, change)
+
+    def make():
+        return parameters([(700,), (5, 7)], before)
+
+    # In double, kernels and reference agree within rounding.
+    if torch.float64 not in change:
+        run_both(case, make, options, steps=5, act=act)
+    opts = [run_one(case, make, options, steps=5, act=act, backend=backend) for backend in (NATIVE, "reference")]
+    for p, q in zip(*map(places, opts), strict=True):
+        torch.testing.assert_close(p, q)
+    for opt in opts:
+        assert_kept(case, opt, options, change)
+
+
+@pytest.mark.parametrize("options", [{}, INT8, dict(ema_decay=0.9), dict(master_weights=True)], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_a_model_that_becomes_complex(case, options, backend):
+    """What state there is is of real numbers: refused by name, and nothing is changed."""
+    params = parameters([(300,), (5, 7)])
+    opt = case.ours(params, backend=backend, **options)
+    train(opt, params, 2)
+    if not any(opt.state.values()):
+        return
+    for p in params:
+        p.grad, p.data = None, p.data.to(torch.complex64)
+    set_grads(params, 2)
+    before = snapshot(opt)
+    with pytest.raises(RuntimeError, match=rf"{case.name}.step: group 0 parameter 0 .*torch.complex64; "):
+        opt.step()
+    assert_unchanged(opt, before, (case, options))
 
 
 # Mixes of dtypes

@@ -247,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_options(f"{type(self).__name__}: group {i}", group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group's options and dtypes are checked too, and a refused group is not added.
+        """As torch's; the group's options are checked too, and a refused group is not added.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -258,12 +258,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         i = len(self.param_groups) - 1
         try:
             self._check_group(i, self.param_groups[i])
-            for k, p in enumerate(self.param_groups[i]["params"]):
-                if not (p.is_floating_point() or p.is_complex()):
-                    raise TypeError(
-                        f"{type(self).__name__}: {self._name((i, k, p))}: parameters must be floating-point "
-                        f"or complex, got {p.dtype}; leave it out: [p for p in params if p.is_floating_point()]"
-                    )
             if self._in_backward is not None:
                 self._in_backward._add_groups((i,))
         except (TypeError, ValueError):
@@ -464,7 +458,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _takes_part(self, place: Place) -> bool:
         i, _, p = place
-        averages = self.param_groups[i].get("ema_decay") is not None
+        averages = self.param_groups[i].get("ema_decay") is not None and p.dtype in storage.STEPPED
         return self._gradient(p) is not None or (averages and (p.requires_grad or bool(self.state.get(p))))
 
     def _make_plan(self, groups: Sequence[int], places: list[Place]) -> Any:
@@ -953,8 +947,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(f"gradient is {g.dtype}, parameter is {p.dtype}", f"cast the gradient to {p.dtype}")
         if g.device != p.device:
             refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
-        if p.dtype in (torch.complex32,) or p.element_size() < 2:
-            refuse(f"parameter is {p.dtype}", "use float32, float64, bfloat16, float16, complex64 or complex128")
+        if p.dtype not in storage.STEPPED:
+            refuse(
+                f"parameter is {p.dtype} and has a gradient",
+                "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
+            )
         if storage.is_stochastic(group, p) and reference.is_subclass(p):
             refuse(
                 f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"
@@ -1007,28 +1004,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         wanted = (["step"] if self.has_step else []) + names
         absent = [name for name in wanted if state.get(name) is None and state.get(name + "_codes") is None]
         scales = [name for name in names if state.get(name + "_scales") is not None]
-        if len(absent) == len(wanted) and not scales:
-            return wanted
+        missing = absent if len(absent) == len(wanted) and not scales else []
         for name in scales:
             self._check_codes(place, state, name)
-        if absent:
+        if absent and not missing:
             fix = f"add torch.zeros_like(parameter) as state['{absent[0]}'], or delete its state to start anew"
             refuse(f"its state has {sorted(state)} but no '{absent[0]}', which the group's options ask for", fix)
         for name in names:
-            if state.get(name) is None and name not in scales:
+            if state.get(name) is None and name not in scales and name not in missing:
                 self._check_codes(place, state, name)
         for name in [*names, "ema", "master", "compensation"]:
             if (t := state.get(name)) is not None:
                 self._check_numbers(refuse, p, name, t)
-        return []
+        return missing
 
     @staticmethod
     def _check_numbers(refuse: Callable[[str, str], None], p: Tensor, name: str, t: Any) -> None:
         if not isinstance(t, Tensor) or t.shape != p.shape:
             got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             refuse(f"state '{name}' has {got}, expected {list(p.shape)}", "load a checkpoint of this model")
-        numbers = (t.is_floating_point() or t.is_complex()) and t.element_size() > (4 if t.is_complex() else 1)
-        if t.is_complex() != p.is_complex() or not numbers:
+        if t.is_complex() != p.is_complex() or t.dtype not in storage.STEPPED:
             refuse(f"state '{name}' is {t.dtype}, parameter is {p.dtype}", f"cast it to {p.dtype}")
         if t.device != p.device:
             refuse(f"state '{name}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
