@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import utils as _torch
 
 from . import _backend, reference
+from .tracing import opaque
 
 NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/rules/around.h
 
@@ -136,6 +137,7 @@ def add_(targets: list[Tensor], grads: list[Any]) -> None:
                 t.add_(g)
 
 
+@opaque
 @torch.no_grad()
 def get_total_norm(
     tensors: _TensorOrTensors,
@@ -179,6 +181,7 @@ def get_total_norm(
     return total
 
 
+@opaque
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: _TensorOrTensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -205,6 +208,7 @@ def clip_grads_with_norm_(
                 g.mul_(own)
 
 
+@opaque
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: _TensorOrTensors,
@@ -249,6 +253,7 @@ def clip_grad_norm_(
     return total
 
 
+@opaque
 @torch.no_grad()
 def clip_grad_value_(parameters: _TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
     """Limits every element of the gradients to [-clip_value, clip_value], as the function of torch.nn.utils.

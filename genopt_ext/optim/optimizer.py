@@ -8,17 +8,15 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 
-from .. import _backend, clip, reference, storage
+from .. import _backend, clip, reference, storage, tracing
+from . import hooks
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
@@ -77,14 +75,6 @@ class _Saved:
         elif not (value.is_floating_point() or str(name).endswith(("_codes", "_scales"))):
             dtype = p.dtype if p.is_floating_point() else dtype
         return value.detach().to(device=device, dtype=dtype, copy=True)
-
-
-def _is_observed() -> bool:
-    """Whether something may be listening to regions such as ``Optimizer.step#AdamW.step``."""
-    monitor = sys.modules.get("torch.profiler._cupti_monitor")
-    if getattr(monitor, "_monitor_singleton", None) is not None:
-        return True
-    return _backend.native is None or _backend.native.is_observed()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -355,24 +345,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's wrapper of every ``step``, for the hooks and for profilers, taken only where there is one of them.
-
-        Without a profiler it costs as much as stepping some fifty tensors.
-        """
-        observed = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            before = torch_optimizer._global_optimizer_pre_hooks or self._optimizer_step_pre_hooks
-            after = torch_optimizer._global_optimizer_post_hooks or self._optimizer_step_post_hooks
-            # A closure may register hooks that then run after this very step.
-            if before or after or any(each is not None for each in args) or kwargs or _is_observed():
-                return observed(self, *args, **kwargs)
-            return func(self, *args)
-
-        return step
+    profile_hook_step = staticmethod(hooks.profile_hook_step)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step over all groups, in one native call.
@@ -408,6 +381,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._micro_batches = 0
         return loss
 
+    @tracing.opaque
     def step_and_zero_(self, closure: Callable[[], Any] | None = None) -> Any:
         """As :meth:`step`, and sets gradients to zero in the same pass, in their own memory; also in a skipped step.
 
@@ -781,6 +755,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for (p, _), old in zip(pairs, kept, strict=True):
                 p.copy_(old)
 
+    @tracing.opaque
     @torch.no_grad()
     def accumulate(self) -> None:
         """Adds every ``.grad`` to a buffer of the optimizer's own, in one native call, and sets it to None.
