@@ -17,7 +17,7 @@ OPTIONS = {
     "int8": dict(state_dtype=torch.int8, min_int8_size=0, ema_decay=0.9),
 }
 # Of torch's own: what it can not trace in its optimizers, and that it uses what it has deprecated.
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning")]
 
 
 def net_and_input():
