@@ -220,6 +220,7 @@ class TorchPlan {
     int64_t min_int8_size = 4096;
     Extra extra = Extra::kNone;
     bool stochastic = false;
+    bool differentiable = false;  // its gradients are left to torch's own code
   };
 
   // A row's objects lie scattered in memory: reading them waits for the cache unless they are asked for
@@ -437,6 +438,9 @@ class TorchPlan {
       if (!kahan && !storage.stochastic && PyUnicode_CompareWithASCIIString(rounding, "nearest") != 0) return false;
     }
     if (storage.stochastic) complete &= PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) != nullptr;
+    static PyObject* const differentiable = PyUnicode_InternFromString("differentiable");
+    PyObject* const differentiates = PyDict_GetItemWithError(group, differentiable);
+    storage.differentiable = differentiates && PyObject_IsTrue(differentiates) == 1;
     if (master && !PyLong_Check(master)) return false;
     if (master && PyObject_IsTrue(master) == 1) {
       if (storage.stochastic || storage.extra != Extra::kNone) return false;
@@ -524,6 +528,7 @@ class TorchPlan {
       grad = nullptr;
     }
     has_grad_[r] = grad != nullptr;
+    if (grad && storages_[row.group].differentiable) return false;
     // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
     if (!is_plain(param) || param.is_inference()) return false;
     const bool mixes = grad && may_mix(grad->scalar_type()) && may_mix(param.scalar_type());

@@ -121,7 +121,7 @@ class InBackward:
         optimizer = self._optimizer()
         assert optimizer is not None
         for i in groups:
-            _refuse_norm(optimizer, i)
+            _refuse_options(optimizer, i)
         places = [place for place in optimizer._places() if place[0] in groups and place[2].requires_grad]
         seen: set[Tensor] = set()
         for place in places:
@@ -176,7 +176,7 @@ class _Hook:
         if place is None or p.grad is None:
             return
         optimizer._refuse_swapped()
-        _refuse_norm(optimizer, place[0])
+        _refuse_options(optimizer, place[0])
         self._step(optimizer, place)
         optimizer._opt_called = True  # what learning rate schedulers look at
         p.grad = None
@@ -215,11 +215,16 @@ class _Hook:
         return i, k, p
 
 
-def _refuse_norm(optimizer: FusedOptimizer, i: int) -> None:
+def _refuse_options(optimizer: FusedOptimizer, i: int) -> None:
     if optimizer.skip_nonfinite:
         raise ValueError(
             f"step_in_backward: {type(optimizer).__name__}: skip_nonfinite looks at all gradients before the step, "
             "while in backward each is freed when it is complete; set it to False, or call step() instead"
+        )
+    if optimizer.param_groups[i].get("differentiable"):
+        raise ValueError(
+            f"step_in_backward: {type(optimizer).__name__}: group {i} is differentiable=True, and the step would "
+            "change what the rest of this backward needs; set it to False, or call step() instead"
         )
     norm = optimizer.param_groups[i].get("max_grad_norm")
     norm = optimizer.max_grad_norm if norm is None else norm

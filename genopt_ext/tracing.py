@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch._compile import _disable_dynamo
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,7 +17,7 @@ def opaque(function: F) -> F:
 
     Outside of :func:`torch.compile` it costs some 100 ns, a fifth of ``torch.compiler.disable``.
     """
-    hidden = torch._disable_dynamo(function)
+    hidden = _disable_dynamo(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

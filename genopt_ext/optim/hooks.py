@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torch_optimizer
 
@@ -47,5 +48,5 @@ def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
             return observed(self, *args, **kwargs)
         return func(self, *args)
 
-    hidden = torch._disable_dynamo(step)
+    hidden = _disable_dynamo(step)
     return step

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, clip, reference, storage, tracing
-from . import hooks
+from . import by_torch, hooks
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
@@ -82,6 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     has_step: ClassVar[bool] = True
+    serves_sparse: ClassVar[bool] = False
     sparse_class: ClassVar[str] = "torch.optim.SGD or torch.optim.Adagrad"
     ranges: ClassVar[dict[str, Range]]
     squares: ClassVar[frozenset[str]] = frozenset()  # states that are never negative
@@ -216,9 +217,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in FLAGS:
             if name in options and not isinstance(options[name], (bool, int)):
                 raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
-        if options.get("differentiable"):
-            torch_class = f"torch.optim.{type(self).__name__.removesuffix('8bit')}"
-            raise ValueError(f"{where}: differentiable=True is not served by fused kernels; use {torch_class}")
         if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
             raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
 
@@ -510,6 +508,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group(i, self.param_groups[i])
             self._complete(self.param_groups[i])
         self._check_overlaps(places, overlaps)
+        torchs = [r for r in rows if self._is_for_torch(places[r])]
+        for r in torchs:
+            by_torch.check_step(self, places[r], arguments)
         missing = {r: names for r in rows if (names := self._check(places[r]))}
         away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
         if missing or away:
@@ -517,11 +518,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = self._make_state([(places[r], names) for r, names in missing.items()])
         for r, state in zip(missing, made, strict=True):
             self.state[places[r][2]].update(state)
+        rows = [r for r in rows if r not in torchs]
         for r in rows:
+            by_torch.to_dense(self.state.get(places[r][2], {}))
             self._store_anew(places[r])
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
+        if torchs:
+            self._step_resolved(rows, arguments, places, lambda skipped, given: step([*skipped, *torchs], given))
+            by_torch.step(self, [places[r] for r in torchs])
+        else:
+            self._step_resolved(rows, arguments, places, step)
+
+    def _is_for_torch(self, place: Place) -> bool:
+        return by_torch.serves(self, self.param_groups[place[0]], self._gradient(place[2]))
+
+    def _step_resolved(
+        self, rows: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
+    ) -> None:
+        """A step of rows that have their state: by kernels, or of ``rows`` by the reference where there are none."""
         by_reference: Sequence[int] = rows
         if self._resolved != "reference":
             again = step((), arguments)
@@ -772,6 +788,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.accumulate: step_in_backward() steps each parameter at once, so there is "
                 "nothing to accumulate; remove its hooks first"
             )
+        for i, group in enumerate(self.param_groups):
+            if group.get("differentiable"):
+                raise RuntimeError(
+                    f"{type(self).__name__}.accumulate: group {i} is differentiable=True, and sums of gradients forget "
+                    "where they came from; add up the losses instead, or use differentiable=False"
+                )
         params = [p for _, _, p in self._places() if p.grad is not None]
         if not self._micro_batches:
             # What no longer belongs to a parameter is let go.
@@ -845,7 +867,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         def refuse(problem: str, fix: str) -> None:
             raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {problem}; {fix}")
 
-        if g.is_sparse or g.layout != torch.strided:
+        for_torch = by_torch.serves(self, group, g)
+        if g.layout != torch.strided and not for_torch:
             own = type(self).__name__
             refuse(f"{own} does not support sparse gradients (got {g.layout})", f"use {self.sparse_class}")
         if p.layout != torch.strided:
@@ -867,12 +890,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse("parameter is an inference tensor", "make it outside of torch.inference_mode()")
         if group.get("capturable") and p.device.type == "cpu":
             refuse("capturable=True, but it is on cpu, where there are no graphs to capture", "use capturable=False")
+        if for_torch:
+            by_torch.check(self, place, g, refuse)
         state = self.state.get(p, {})
         missing = self._check_state(refuse, place, state, self.state_names(group))
         for name in self._further_names(group, p):
             if state.get(name) is None and name not in missing:
                 missing.append(name)
-        return missing
+        return by_torch.to_make(self, missing) if for_torch else missing
 
     def _further_names(self, group: dict[str, Any], p: Tensor) -> list[str]:
         """What else the group's options ask for, which is made where it lacks."""
