@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference, storage
+from .. import reference, storage, tracing
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer, Place
@@ -39,7 +39,7 @@ def _torch_class(optimizer: FusedOptimizer) -> type[torch.optim.Optimizer]:
 
 
 def _is_unset(buffer: Tensor) -> bool:
-    return bool(reference.is_unset(buffer).all())
+    return tracing.has_number(buffer) and bool(reference.is_unset(buffer).all())
 
 
 def serves(optimizer: FusedOptimizer, group: dict[str, Any], g: Tensor | None) -> bool:

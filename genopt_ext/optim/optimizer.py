@@ -8,7 +8,6 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, clip, reference, storage, tracing
+from ..tracing import Number
 from . import by_torch, hooks
 from .options import (
     FLAGS,
@@ -592,12 +592,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._must_step(step(by_reference, native))
         if not apart:
             return
-        skips = found is not None and bool(found)
-        for r in by_reference:
+        for r in by_reference if found is None or not tracing.has_number(found) or found == 0 else ():
             i, _, p = places[r]
-            group, g = self.param_groups[i], self._gradient(p)
-            if not skips:
-                self._step_by_reference(p, g, group, scale * group_scales[i].item())
+            with contextlib.ExitStack() as stack:
+                if found is not None and not tracing.has_number(found):
+                    states = [t for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+                    stack.enter_context(reference.undone_where(found, [p, *states]))
+                factor = scale * tracing.number(group_scales.select(0, i))
+                self._step_by_reference(p, self._gradient(p), self.param_groups[i], factor)
         for r in by_reference if arguments.get("zero") else ():
             if (g := self._gradient(places[r][2])) is not None:
                 _zero(g)
@@ -606,15 +608,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if refusal is not None:
             raise RuntimeError(f"{type(self).__name__}.step: the kernels refused {refusal}; please report this")
 
-    def _step_by_reference(self, p: Tensor, g: Tensor | None, group: dict[str, Any], scale: float) -> None:
+    def _step_by_reference(self, p: Tensor, g: Tensor | None, group: dict[str, Any], scale: Number) -> None:
         state: dict[str, Any] = self.state.get(p, {})
         if g is not None:
-            options = {name: float(value) for name, value in self.rule_options(group).items()}
-            norms = [
-                math.sqrt(reference.measure(t, p).item()) for t in ((g, p) if self._clips_by_tensor(group) else ())
-            ]
-            if norms:
-                scale *= clip.tensor_coefficient(group, norms[0] * scale, norms[1])
+            options = {
+                name: tracing.number(value) if isinstance(value, Tensor) else float(value)
+                for name, value in self.rule_options(group).items()
+            }
+            if self._clips_by_tensor(group):
+                norm, weight_norm = (reference.measure(t, p).sqrt() for t in (g, p))
+                scale = scale * clip.tensor_coefficient(group, norm * scale, weight_norm)
             value = group.get("clip_grad_value")
             names = self.state_names(group)
             reference.step(
@@ -627,7 +630,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 clip_value=value,
                 extra=storage.extra(group, p),
                 seed=int(group.get("rounding_seed", 0)) if storage.is_stochastic(group, p) else None,
-                unbiased=storage.state_dtype(group, p) == torch.bfloat16 and not reference.is_subclass(p),
+                unbiased=storage.state_dtype(group, p) == torch.bfloat16 and not tracing.is_subclass(p),
                 counts=self.has_step or "step" in self._further_names(group, p),
                 **options,
             )
@@ -646,7 +649,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         apart: set[int],
         home: torch.device,
         arguments: dict[str, Any],
-    ) -> tuple[float, Tensor, Tensor | None]:
+    ) -> tuple[Number, Tensor, Tensor | None]:
         """What ``Plan::decide`` (``csrc/plan.cpp``) does, for rows anywhere.
 
         Returns:
@@ -657,7 +660,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "grad_scale" in arguments:
             scale_tensor = arguments["grad_scale"][0].to(home).double().reciprocal().float().double()
             if apart:
-                scale *= scale_tensor.item()
+                scale = scale * tracing.number(scale_tensor)
         whole = scale_tensor * arguments.get("scale", 1.0)
         factors = torch.ones(len(self.param_groups), dtype=torch.float64, device=home)
         found = arguments["found_inf"][0].to(home) != 0 if "found_inf" in arguments else None
@@ -670,11 +673,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for r, g in active:
                 i, _, p = places[r]
                 if everything or r in apart:
-                    sums[r] = reference.measure(g, p).to(home)
+                    sums.select(0, r).copy_(reference.measure(g, p))
                 else:
                     native.setdefault(i, []).append(g)
             for i, grads in native.items():
-                sums[first[i]] += clip.sum_of_squares(grads, home)
+                sums.select(0, first[i]).add_(clip.sum_of_squares(grads, home))
             alone = torch.tensor([clips_alone(self.param_groups[i]) for i, _, _ in places], device=home)
             shared = reference.join(torch.where(alone, 0.0, sums))
             norm = reference.join(sums).sqrt() * whole
@@ -688,10 +691,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             for i, group in enumerate(self.param_groups):
                 own, bound = group.get("max_grad_norm"), self._max_grad_norm
                 if own is not None and i in first:
-                    together = sums[first[i] : first[i] + len(group["params"])]
-                    factors[i] = clip.coefficient(float(own), reference.join(together).sqrt() * whole)
+                    together = sums.narrow(0, first[i], len(group["params"]))
+                    factor = clip.coefficient(float(own), reference.join(together).sqrt() * whole)
                 elif bound is not None and not self._clips_by_tensor(group):
-                    factors[i] = clip.coefficient(bound, shared.sqrt() * whole)
+                    factor = clip.coefficient(bound, shared.sqrt() * whole)
+                else:
+                    continue
+                factors.select(0, i).copy_(factor)
         return scale, factors, found if found is None else found.float()
 
     def _step_is_away(self, p: Tensor) -> bool:
@@ -826,7 +832,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _tell_reference(self, place: Place) -> None:
         p = place[2]
-        what = type(p).__name__ if reference.is_subclass(p) else f"{p.device.type} {p.layout}"
+        assert _backend.native is not None
+        if _backend.native.is_watched() or not tracing.has_number(p):
+            return
+        what = type(p).__name__ if tracing.is_subclass(p) else f"{p.device.type} {p.layout}"
         reason = f"there are no kernels for {what} parameters such as {self._name(place)}"
         if self._resolved != "auto":
             raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")
@@ -882,9 +891,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
         if p.dtype in (torch.complex32,) or p.element_size() < 2:
             refuse(f"parameter is {p.dtype}", "use float32, float64, bfloat16, float16, complex64 or complex128")
-        if storage.is_stochastic(group, p) and reference.is_subclass(p):
+        if storage.is_stochastic(group, p) and tracing.is_subclass(p):
             refuse(
                 f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"
+            )
+        if p.is_meta and group.get("fused"):
+            refuse(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices, "
+                f"but got {p.dtype} and {p.device.type}",
+                "use fused=None, or materialize it with to_empty()",
             )
         if p.is_inference() and not torch.is_inference_mode_enabled():
             refuse("parameter is an inference tensor", "make it outside of torch.inference_mode()")

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .. import storage
+from .. import storage, tracing
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Range:
     def _check_number(self, where: str, name: str, label: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{where}: Tensor {name} must be 1-element, got shape {list(value.shape)}")
+        if isinstance(value, Tensor) and not tracing.has_number(value):
+            return
         try:
             number = (
                 float("x")
