@@ -56,6 +56,11 @@ def is_unset(x: Tensor) -> Tensor:
     return (x == 0) & (x.real if x.is_complex() else x).signbit()
 
 
+def is_all_unset(x: Tensor) -> bool:
+    """Whether the whole state waits for its first value; waits for the device."""
+    return not x.is_sparse and tracing.has_number(x) and bool(is_unset(x).all())
+
+
 def _sqrt(x: Tensor) -> Tensor:
     # torch.sqrt of float32 is not always exactly rounded on CPU; through float64 it is.
     return x.double().sqrt().to(x.dtype)

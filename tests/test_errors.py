@@ -86,12 +86,12 @@ def test_other_arguments():
             optim.SGD(parameters([(2,)]), backend="cuda")
 
 
-def refused(opt, params, match, error=RuntimeError):
+def refused(opt, params, match, error=RuntimeError, call="step"):
     """The step is refused, and changes no parameter, gradient or state."""
     saved = [p.detach().clone() for p in params if not p.is_sparse]
     state = copy.deepcopy(opt.state_dict()["state"])
     with pytest.raises(error, match=match):
-        opt.step()
+        getattr(opt, call)()
     for p, old in zip([p for p in params if not p.is_sparse], saved, strict=True):
         assert_same_bits(p.detach(), old)
     now = opt.state_dict()["state"]
@@ -180,12 +180,28 @@ def test_state_that_shares_memory_is_refused():
     refused(opt, params, "shares memory")
 
 
-def test_the_same_parameter_twice():
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize(
+    "option, kwargs",
+    {
+        "max_grad_norm": dict(max_grad_norm=1.0),
+        "a clip by norm": dict(params=[], max_grad_norm=1.0),
+        "skip_nonfinite": dict(skip_nonfinite=True),
+        "ema_decay": dict(ema_decay=0.9),
+        "step_and_zero_": {},
+        "accumulate": {},
+    }.items(),
+)
+def test_the_same_parameter_twice_beside_what_needs_it_once(option, kwargs, backend):
     p = parameters([(5,)])[0]
+    groups, call = [dict(params=[p, p])], "step" if kwargs else option
+    if "params" in kwargs:
+        groups, kwargs = [dict(params=[p, p], max_grad_norm=1.0)], {}
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        opt = optim.SGD([p, p], backend=NATIVE)
+        opt = optim.SGD(groups, lr=0.1, momentum=0.9, backend=backend, **kwargs)
     p.grad = torch.ones(5)
-    refused(opt, [p], "is the same parameter as group 0 parameter 1.*list each parameter once")
+    refused(opt, [p], f"is the same parameter as group 0 parameter 1.*{option}.*list each parameter once", call=call)
+    assert_same_bits(p.grad, torch.ones(5))
 
 
 def test_inference_tensors():

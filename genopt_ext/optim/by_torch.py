@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference, storage, tracing
+from .. import reference, storage
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer, Place
@@ -36,10 +36,6 @@ _ASKED = {
 
 def _torch_class(optimizer: FusedOptimizer) -> type[torch.optim.Optimizer]:
     return next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
-
-
-def _is_unset(buffer: Tensor) -> bool:
-    return tracing.has_number(buffer) and bool(reference.is_unset(buffer).all())
 
 
 def serves(optimizer: FusedOptimizer, group: dict[str, Any], g: Tensor | None) -> bool:
@@ -81,7 +77,8 @@ def check(optimizer: FusedOptimizer, place: Place, g: Tensor, refuse: Refuse) ->
     if group["weight_decay"] != 0:
         refuse("weight_decay option is not compatible with sparse gradients", "give it a group with weight_decay=0")
     buffer = state.get("momentum_buffer")
-    if group.get("nesterov") and isinstance(buffer, Tensor) and not (buffer.is_sparse or _is_unset(buffer)):
+    is_dense = isinstance(buffer, Tensor) and not (buffer.is_sparse or reference.is_all_unset(buffer))
+    if group.get("nesterov") and is_dense:
         refuse(
             "its gradient is sparse and its momentum is dense, which can not go with nesterov=True",
             "keep its gradients sparse, or use nesterov=False",
@@ -120,7 +117,7 @@ def step(optimizer: FusedOptimizer, places: Sequence[Place]) -> None:
         given = {**optimizer.param_groups[i], "params": [], "foreach": False, "fused": False}
         groups.setdefault(i, given)["params"].append(p)
         buffer = optimizer.state.get(p, {}).get("momentum_buffer")
-        if optimizer.rule == "sgd" and isinstance(buffer, Tensor) and not buffer.is_sparse and _is_unset(buffer):
+        if optimizer.rule == "sgd" and isinstance(buffer, Tensor) and reference.is_all_unset(buffer):
             del optimizer.state[p]["momentum_buffer"]
     # No hooks and no second look at what the options allow.
     torchs = inspect.unwrap(_torch_class(optimizer).step)

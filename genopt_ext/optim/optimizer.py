@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backend, clip, reference, storage, tracing
 from ..tracing import Number
-from . import by_torch, hooks
+from . import by_torch, hooks, repeats
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
@@ -507,6 +507,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i in groups:
             self._check_group(i, self.param_groups[i])
             self._complete(self.param_groups[i])
+        turns = repeats.turns(self, places, arguments)
         self._check_overlaps(places, overlaps)
         torchs = [r for r in rows if self._is_for_torch(places[r])]
         for r in torchs:
@@ -525,11 +526,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
-        if torchs:
-            self._step_resolved(rows, arguments, places, lambda skipped, given: step([*skipped, *torchs], given))
-            by_torch.step(self, [places[r] for r in torchs])
-        else:
+        if not torchs and len(turns) == 1:
             self._step_resolved(rows, arguments, places, step)
+            return
+        buffers = repeats.first_buffers(self, places, turns)
+        for turn in turns:
+            for buffer in buffers:
+                buffer.fill_(-0.0)
+            left = [r for r in range(len(places)) if r not in turn or r in torchs]
+
+            def step_turn(skipped: Sequence[int], given: dict[str, Any], left: list[int] = left) -> Refusal | None:
+                return step([*skipped, *left], given)
+
+            self._step_resolved([r for r in rows if r in turn], arguments, places, step_turn)
+        by_torch.step(self, [places[r] for r in torchs])
 
     def _is_for_torch(self, place: Place) -> bool:
         return by_torch.serves(self, self.param_groups[place[0]], self._gradient(place[2]))
@@ -800,6 +810,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}.accumulate: group {i} is differentiable=True, and sums of gradients forget "
                     "where they came from; add up the losses instead, or use differentiable=False"
                 )
+        repeats.turns(self, self._places(), {"grads": None})
         params = [p for _, _, p in self._places() if p.grad is not None]
         if not self._micro_batches:
             # What no longer belongs to a parameter is let go.
@@ -833,7 +844,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _tell_reference(self, place: Place) -> None:
         p = place[2]
         assert _backend.native is not None
-        if _backend.native.is_watched() or not tracing.has_number(p):
+        if _backend.native.is_watched() or (self._resolved == "auto" and not tracing.has_number(p)):
             return
         what = type(p).__name__ if tracing.is_subclass(p) else f"{p.device.type} {p.layout}"
         reason = f"there are no kernels for {what} parameters such as {self._name(place)}"
@@ -851,15 +862,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_overlaps(self, places: list[Place], overlaps: Sequence[tuple[int, int]]) -> None:
         for a, b in overlaps:
+            if a != b and places[a][2] is places[b][2]:
+                continue  # stepped in turns
             where = f"{type(self).__name__}.step: {self._name(places[a])}"
             if a == b:
                 raise RuntimeError(
                     f"{where}: its elements, or its state's, share memory with one another (as after expand()), so an "
                     "update in place would be wrong; give it memory of its own with .clone()"
-                )
-            if places[a][2] is places[b][2]:
-                raise RuntimeError(
-                    f"{where} is the same parameter as {self._name(places[b])}; list each parameter once"
                 )
             raise RuntimeError(
                 f"{where} or its state shares memory with {self._name(places[b])}, so an update in place would be "
