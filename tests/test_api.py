@@ -457,6 +457,7 @@ SCHEDULERS = {
     "StepLR": dict(step_size=2),
     "MultiStepLR": dict(milestones=[2]),
     "LambdaLR": dict(lr_lambda=lambda epoch: 1 / (epoch + 1)),
+    "MultiplicativeLR": dict(lr_lambda=lambda epoch: 0.9),
     "ConstantLR": {},
     "LinearLR": {},
     "ExponentialLR": dict(gamma=0.5),
