@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from . import tracing
 from .optim.optimizer import FusedOptimizer, Place, Refusal
 
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
@@ -36,7 +37,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
     ``optimizer.step()`` may still be called. It steps what has a gradient then: parameters whose gradient was set
     by hand, and those without a hook, which did not require gradients when this was called or when their
     group was added. Only there do the optimizer's step hooks and an overridden ``step`` run. Groups added later
-    are stepped in backward too.
+    are stepped in backward too. Compiled autograd breaks its graph at each parameter.
 
     What it can not go with:
 
@@ -162,6 +163,7 @@ class _Hook:
         self.at = i, k
         self.plan: Any = None
 
+    @tracing.opaque
     def __call__(self, p: Tensor) -> None:
         optimizer = self.owner._optimizer()
         if optimizer is None:

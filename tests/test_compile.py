@@ -128,3 +128,56 @@ def test_clipping_is_one_call():
     torch.compile(lambda: genopt_ext.clip_grad_norm_([p], 0.5), backend="eager")()
     assert sum(counters["graph_break"].values()) <= 2
     torch.testing.assert_close(p.grad.norm().item(), 0.5, rtol=1e-5, atol=0)
+
+
+def backward_under(mode, backward):
+    """``backward`` with compiled autograd, but for ``"eager"``: on its own, its graph compiled, in a compiled step."""
+    if mode == "eager":
+        return backward
+    if mode == "in a compiled step":
+        return torch._dynamo.config.patch(compiled_autograd=True)(torch.compile(backward, backend="aot_eager"))
+    compiler = {"traced": lambda graph: graph, "compiled": torch.compile(backend="eager")}[mode]
+    return torch._dynamo.compiled_autograd._enable(compiler)(backward)
+
+
+def deeper_net():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4, device=DEVICE) for _ in range(3)))
+    net[2].weight = net[0].weight
+    return net, randn((2, 4), 9)
+
+
+MODES = ["traced", "compiled", "in a compiled step"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_compiled_autograd_steps_in_backward(name, mode):
+    torch.compiler.reset()
+    results = []
+    for each in (mode, "eager"):
+        net, x = deeper_net()
+        opt = getattr(optim, name)(net.parameters(), **{**FIRST[name].kwargs, "lr": 0.1}, clip_per_param=0.5)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        genopt_ext.step_in_backward(opt)
+        backward = backward_under(each, lambda net=net, x=x: net(x).square().sum().backward())
+        for _ in range(3):
+            backward()
+            scheduler.step()
+            assert all(p.grad is None for p in net.parameters())
+        results.append(opt)
+    assert_same_state(*results, (name, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_autograd_passes_on_what_a_step_in_backward_refuses(mode):
+    torch.compiler.reset()
+    net, x = deeper_net()
+    before = [p.detach().clone() for p in net.parameters()]
+    opt = optim.SGD(net.parameters(), lr=0.1)
+    genopt_ext.step_in_backward(opt)
+    opt.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm is 1.0"):
+        backward_under(mode, lambda: net(x).square().sum().backward())()
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert_same_bits(p.detach(), old)
