@@ -51,6 +51,7 @@ void register_plan(py::module_& m) {
            py::arg("skipped_steps") = py::none());
   // Whether a profiler or another observer wants to hear of regions such as an optimizer's step.
   m.def("is_observed", [] { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); });
+  m.def("is_watched", &is_watched);
   m.def("rules", [] {
     py::dict rules;
     for (const RuleInfo& info : rule_infos()) {

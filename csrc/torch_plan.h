@@ -9,6 +9,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -95,6 +97,13 @@ inline bool may_mix(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
 }
 
+// Whether a dispatch mode or a transform of functorch's sees every operation of torch's, and would not see a kernel.
+inline bool is_watched() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
 // Whether memory alone tells the tensor's values: a strided tensor where there are kernels, neither lazily
 // conjugated or negated, nor of a subclass or transform with a dispatch of its own.
 inline bool is_in_memory(const at::Tensor& t) {
@@ -154,6 +163,7 @@ class TorchPlan {
     plan_.control = arguments.control;
     Control& control = plan_.control;
     control.measure = control.measure || control.max_norm >= 0 || control.guard;
+    watched_ = is_watched();
     read_groups(param_groups, refusal);
     find_grads(arguments.grads);
     find_states(state);
@@ -237,6 +247,7 @@ class TorchPlan {
     int64_t min_int8_size = 4096;
     Extra extra = Extra::kNone;
     bool stochastic = false;
+    bool differentiable = false;  // its gradients are left to torch's own code
   };
 
   // A row's objects lie scattered in memory: reading them waits for the cache unless they are asked for
@@ -398,6 +409,7 @@ class TorchPlan {
       } else if (THPVariable_Check(value)) {
         const at::Tensor& tensor = THPVariable_Unpack(value);
         if (tensor.numel() != 1 || tensor.is_complex()) return false;
+        if (watched_) continue;  // no row is stepped
         const bool structural = plan_.rule.structural >> i & 1;
         if (!structural && is_plain(tensor) && option_device(tensor) != kHost) {
           options_on_devices_.push_back({index, static_cast<int>(i), &tensor});
@@ -455,6 +467,9 @@ class TorchPlan {
       if (!kahan && !storage.stochastic && PyUnicode_CompareWithASCIIString(rounding, "nearest") != 0) return false;
     }
     if (storage.stochastic) complete &= PyDict_GetItemWithError(group, common_keys_[kSeed - kMaxOptions]) != nullptr;
+    static PyObject* const differentiable = PyUnicode_InternFromString("differentiable");
+    PyObject* const differentiates = PyDict_GetItemWithError(group, differentiable);
+    storage.differentiable = differentiates && PyObject_IsTrue(differentiates) == 1;
     if (master && !PyLong_Check(master)) return false;
     if (master && PyObject_IsTrue(master) == 1) {
       if (storage.stochastic || storage.extra != Extra::kNone) return false;
@@ -549,6 +564,7 @@ class TorchPlan {
       row.used = kWithAverage | kRests;
     }
     has_grad_[r] = grad != nullptr;
+    if (watched_ || (grad && storages_[row.group].differentiable)) return false;
     // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
     if (!is_plain(param) || !may_be_written(param)) return false;
     if (grad && plan_.control.zero && !may_be_written(*grad)) return false;
@@ -900,6 +916,7 @@ class TorchPlan {
   CudaDevices cuda_;
   const std::string backend_;
   bool busy_ = false;
+  bool watched_ = false;
   bool recheck_overlaps_ = false, gradients_overlap_ = false;
   Regions written_;            // of the last overlap check
   PyObject* grads_ = nullptr;  // of the step that is read now

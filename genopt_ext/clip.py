@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
-from . import _backend, overlap, reference
+from . import _backend, overlap, reference, tracing
+from .tracing import Number, opaque
 
 NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/rules/around.h
 
@@ -76,12 +77,12 @@ def coefficient(bound: float, norm: Tensor) -> Tensor:
     return torch.ones_like(norm) if math.isinf(bound) else (bound / (norm + 1e-6)).clamp(max=1.0)
 
 
-def tensor_coefficient(group: dict[str, Any], norm: float, weight_norm: float) -> float:
+def tensor_coefficient(group: dict[str, Any], norm: Tensor, weight_norm: Tensor) -> Number:
     """For a group that clips each tensor: ``tensor_coefficient`` in ``csrc/rules/around.h``."""
     if group.get("clip_per_param") is not None:
-        return float(coefficient(float(group["clip_per_param"]), torch.tensor(norm, dtype=torch.float64, device="cpu")))
-    bound = float(group["agc"]) * (weight_norm if weight_norm > 1e-3 else 1e-3)  # NaN gives 1e-3
-    return bound / norm if norm > bound else 1.0
+        return tracing.number(coefficient(float(group["clip_per_param"]), norm))
+    bound = float(group["agc"]) * torch.where(weight_norm > 1e-3, weight_norm, 1e-3)  # NaN gives 1e-3
+    return tracing.number(torch.where(norm > bound, bound / norm, 1.0))
 
 
 def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
@@ -100,7 +101,7 @@ def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return not reference.is_subclass(t) and t.layout == torch.strided
+    return not tracing.is_subclass(t) and t.layout == torch.strided
 
 
 def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
@@ -150,6 +151,7 @@ def add_(targets: list[Tensor], grads: list[Any]) -> None:
                 t.add_(g)
 
 
+@opaque
 @torch.no_grad()
 def get_total_norm(
     tensors: _TensorOrTensors,
@@ -193,6 +195,7 @@ def get_total_norm(
     return total
 
 
+@opaque
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: _TensorOrTensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -218,10 +221,12 @@ def clip_grads_with_norm_(
     for device, here in _by_device(grads).items():
         if not _run(here, list(here), {}, group_scales=[factor.to(device)]):
             own = factor.to(device).squeeze()
-            for g in here if device.type != "cpu" or own != 1 else ():
+            looks = device.type == "cpu" and tracing.has_number(own)
+            for g in here if not looks or own != 1 else ():
                 g.mul_(own)
 
 
+@opaque
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: _TensorOrTensors,
@@ -268,6 +273,7 @@ def clip_grad_norm_(
     return total
 
 
+@opaque
 @torch.no_grad()
 def clip_grad_value_(parameters: _TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
     """Limits every element of the gradients to [-clip_value, clip_value], as the function of torch.nn.utils.
@@ -291,5 +297,6 @@ def clip_grad_value_(parameters: _TensorOrTensors, clip_value: float, foreach: b
         look = dict(norm=NORMS[math.inf], measure=True) if device.type == "cpu" else {"scale": 1.0}
         if not _run(here, list(here), {"clip_grad_value": limit}, **look):
             for g in here:
-                if device.type != "cpu" or not (g.abs() <= limit).all():
+                looks = device.type == "cpu" and tracing.has_number(g)
+                if not looks or not (g.abs() <= limit).all():
                     g.clamp_(-limit, limit)

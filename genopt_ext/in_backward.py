@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from . import tracing
 from .optim.optimizer import FusedOptimizer, Place, Refusal
 
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
@@ -36,7 +37,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
     ``optimizer.step()`` may still be called. It steps what has a gradient then: parameters whose gradient was set
     by hand, and those without a hook, which did not require gradients when this was called or when their
     group was added. Only there do the optimizer's step hooks and an overridden ``step`` run. Groups added later
-    are stepped in backward too.
+    are stepped in backward too. Compiled autograd breaks its graph at each parameter.
 
     What it can not go with:
 
@@ -121,7 +122,7 @@ class InBackward:
         optimizer = self._optimizer()
         assert optimizer is not None
         for i in groups:
-            _refuse_norm(optimizer, i)
+            _refuse_options(optimizer, i)
         places = [place for place in optimizer._places() if place[0] in groups and place[2].requires_grad]
         seen: set[Tensor] = set()
         for place in places:
@@ -162,6 +163,7 @@ class _Hook:
         self.at = i, k
         self.plan: Any = None
 
+    @tracing.opaque
     def __call__(self, p: Tensor) -> None:
         optimizer = self.owner._optimizer()
         if optimizer is None:
@@ -176,7 +178,7 @@ class _Hook:
         if place is None or p.grad is None:
             return
         optimizer._refuse_swapped()
-        _refuse_norm(optimizer, place[0])
+        _refuse_options(optimizer, place[0])
         self._step(optimizer, place)
         optimizer._opt_called = True  # what learning rate schedulers look at
         p.grad = None
@@ -214,11 +216,16 @@ class _Hook:
         return i, k, p
 
 
-def _refuse_norm(optimizer: FusedOptimizer, i: int) -> None:
+def _refuse_options(optimizer: FusedOptimizer, i: int) -> None:
     if optimizer.skip_nonfinite:
         raise ValueError(
             f"step_in_backward: {type(optimizer).__name__}: skip_nonfinite looks at all gradients before the step, "
             "while in backward each is freed when it is complete; set it to False, or call step() instead"
+        )
+    if optimizer.param_groups[i].get("differentiable"):
+        raise ValueError(
+            f"step_in_backward: {type(optimizer).__name__}: group {i} is differentiable=True, and the step would "
+            "change what the rest of this backward needs; set it to False, or call step() instead"
         )
     norm = optimizer.param_groups[i].get("max_grad_norm")
     norm = optimizer.max_grad_norm if norm is None else norm

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import reference
-
 _WORK = 10_000  # steps of one search; where they do not suffice, tensors count as sharing memory
 
 # A whole number from the second to the third, times a stride in bytes above 0.
@@ -21,7 +19,8 @@ _Term = tuple[int, int, int]
 
 def has_memory(t: Tensor) -> bool:
     """Whether a tensor's elements are where its address and strides say."""
-    return t.layout == torch.strided and t.device.type != "meta" and not reference.is_subclass(t)
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_meta
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _ends(t: Tensor) -> tuple[int, int]:

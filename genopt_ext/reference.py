@@ -4,30 +4,42 @@ One function per rule, in the order of operations of ``csrc/rules/*.h``, so that
 ``p``, ``g`` and the state tensors are real and of the compute dtype (float32, or float64 for float64
 parameters). A function writes the new states into ``state`` and returns the new parameter.
 
+Numbers such as the learning rate are floats, or 0-dim tensors while torch traces the step (see ``tracing.py``).
+
 Only operations that torch computes exactly rounded are used, on scalars rounded to the compute dtype
 beforehand: no ``alpha=``, ``addcmul`` or ``lerp``, which contract on some machines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import storage
+from . import storage, tracing
+from .tracing import Number
 
 
-def _rounded(x: float, like: Tensor) -> float:
+def _rounded(x: Number, like: Tensor) -> Number:
     """``x`` in the precision of ``like``."""
+    if isinstance(x, Tensor):
+        return x.to(like.dtype)
     return ctypes.c_float(x).value if like.dtype == torch.float32 else x
 
 
-def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+def _may_count(x: Number) -> bool:
+    return isinstance(x, Tensor) or x != 0
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Number) -> Tensor:
     difference = end - start
+    if isinstance(weight, Tensor):
+        return torch.where(weight < 0.5, start + difference * weight, end - difference * (1.0 - weight))
     return start + difference * weight if weight < 0.5 else end - difference * (1.0 - weight)
 
 
@@ -35,7 +47,7 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp(max=torch.finfo(x.dtype).max)
 
 
-def _average_square(average: Tensor, g: Tensor, weight: float) -> Tensor:
+def _average_square(average: Tensor, g: Tensor, weight: Number) -> Tensor:
     return _lerp(_finite(average), _finite(g * g), weight)
 
 
@@ -44,12 +56,17 @@ def is_unset(x: Tensor) -> Tensor:
     return (x == 0) & (x.real if x.is_complex() else x).signbit()
 
 
+def is_all_unset(x: Tensor) -> bool:
+    """Whether the whole state waits for its first value; waits for the device."""
+    return not x.is_sparse and tracing.has_number(x) and bool(is_unset(x).all())
+
+
 def _sqrt(x: Tensor) -> Tensor:
     # torch.sqrt of float32 is not always exactly rounded on CPU; through float64 it is.
     return x.double().sqrt().to(x.dtype)
 
 
-def _multiply_add(a: float, x: Tensor, b: Tensor) -> Tensor:
+def _multiply_add(a: Number, x: Tensor, b: Tensor) -> Tensor:
     """``a x + b``, rounded once in float32; in float64 after each operation."""
     if x.dtype != torch.float32:
         return x * a + b
@@ -63,14 +80,17 @@ def _multiply_add(a: float, x: Tensor, b: Tensor) -> Tensor:
     return torch.where((error != 0) & error.isfinite(), odd.view(torch.float64), total).float()
 
 
-def _scaled_add(factor: float, x: Tensor, b: Tensor) -> Tensor:
+def _scaled_add(factor: Number, x: Tensor, b: Tensor) -> Tensor:
     """``factor x + b``, the factor in two parts."""
     most = _rounded(factor, x)
     limit = torch.finfo(x.dtype).max
     return _multiply_add(most, x, _multiply_add(_rounded(factor - most, x), x.clamp(-limit, limit), b))
 
 
-def _power(base: float, n: float) -> float:
+def _power(base: Number, n: Number) -> Number:
+    if isinstance(base, Tensor) or isinstance(n, Tensor):
+        power: Tensor = base**n
+        return power
     result, k = 1.0, int(max(n, 0.0))
     while k:
         if k & 1:
@@ -80,36 +100,40 @@ def _power(base: float, n: float) -> float:
     return result
 
 
+def _root(x: Number) -> Number:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
 def adam(
     p: Tensor,
     g: Tensor,
     state: dict[str, Tensor],
     *,
-    t: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
     amsgrad: bool,
     maximize: bool,
     decoupled_weight_decay: bool,
 ) -> Tensor:
     """Adam, AdamW and AMSGrad: ``csrc/rules/adam.h``."""
-    correction = math.sqrt(1.0 - _power(beta2, t))
+    correction = _root(1.0 - _power(beta2, t))
     rate = _rounded(lr * correction / (1.0 - _power(beta1, t)), p)
     l2 = _rounded(0.0 if decoupled_weight_decay else weight_decay, p)
     decay = _rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
     if maximize:
         g = -g
-    if l2 != 0:
+    if _may_count(l2):
         g = g + p * l2
     m = state["exp_avg"] = _lerp(state["exp_avg"], g, _rounded(1.0 - beta1, p))
     v = state["exp_avg_sq"] = _average_square(state["exp_avg_sq"], g, _rounded(1.0 - beta2, p))
     if amsgrad:
         v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
     u = m * rate / (_sqrt(v) + _rounded(eps * correction, p))
-    if decay != 0:
+    if _may_count(decay):
         u = p * decay + u
     return p - u
 
@@ -119,11 +143,11 @@ def sgd(
     g: Tensor,
     state: dict[str, Tensor],
     *,
-    t: float,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
+    t: Number,
+    lr: Number,
+    momentum: Number,
+    dampening: Number,
+    weight_decay: Number,
     nesterov: bool,
     maximize: bool,
 ) -> Tensor:
@@ -131,9 +155,9 @@ def sgd(
     l2 = _rounded(weight_decay, p)
     if maximize:
         g = -g
-    if l2 != 0:
+    if _may_count(l2):
         g = _multiply_add(l2, p, g)
-    if momentum != 0:
+    if "momentum_buffer" in state:
         old = state["momentum_buffer"]
         b = torch.where(is_unset(old), g, _scaled_add(momentum, old, g * _rounded(1.0 - dampening, p))) + 0.0
         state["momentum_buffer"] = b
@@ -146,12 +170,12 @@ def rmsprop(
     g: Tensor,
     state: dict[str, Tensor],
     *,
-    t: float,
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
+    t: Number,
+    lr: Number,
+    alpha: Number,
+    eps: Number,
+    weight_decay: Number,
+    momentum: Number,
     centered: bool,
     maximize: bool,
 ) -> Tensor:
@@ -159,14 +183,14 @@ def rmsprop(
     l2, weight = _rounded(weight_decay, p), _rounded(1.0 - alpha, p)
     if maximize:
         g = -g
-    if l2 != 0:
+    if _may_count(l2):
         g = g + p * l2
     s = variance = state["square_avg"] = _average_square(state["square_avg"], g, weight)
     if centered:
         c = state["grad_avg"] = _lerp(state["grad_avg"], g, weight)
         variance = torch.maximum(s - c * c, s * torch.finfo(s.dtype).eps)
     u = g / (_sqrt(variance) + _rounded(eps, p))
-    if momentum > 0:
+    if "momentum_buffer" in state:
         b = state["momentum_buffer"] = state["momentum_buffer"] * _rounded(momentum, p) + u
         return _multiply_add(-_rounded(lr, p), b, p)
     return p - u * _rounded(lr, p)
@@ -177,18 +201,18 @@ def adagrad(
     g: Tensor,
     state: dict[str, Tensor],
     *,
-    t: float,
-    lr: float,
-    lr_decay: float,
-    eps: float,
-    weight_decay: float,
+    t: Number,
+    lr: Number,
+    lr_decay: Number,
+    eps: Number,
+    weight_decay: Number,
     maximize: bool,
 ) -> Tensor:
     """Adagrad: ``csrc/rules/adagrad.h``."""
     l2 = _rounded(weight_decay, p)
     if maximize:
         g = -g
-    if l2 != 0:
+    if _may_count(l2):
         g = g + p * l2
     s = state["sum"] = state["sum"] + g * g
     return p - g / (_sqrt(s) + _rounded(eps, p)) * _rounded(lr / (1.0 + (t - 1.0) * lr_decay), p)
@@ -209,13 +233,13 @@ def step(
     state: dict[str, Any],
     names: list[str],
     *,
-    factor: float = 1.0,
+    factor: Number = 1.0,
     clip_value: float | None = None,
     extra: str | None = None,
     seed: int | None = None,
     unbiased: bool = False,
     counts: bool = True,
-    **options: float,
+    **options: Number,
 ) -> None:
     """One step of one parameter: load, rule, store.
 
@@ -236,14 +260,15 @@ def step(
     if grad.is_complex():
         grad = grad.resolve_conj()
     values = {name: _real(storage.read(state, name)).to(compute) for name in names}
-    t = 0.0
+    t: Number = 0.0
     if counts and "step" in state:
         state["step"].add_(1)
-        t = state["step"].item()
+        t = tracing.number(state["step"])
     real, g = _real(param), _real(grad).to(compute)
     g = g * _rounded(factor, g)
     if clip_value is not None:
-        g = g.clamp(-_rounded(clip_value, g), _rounded(clip_value, g))
+        limit = float(_rounded(clip_value, g))
+        g = g.clamp(-limit, limit)
     start = state["master"] if extra == "master" else real.to(compute)
     if extra == "compensation":
         start = start + state["compensation"].to(compute)
@@ -265,6 +290,17 @@ def step(
             _real(state[name]).copy_(values[name])
         else:
             storage.write(state, name, param, values[name], turns)
+
+
+@contextlib.contextmanager
+def undone_where(skip: Tensor, tensors: list[Tensor]) -> Iterator[None]:
+    """Takes back what is done to the tensors in the block where ``skip`` (0-dim) turns out to be not zero."""
+    before = [t.detach().clone() for t in tensors]
+    yield
+    for t, old in zip(tensors, before, strict=True):
+        if skip.is_meta and not t.is_meta:
+            continue  # a step count beside a parameter without numbers
+        t.detach().copy_(torch.where(skip != 0, old, t.detach()))
 
 
 @torch.no_grad()
@@ -294,14 +330,14 @@ def join_of(norm: float) -> Join:
 def _by_halves(x: Tensor, join: Join) -> Tensor:
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
-        x = join(x[..., :half], x[..., half:])
-    return x[..., 0]
+        x = join(x.narrow(-1, 0, half), x.narrow(-1, half, half))
+    return x.select(-1, 0)
 
 
 def _in_turn(x: Tensor, join: Join) -> Tensor:
-    total = x[..., 0, :]
+    total = x.select(-2, 0)
     for i in range(1, x.shape[-2]):
-        total = join(total, x[..., i, :])
+        total = join(total, x.select(-2, i))
     return total
 
 
@@ -312,11 +348,6 @@ def join(sums: Tensor) -> Tensor:
 
 def _padded(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
-
-
-def is_subclass(t: Tensor) -> bool:
-    """Whether a tensor has, or may have, a dispatch of its own, as DTensor."""
-    return type(t) not in (Tensor, torch.nn.Parameter)
 
 
 def _measure_subclass(x: Tensor, norm: float) -> Tensor:
@@ -338,7 +369,7 @@ def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
         like: the parameter in whose order in memory the elements are taken.
         norm: 2, 1 or infinity.
     """
-    if is_subclass(x):
+    if tracing.is_subclass(x):
         return _measure_subclass(x, norm)
     strides = [*like.stride(), 0] if like.is_complex() else like.stride()
     order = sorted(range(len(strides)), key=lambda d: -strides[d])

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tracing
+from .tracing import Number
+
 BLOCK = 256
 FORMAT = 1  # of the codes, kept in a group with 8-bit state as "int8_format"
 MIN_INT8_SIZE = 4096
@@ -29,7 +32,7 @@ def state_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype | None:
     if p.dtype not in MIXES or wanted is None:
         return None
     # A block of codes may not be spread over devices, as a DTensor's elements are.
-    whole = type(p) in (Tensor, torch.nn.Parameter) and p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
+    whole = not tracing.is_subclass(p) and p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
     return torch.float32 if wanted == torch.int8 and not whole else wanted
 
 
@@ -74,7 +77,7 @@ def _blocks(x: Tensor) -> Tensor:
 def _border(scales: Tensor, signed: bool) -> tuple[Tensor, int, int]:
     """From where on octaves have 16 codes: the bits of values and the code; and the largest code."""
     largest, octaves = (127, 6) if signed else (255, 12)
-    return scales.view(torch.int32)[:, None] - (octaves << 23), largest - 16 * octaves, largest
+    return scales.view(torch.int32).unsqueeze(1) - (octaves << 23), largest - 16 * octaves, largest
 
 
 def _scales_for(largest: Tensor, signed: bool) -> Tensor:
@@ -104,9 +107,9 @@ def encode(x: Tensor, signed: bool, turns: Tensor | None = None) -> tuple[Tensor
     fine = size - border
     codes = ((torch.maximum(fine, fine >> 2) + (turn >> (32 - _FINE)).int()) >> _FINE) + code
     codes = codes.clamp(0 if signed else 1, largest)
-    codes = torch.where((scales[:, None] > 0) & ((size != 0) | signed), codes, 0)
+    codes = torch.where((scales.unsqueeze(1) > 0) & ((size != 0) | signed), codes, 0)
     codes = torch.where(bits < 0, -codes, codes) if signed else codes
-    return codes.to(torch.int8 if signed else torch.uint8).view(-1)[: len(x)], scales
+    return codes.to(torch.int8 if signed else torch.uint8).view(-1).narrow(0, 0, len(x)), scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
@@ -116,8 +119,8 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     fine = (numbers.abs() - code) << _FINE
     values = (border + torch.minimum(fine, fine << 2)).view(torch.float32)
     values = torch.where(numbers < 0, -values, values)
-    fills = torch.where(scales[:, None] > 0, 0.0, scales[:, None])
-    return torch.where(numbers == 0, fills, values).view(-1)[: len(codes)]
+    fills = torch.where(scales > 0, 0.0, scales).unsqueeze(1)
+    return torch.where(numbers == 0, fills, values).view(-1).narrow(0, 0, len(codes))
 
 
 # The way to round: csrc/rules/random.h, csrc/codecs/plain.h
@@ -134,18 +137,24 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def random_bits(p: Tensor, seed: int, t: float) -> Tensor:
+def _counted(t: Number) -> Tensor:
+    if isinstance(t, Tensor):
+        return t.clamp(min=0).long() & 0xFFFFFFFF
+    return _number(int(max(t, 0)) & 0xFFFFFFFF)
+
+
+def random_bits(p: Tensor, seed: int, t: Number) -> Tensor:
     """32 random bits for each element of ``p`` in its order in memory, at step ``t``: int64."""
     i = torch.arange(p.numel(), device=p.device)
-    step = mix(_number(int(seed)) ^ mix(_number(int(max(t, 0)) & 0xFFFFFFFF))).item()
-    return mix((mix((i >> 32) ^ int(step)) + i) & 0xFFFFFFFF)
+    step = mix(_number(int(seed)) ^ mix(_counted(t)))
+    return mix((mix((i >> 32) ^ step) + i) & 0xFFFFFFFF)
 
 
-def turns(p: Tensor, t: float) -> Tensor:
+def turns(p: Tensor, t: Number) -> Tensor:
     """The elements' turns at step ``t``: as :func:`random_bits`, evenly spread over elements and steps."""
     i = torch.arange(p.numel(), device=p.device)
-    step = int(max(t, 0)) & 0xFFFFFFFF
-    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(_number(step >> 8)).item()) & 0xFFFFFFFF
+    step = _counted(t)
+    return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(step >> 8)) & 0xFFFFFFFF
 
 
 def round_by(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
@@ -181,11 +190,12 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     """The state ``name`` of ``p``, full of ``value``. ``dtype``: int8 for codes, None for the parameter's."""
     if dtype != torch.int8:
         return {name: torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)}
-    code, scale = encode(torch.full((1,), float(value.real), dtype=torch.float32, device="cpu"), signed)
-    filler = float(value.real) if value == 0 else scale.item()  # -0.0 stays
+    number = torch.full((1,), float(value.real), dtype=torch.float32, device=p.device)
+    code, scale = encode(number, signed)
+    filler = number if value == 0 else scale  # -0.0 stays
     return {
-        name + "_codes": _dense_like(p, code.dtype).fill_(code.item()),
-        name + "_scales": torch.full((-(-p.numel() // BLOCK),), filler, dtype=torch.float32, device=p.device),
+        name + "_codes": _dense_like(p, code.dtype).copy_(code.squeeze(0)),
+        name + "_scales": filler.expand(-(-p.numel() // BLOCK)).clone(memory_format=torch.contiguous_format),
     }
 
 
@@ -270,7 +280,7 @@ def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | No
     write(state, name, p, values.float())
     # A block that waits for its first gradient goes on to.
     waits = _blocks((flat(values, p) != 0) | ~flat(values, p).signbit()).any(1).logical_not()
-    state[name + "_scales"][waits] = -0.0
+    state[name + "_scales"].masked_fill_(waits, -0.0)
 
 
 def names_in(state: dict[str, Any]) -> Collection[str]:

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, DEVICE, STATEFUL, assert_same_bits, pairs, parameters, randn, set_grads, train
+from cases import CASES, DEVICE, FIRST, STATEFUL, assert_same_bits, pairs, parameters, randn, set_grads, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.common_optimizers import optim_db
 
@@ -445,3 +445,97 @@ def test_importing_costs_no_compiler_stack():
     out = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert out.stdout.strip() == "False", out
     assert importlib.util.find_spec("genopt_ext.optim") is not None
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_parameter_listed_twice_is_stepped_twice_as_by_torchs_loop(case, backend):
+    runs = []
+    for make in (lambda ps: case.ours(ps, backend=backend), case.torch):
+        p, q = parameters([(5,), (3, 2)])
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            opt = make([p, q, p, p])
+        for step in range(3):
+            set_grads([p, q], step)
+            opt.step()
+        runs.append((p.detach(), q.detach(), opt))
+    torch.testing.assert_close(runs[0][:2], runs[1][:2])
+    for name, t in runs[1][2].state[runs[1][2].param_groups[0]["params"][0]].items():
+        there = runs[0][2].state[runs[0][2].param_groups[0]["params"][0]][name]
+        torch.testing.assert_close(there, t, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["another parameter's view", "its own elements"])
+def test_other_overlaps_are_refused_beside_a_parameter_listed_twice(kind):
+    p = parameters([(6,)])[0]
+    other = torch.nn.Parameter(p.detach()[:3] if kind == "another parameter's view" else torch.ones(1).expand(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        opt = optim.SGD([p, other, p], lr=0.1)
+    p.grad, other.grad, before = torch.ones(6), torch.ones(3), p.detach().clone()
+    with pytest.raises(RuntimeError, match="share"):
+        opt.step()
+    assert_same_bits(p.detach(), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by torch.distributed.optim's import
+@pytest.mark.parametrize("name", list(FIRST))
+def test_apply_optimizer_in_backward_with_shared_parameters(name):
+    """torch's own, which makes an optimizer for each of them, and compares with one that lists them twice."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    results = []
+    for make in (getattr(optim, name), getattr(torch.optim, name)):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        net[0].weight = net[1].weight
+        hooked = copy.deepcopy(net)
+        _apply_optimizer_in_backward(make, [m.weight for m in hooked], dict(lr=0.1))
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            plain = make([m.weight for m in net], lr=0.1)
+        x = torch.ones(2, 4)
+        for _ in range(3):
+            net(x).square().sum().backward(), hooked(x).square().sum().backward()
+            plain.step()
+            net.zero_grad(), hooked.zero_grad()
+        results.append((net[0].weight.detach(), hooked[0].weight.detach()))
+    torch.testing.assert_close(results[0], results[1])
+    if name == "SGD":
+        torch.testing.assert_close(*results[0])
+
+
+SCHEDULERS = {
+    "StepLR": dict(step_size=2),
+    "MultiStepLR": dict(milestones=[2]),
+    "LambdaLR": dict(lr_lambda=lambda epoch: 1 / (epoch + 1)),
+    "MultiplicativeLR": dict(lr_lambda=lambda epoch: 0.9),
+    "ConstantLR": {},
+    "LinearLR": {},
+    "ExponentialLR": dict(gamma=0.5),
+    "PolynomialLR": {},
+    "CosineAnnealingLR": dict(T_max=4),
+    "CosineAnnealingWarmRestarts": dict(T_0=2),
+    "OneCycleLR": dict(max_lr=0.5, total_steps=5),
+    "CyclicLR": dict(base_lr=0.1, max_lr=0.5),
+}
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_schedulers_keep_a_tensors_base_learning_rate(scheduler):
+    """It is no alias of what the schedule, or the user, changes; momentum cycles as a tensor."""
+    seen = []
+    for module in (optim, torch.optim):
+        p = parameters([(3,)])[0]
+        lr, momentum = torch.tensor(0.1), torch.tensor(0.9)
+        opt = module.SGD([p], lr=lr, momentum=momentum)
+        schedule = getattr(torch.optim.lr_scheduler, scheduler)(opt, **SCHEDULERS[scheduler])
+        rates = []
+        for step in range(3):
+            p.grad = randn((3,), step)
+            opt.step()
+            schedule.step()
+            group = opt.param_groups[0]
+            rates += [group["lr"], group["momentum"], group["initial_lr"], *schedule.base_lrs, *schedule.get_last_lr()]
+            assert group["lr"] is lr and not any(rate is lr for rate in (*schedule.base_lrs, *schedule.get_last_lr()))
+            lr.mul_(0.5)
+        seen.append(([float(rate) for rate in rates], p.detach()))
+    assert seen[0][0] == seen[1][0]
+    torch.testing.assert_close(seen[0][1], seen[1][1])

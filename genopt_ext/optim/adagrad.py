@@ -29,7 +29,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: ascend instead of descending.
         capturable: torch has it not here; a step can be captured into a CUDA graph with and without it, and on
             CPU it is refused.
-        differentiable: refused; use :class:`torch.optim.Adagrad`.
+        differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.
@@ -37,13 +37,15 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     State per parameter, under torch's names and made by the constructor: ``step`` (0-dim float32) and
     ``sum``, in the parameter's shape and dtype.
 
+    Sparse gradients, as of ``nn.Embedding(sparse=True)``, are stepped by torch's own code.
+
     Raises:
         TypeError: an argument or a parameter of the wrong type.
         ValueError: an argument out of its range.
     """
 
     rule = "adagrad"
-    sparse_class = "torch.optim.Adagrad"
+    serves_sparse = True
     squares = frozenset({"sum"})
     ranges = {
         "lr": Range("learning rate"),

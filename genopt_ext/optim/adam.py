@@ -28,7 +28,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: decay as :class:`AdamW` does.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
-        differentiable: refused; use :class:`torch.optim.Adam`.
+        differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.

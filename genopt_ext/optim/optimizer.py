@@ -8,17 +8,15 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 
-from .. import _backend, clip, overlap, reference, storage
+from .. import _backend, clip, overlap, reference, storage, tracing
+from ..tracing import Number
+from . import by_torch, hooks, repeats
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
@@ -90,19 +88,12 @@ class _Saved:
         return value.detach().to(device=device, dtype=dtype, copy=True)
 
 
-def _is_observed() -> bool:
-    """Whether something may be listening to regions such as ``Optimizer.step#AdamW.step``."""
-    monitor = sys.modules.get("torch.profiler._cupti_monitor")
-    if getattr(monitor, "_monitor_singleton", None) is not None:
-        return True
-    return _backend.native is None or _backend.native.is_observed()
-
-
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers in :mod:`genopt_ext.optim`; a mixin before the torch class it mirrors."""
 
     rule: ClassVar[str]
     has_step: ClassVar[bool] = True
+    serves_sparse: ClassVar[bool] = False
     sparse_class: ClassVar[str] = "torch.optim.SGD or torch.optim.Adagrad"
     ranges: ClassVar[dict[str, Range]]
     squares: ClassVar[frozenset[str]] = frozenset()  # states that are never negative
@@ -237,9 +228,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in FLAGS:
             if name in options and not isinstance(options[name], (bool, int)):
                 raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
-        if options.get("differentiable"):
-            torch_class = f"torch.optim.{type(self).__name__.removesuffix('8bit')}"
-            raise ValueError(f"{where}: differentiable=True is not served by fused kernels; use {torch_class}")
         if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
             raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
 
@@ -360,24 +348,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's wrapper of every ``step``, for the hooks and for profilers, taken only where there is one of them.
-
-        Without a profiler it costs as much as stepping some fifty tensors.
-        """
-        observed = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            before = torch_optimizer._global_optimizer_pre_hooks or self._optimizer_step_pre_hooks
-            after = torch_optimizer._global_optimizer_post_hooks or self._optimizer_step_post_hooks
-            # A closure may register hooks that then run after this very step.
-            if before or after or any(each is not None for each in args) or kwargs or _is_observed():
-                return observed(self, *args, **kwargs)
-            return func(self, *args)
-
-        return step
+    profile_hook_step = staticmethod(hooks.profile_hook_step)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step over all groups, in one native call.
@@ -414,6 +385,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._micro_batches = 0
         return loss
 
+    @tracing.opaque
     def step_and_zero_(self, closure: Callable[[], Any] | None = None) -> Any:
         """As :meth:`step`, and sets gradients to zero in the same pass, in their own memory; also in a skipped step.
 
@@ -549,7 +521,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i in refusal.groups:
             self._check_group(i, self.param_groups[i])
             self._complete(self.param_groups[i])
+        turns = repeats.turns(self, places, arguments)
         self._refuse_overlaps(places, refusal.overlaps, refusal.grad_overlaps)
+        torchs = [r for r in rows if self._is_for_torch(places[r])]
+        for r in torchs:
+            by_torch.check_step(self, places[r], arguments)
         missing = {r: names for r in rows if (names := self._check(places[r]))}
         if self._resolved == "reference":
             self._refuse_overlaps(places, *self._find_overlaps(places, rows))
@@ -559,11 +535,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = self._make_state([(places[r], names) for r, names in missing.items()])
         for r, state in zip(missing, made, strict=True):
             self.state[places[r][2]].update(state)
+        rows = [r for r in rows if r not in torchs]
         for r in rows:
+            by_torch.to_dense(self.state.get(places[r][2], {}))
             self._store_anew(places[r])
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
+        if not torchs and len(turns) == 1:
+            self._step_resolved(rows, arguments, places, step)
+            return
+        buffers = repeats.first_buffers(self, places, turns)
+        for turn in turns:
+            for buffer in buffers:
+                buffer.fill_(-0.0)
+            left = [r for r in range(len(places)) if r not in turn or r in torchs]
+
+            def step_turn(skipped: Sequence[int], given: dict[str, Any], left: list[int] = left) -> Refusal | None:
+                return step([*skipped, *left], given)
+
+            self._step_resolved([r for r in rows if r in turn], arguments, places, step_turn)
+        by_torch.step(self, [places[r] for r in torchs])
+
+    def _is_for_torch(self, place: Place) -> bool:
+        return by_torch.serves(self, self.param_groups[place[0]], self._gradient(place[2]))
+
+    def _step_resolved(
+        self, rows: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
+    ) -> None:
+        """A step of rows that have their state: by kernels, or of ``rows`` by the reference where there are none."""
         by_reference: Sequence[int] = rows
         if self._resolved != "reference":
             again = step((), arguments)
@@ -618,12 +618,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._must_step(step(by_reference, native))
         if not apart:
             return
-        skips = found is not None and bool(found)
-        for r in by_reference:
+        for r in by_reference if found is None or not tracing.has_number(found) or found == 0 else ():
             i, _, p = places[r]
-            group, g = self.param_groups[i], self._gradient(p)
-            if not skips:
-                self._step_by_reference(p, g, group, scale * group_scales[i].item())
+            with contextlib.ExitStack() as stack:
+                if found is not None and not tracing.has_number(found):
+                    states = [t for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+                    stack.enter_context(reference.undone_where(found, [p, *states]))
+                factor = scale * tracing.number(group_scales.select(0, i))
+                self._step_by_reference(p, self._gradient(p), self.param_groups[i], factor)
         for r in by_reference if arguments.get("zero") else ():
             if (g := self._gradient(places[r][2])) is not None:
                 _zero(g)
@@ -632,15 +634,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if refusal is not None:
             raise RuntimeError(f"{type(self).__name__}.step: the kernels refused {refusal}; please report this")
 
-    def _step_by_reference(self, p: Tensor, g: Tensor | None, group: dict[str, Any], scale: float) -> None:
+    def _step_by_reference(self, p: Tensor, g: Tensor | None, group: dict[str, Any], scale: Number) -> None:
         state: dict[str, Any] = self.state.get(p, {})
         if g is not None:
-            options = {name: float(value) for name, value in self.rule_options(group).items()}
-            norms = [
-                math.sqrt(reference.measure(t, p).item()) for t in ((g, p) if self._clips_by_tensor(group) else ())
-            ]
-            if norms:
-                scale *= clip.tensor_coefficient(group, norms[0] * scale, norms[1])
+            options = {
+                name: tracing.number(value) if isinstance(value, Tensor) else float(value)
+                for name, value in self.rule_options(group).items()
+            }
+            if self._clips_by_tensor(group):
+                norm, weight_norm = (reference.measure(t, p).sqrt() for t in (g, p))
+                scale = scale * clip.tensor_coefficient(group, norm * scale, weight_norm)
             value = group.get("clip_grad_value")
             names = self.state_names(group)
             reference.step(
@@ -653,7 +656,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 clip_value=value,
                 extra=storage.extra(group, p),
                 seed=int(group.get("rounding_seed", 0)) if storage.is_stochastic(group, p) else None,
-                unbiased=storage.state_dtype(group, p) == torch.bfloat16 and not reference.is_subclass(p),
+                unbiased=storage.state_dtype(group, p) == torch.bfloat16 and not tracing.is_subclass(p),
                 counts=self.has_step or "step" in self._further_names(group, p),
                 **options,
             )
@@ -672,7 +675,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         apart: set[int],
         home: torch.device,
         arguments: dict[str, Any],
-    ) -> tuple[float, Tensor, Tensor | None]:
+    ) -> tuple[Number, Tensor, Tensor | None]:
         """What ``Plan::decide`` (``csrc/plan.cpp``) does, for rows anywhere.
 
         Returns:
@@ -683,7 +686,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "grad_scale" in arguments:
             scale_tensor = arguments["grad_scale"][0].to(home).double().reciprocal().float().double()
             if apart:
-                scale *= scale_tensor.item()
+                scale = scale * tracing.number(scale_tensor)
         whole = scale_tensor * arguments.get("scale", 1.0)
         factors = torch.ones(len(self.param_groups), dtype=torch.float64, device=home)
         found = arguments["found_inf"][0].to(home) != 0 if "found_inf" in arguments else None
@@ -696,11 +699,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for r, g in active:
                 i, _, p = places[r]
                 if everything or r in apart:
-                    sums[r] = reference.measure(g, p).to(home)
+                    sums.select(0, r).copy_(reference.measure(g, p))
                 else:
                     native.setdefault(i, []).append(g)
             for i, grads in native.items():
-                sums[first[i]] += clip.sum_of_squares(grads, home)
+                sums.select(0, first[i]).add_(clip.sum_of_squares(grads, home))
             alone = torch.tensor([clips_alone(self.param_groups[i]) for i, _, _ in places], device=home)
             shared = reference.join(torch.where(alone, 0.0, sums))
             norm = reference.join(sums).sqrt() * whole
@@ -714,10 +717,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             for i, group in enumerate(self.param_groups):
                 own, bound = group.get("max_grad_norm"), self._max_grad_norm
                 if own is not None and i in first:
-                    together = sums[first[i] : first[i] + len(group["params"])]
-                    factors[i] = clip.coefficient(float(own), reference.join(together).sqrt() * whole)
+                    together = sums.narrow(0, first[i], len(group["params"]))
+                    factor = clip.coefficient(float(own), reference.join(together).sqrt() * whole)
                 elif bound is not None and not self._clips_by_tensor(group):
-                    factors[i] = clip.coefficient(bound, shared.sqrt() * whole)
+                    factor = clip.coefficient(bound, shared.sqrt() * whole)
+                else:
+                    continue
+                factors.select(0, i).copy_(factor)
         return scale, factors, found if found is None else found.float()
 
     def _step_is_away(self, p: Tensor) -> bool:
@@ -800,6 +806,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for (p, _), old in zip(pairs, kept, strict=True):
                 p.copy_(old)
 
+    @tracing.opaque
     @torch.no_grad()
     def accumulate(self) -> None:
         """Adds every ``.grad`` to a buffer of the optimizer's own, in one native call, and sets it to None.
@@ -816,8 +823,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.accumulate: step_in_backward() steps each parameter at once, so there is "
                 "nothing to accumulate; remove its hooks first"
             )
+        for i, group in enumerate(self.param_groups):
+            if group.get("differentiable"):
+                raise RuntimeError(
+                    f"{type(self).__name__}.accumulate: group {i} is differentiable=True, and sums of gradients forget "
+                    "where they came from; add up the losses instead, or use differentiable=False"
+                )
         where = f"{type(self).__name__}.accumulate"
         places = self._places()
+        repeats.turns(self, places, {"grads": None})
         rows = [place for place in places if place[2].grad is not None]
         first = not self._micro_batches
         # What no longer belongs to a parameter is let go.
@@ -860,7 +874,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _tell_reference(self, place: Place) -> None:
         p = place[2]
-        what = type(p).__name__ if reference.is_subclass(p) else f"{p.device.type} {p.layout}"
+        assert _backend.native is not None
+        if _backend.native.is_watched() or (self._resolved == "auto" and not tracing.has_number(p)):
+            return
+        what = type(p).__name__ if tracing.is_subclass(p) else f"{p.device.type} {p.layout}"
         reason = f"there are no kernels for {what} parameters such as {self._name(place)}"
         if self._resolved != "auto":
             raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")
@@ -907,15 +924,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "p.grad = p.grad.clone()"
             )
         for a, b in overlaps:
+            if a != b and places[a][2] is places[b][2]:
+                continue  # stepped in turns
             where = f"{type(self).__name__}.step: {self._name(places[a])}"
             if a == b:
                 raise RuntimeError(
                     f"{where}: its elements, or its state's, share memory with one another (as after expand()), so an "
                     "update in place would be wrong; give it memory of its own with .clone()"
-                )
-            if places[a][2] is places[b][2]:
-                raise RuntimeError(
-                    f"{where} is the same parameter as {self._name(places[b])}; list each parameter once"
                 )
             raise RuntimeError(
                 f"{where} or its state shares memory with {self._name(places[b])}, so an update in place would be "
@@ -935,7 +950,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return ["ema"]
             self._check_numbers(refuse, p, "ema", ema)
             return []
-        if g.is_sparse or g.layout != torch.strided:
+        for_torch = by_torch.serves(self, group, g)
+        if g.layout != torch.strided and not for_torch:
             own = type(self).__name__
             refuse(f"{own} does not support sparse gradients (got {g.layout})", f"use {self.sparse_class}")
         if p.layout != torch.strided:
@@ -952,20 +968,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"parameter is {p.dtype} and has a gradient",
                 "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
             )
-        if storage.is_stochastic(group, p) and reference.is_subclass(p):
+        if storage.is_stochastic(group, p) and tracing.is_subclass(p):
             refuse(
                 f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"
+            )
+        if p.is_meta and group.get("fused"):
+            refuse(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices, "
+                f"but got {p.dtype} and {p.device.type}",
+                "use fused=None, or materialize it with to_empty()",
             )
         for name, t in self._operands(place, g).items():
             if t.is_inference() and not torch.is_inference_mode_enabled() and (name != "gradient" or self._zeroes):
                 refuse(f"{name} is an inference tensor", "make it outside of torch.inference_mode()")
             if t._is_zerotensor():
                 refuse(f"{name} is a zero tensor, without memory", "use its .clone()")
-            if t.layout != torch.strided or t.is_nested:
+            made_of_sparse = self.serves_sparse and t.layout == torch.sparse_coo and name.startswith("state")
+            if (t.layout != torch.strided or t.is_nested) and not (for_torch or made_of_sparse):
                 kind = "nested" if t.is_nested else t.layout
                 refuse(f"{name} is {kind}, expected torch.strided", "replace it with a dense tensor")
         if group.get("capturable") and p.device.type == "cpu":
             refuse("capturable=True, but it is on cpu, where there are no graphs to capture", "use capturable=False")
+        if for_torch:
+            by_torch.check(self, place, g, refuse)
         state = self.state.get(p, {})
         missing = self._check_state(refuse, place, state, self.state_names(group))
         further = self._further_names(group, p)
@@ -974,7 +999,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in further:
             if state.get(name) is None and name not in missing:
                 missing.append(name)
-        return missing
+        return by_torch.to_make(self, missing) if for_torch else missing
 
     def _operands(self, place: Place, g: Tensor) -> dict[str, Tensor]:
         """The tensors that the row's step reads or writes, as far as they are there."""
@@ -1037,7 +1062,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse(
                 f"state 'step' is {got}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))"
             )
-        if step.is_cpu and not is_step_count(step.item()):
+        if step.is_cpu and tracing.has_number(step) and not is_step_count(step.item()):
             refuse(
                 f"state 'step' is {step.item()}, expected a whole number from 0 to 2**53",
                 "load a checkpoint that was saved whole, or delete the parameter's state to start anew",

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .. import storage
+from .. import storage, tracing
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,14 @@ class Range:
     def _check_number(self, where: str, name: str, label: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{where}: Tensor {name} must be 1-element, got shape {list(value.shape)}")
+        if isinstance(value, Tensor) and not tracing.has_number(value):
+            return
         try:
-            number = float("x") if isinstance(value, (str, bytes)) else float(value)
+            number = (
+                float("x")
+                if isinstance(value, (str, bytes))
+                else float(value.detach() if isinstance(value, Tensor) else value)
+            )
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{where}: Invalid {label}: {value!r}; {name} must be a number") from None
         low = "" if self.at_least is None else f" >= {self.at_least:g}"
@@ -48,7 +54,16 @@ class Range:
             raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be {kind}{allowed}")
 
 
-FLAGS = ("amsgrad", "capturable", "centered", "decoupled_weight_decay", "master_weights", "maximize", "nesterov") + (
+FLAGS = (
+    "amsgrad",
+    "capturable",
+    "centered",
+    "decoupled_weight_decay",
+    "differentiable",
+    "master_weights",
+    "maximize",
+) + (
+    "nesterov",
     "skip_nonfinite",
 )
 

@@ -30,7 +30,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
         foreach: accepted: every step covers all tensors at once.
         maximize: ascend instead of descending.
-        differentiable: refused; use :class:`torch.optim.RMSprop`.
+        differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.

@@ -28,12 +28,14 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach, fused: accepted: every step is fused and covers all tensors at once.
         capturable: torch has it not here; a step can be captured into a CUDA graph with and without it, and on
             CPU it is refused.
-        differentiable: refused; use :class:`torch.optim.SGD`.
+        differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.
 
     State per parameter, under torch's name: ``momentum_buffer``, in the parameter's shape and dtype.
+
+    Sparse gradients, as of ``nn.Embedding(sparse=True)``, are stepped by torch's own code.
 
     Raises:
         TypeError: an argument or a parameter of the wrong type.
@@ -42,7 +44,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     rule = "sgd"
     has_step = False
-    sparse_class = "torch.optim.SGD"
+    serves_sparse = True
     ranges = {
         "lr": Range("learning rate"),
         "momentum": Range("momentum value"),

@@ -1,0 +1,131 @@
+"""What torch's own code steps: groups with ``differentiable=True``, and sparse gradients of SGD and Adagrad.
+
+Our classes derive from torch's, so ``torch.optim.SGD.step`` runs on one of ours as it is. It is given a twin of the
+optimizer that shares its state and lists only these parameters; kernels have stepped the others before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import reference, storage
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer, Place
+
+Refuse = Callable[[str, str], None]
+
+# Options of a group that only kernels know, and how to see that one is set.
+_ONLY_KERNELS = ("max_grad_norm", "clip_per_param", "agc", "clip_grad_value")
+
+# What a step was asked for besides, by the names of what the native plan is told.
+_ASKED = {
+    "zero": "step_and_zero_()",
+    "max_norm": "max_grad_norm",
+    "guard": "skip_nonfinite, or genopt_ext.GradScaler without unscale_(),",
+    "measure": "a clip by norm in another group",
+    "grad_scale": "a GradScaler with fused=True",
+    "found_inf": "a GradScaler with fused=True",
+}
+
+
+def _torch_class(optimizer: FusedOptimizer) -> type[torch.optim.Optimizer]:
+    return next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
+
+
+def serves(optimizer: FusedOptimizer, group: dict[str, Any], g: Tensor | None) -> bool:
+    """Whether torch's code steps a parameter of ``group`` with the gradient ``g``."""
+    if g is None:
+        return False
+    sparse = optimizer.serves_sparse and g.layout == torch.sparse_coo
+    return sparse or (bool(group.get("differentiable")) and g.layout == torch.strided)
+
+
+def check(optimizer: FusedOptimizer, place: Place, g: Tensor, refuse: Refuse) -> None:
+    """Refuses the row where torch's code would fail in the middle, or would not do what an option says."""
+    i, _, p = place
+    group, state = optimizer.param_groups[i], optimizer.state.get(p, {})
+    what = "sparse gradients" if g.is_sparse else "differentiable=True"
+    served = f"torch's own code steps {what}"
+    if optimizer.backend not in ("auto", "reference"):
+        refuse(f"backend is {optimizer.backend!r}, but {served}", "use backend='auto'")
+    options = [name for name in _ONLY_KERNELS if group.get(name) is not None]
+    options += ["state_dtype"] if storage.state_dtype(group, p) not in (None, p.dtype) else []
+    options += ["master_weights"] if storage.extra(group, p) == "master" else []
+    narrow = storage.extra(group, p) == "compensation" or storage.is_stochastic(group, p)
+    options += ["param_rounding"] if narrow else []
+    if options:
+        refuse(f"{served}, which does not know {options[0]}", f"give it a group without {options[0]}")
+    if g.dtype != p.dtype:
+        refuse(f"gradient is {g.dtype}, parameter is {p.dtype}, and {served}", f"cast the gradient to {p.dtype}")
+    if not g.is_sparse:
+        if p.is_leaf and p.requires_grad:
+            refuse(
+                "differentiable=True, but a leaf Variable that requires grad is being used in an in-place operation",
+                "give the optimizer a .clone() of it, which remembers where it came from",
+            )
+        if isinstance(step := state.get("step"), Tensor) and step.requires_grad:
+            refuse("`requires_grad` is not supported for `step` in differentiable mode", "detach it")
+        return
+    if group.get("differentiable") and p.requires_grad:
+        refuse("differentiable=True, but its gradient is sparse", "use sparse=False")
+    if group["weight_decay"] != 0:
+        refuse("weight_decay option is not compatible with sparse gradients", "give it a group with weight_decay=0")
+    buffer = state.get("momentum_buffer")
+    is_dense = isinstance(buffer, Tensor) and not (buffer.is_sparse or reference.is_all_unset(buffer))
+    if group.get("nesterov") and is_dense:
+        refuse(
+            "its gradient is sparse and its momentum is dense, which can not go with nesterov=True",
+            "keep its gradients sparse, or use nesterov=False",
+        )
+
+
+def check_step(optimizer: FusedOptimizer, place: Place, arguments: dict[str, Any]) -> None:
+    """Refuses what was asked of the whole step and can not be had where torch's code steps ``place``."""
+    differentiable = optimizer.param_groups[place[0]].get("differentiable")
+    what = "group is differentiable=True" if differentiable else "gradient is sparse"
+    for name, asked in _ASKED.items():
+        if name in arguments:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step: {optimizer._name(place)}: its {what}, so torch's own code steps it, "
+                f"and {asked} can not go with that; do without, or step this parameter by an optimizer of its own"
+            )
+
+
+def to_make(optimizer: FusedOptimizer, missing: list[str]) -> list[str]:
+    """Which of the missing states torch's code needs: for its SGD, a missing buffer says that it is the first step."""
+    return [name for name in missing if not (optimizer.rule == "sgd" and name == "momentum_buffer")]
+
+
+def to_dense(state: dict[str, Any]) -> None:
+    """Gives kernels a buffer that torch's SGD has made of sparse gradients. What is zero there has been set."""
+    for name, t in state.items():
+        if isinstance(t, Tensor) and t.is_sparse:
+            state[name] = t.to_dense() + 0.0
+
+
+def step(optimizer: FusedOptimizer, places: Sequence[Place]) -> None:
+    """One step of ``places`` by torch's code."""
+    groups: dict[int, dict[str, Any]] = {}
+    for i, _, p in places:
+        # For-loops: others know neither autograd nor sparse gradients.
+        given = {**optimizer.param_groups[i], "params": [], "foreach": False, "fused": False}
+        groups.setdefault(i, given)["params"].append(p)
+        buffer = optimizer.state.get(p, {}).get("momentum_buffer")
+        if optimizer.rule == "sgd" and isinstance(buffer, Tensor) and reference.is_all_unset(buffer):
+            del optimizer.state[p]["momentum_buffer"]
+    # No hooks and no second look at what the options allow.
+    torchs = inspect.unwrap(_torch_class(optimizer).step)
+    twin = object.__new__(type(optimizer))
+    for group in groups.values():
+        twin.__dict__.update(optimizer.__dict__, param_groups=[group])
+        with torch.set_grad_enabled(bool(group.get("differentiable"))):
+            torchs(twin)
+    for i, _, p in places:
+        if (decay := optimizer.param_groups[i].get("ema_decay")) is not None:
+            reference.average(p, optimizer.state[p]["ema"], float(decay))
