@@ -730,7 +730,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = self.state.get(p, {}).get("step")
         return isinstance(step, Tensor) and step.device != p.device and {p.device.type, step.device.type} <= SERVED
 
-    @torch.inference_mode(False)  # what is made within it could not be stepped outside of it
+    @torch.inference_mode(False)  # what is made within it could not be stepped outside of it; this enables gradients
+    @torch.no_grad()
     def _make_state(self, missing: list[tuple[Place, list[str]]]) -> list[dict[str, Tensor]]:
         made: list[dict[str, Tensor]] = [{} for _ in missing]
         # A device's step counters are views of one buffer: they stay together in memory.
