@@ -743,6 +743,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             d: iter(torch.zeros(devices.count(d), dtype=torch.float32, device=d).unbind()) for d in set(devices)
         }
         for state, ((i, _, p), names) in zip(made, missing, strict=True):
+            self._tell_widened(i, p)
             for name in names:
                 if name == "step":
                     state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
@@ -765,6 +766,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not state:
             return
         self._complete(group)
+        self._tell_widened(i, p)
         for name in dict.fromkeys((*self.state_names(group), *storage.names_in(state))):
             there = state.get(name) is not None or state.get(name + "_codes") is not None
             dtype = storage.state_dtype(group, p)
@@ -861,6 +863,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._resolved != "auto":
             raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")
         _backend.warn_once(f"{type(self).__name__}: {reason}; the slower plain-torch reference serves them")
+
+    def _tell_widened(self, i: int, p: Tensor) -> None:
+        if storage.is_widened(self.param_groups[i], p) and (states := len(self.state_names(self.param_groups[i]))):
+            _backend.warn_once(
+                f"{type(self).__name__}: 8-bit state is kept in float32 here, for parameters that are "
+                f"{type(p).__name__}s: {4 * states} bytes a parameter instead of {states}; with "
+                f"state_dtype=torch.bfloat16 it is {2 * states}"
+            )
 
     # What can be wrong with a row, told in one sentence each
 
