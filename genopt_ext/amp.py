@@ -28,6 +28,7 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         if optimizer._in_backward is not None:
             optimizer._in_backward._refuse_grad_scaler()
+        optimizer._refuse_pieces("genopt_ext.GradScaler")
         state = self._per_optimizer_states[id(optimizer)]
         params = (p for group in optimizer.param_groups for p in group["params"])
         has_gradients = optimizer._micro_batches > 0 or any(p.grad is not None for p in params)

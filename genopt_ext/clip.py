@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
-from . import _backend, overlap, reference, tracing
+from . import _backend, overlap, reference, sharding, tracing
 from .tracing import Number, opaque
 
 NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/rules/around.h
@@ -256,6 +256,7 @@ def clip_grad_norm_(
     bound = _number("clip_grad_norm_", "max_norm", max_norm)
     norm = _order("clip_grad_norm_", norm_type)
     listed = _listed(parameters)
+    sharding.warn_of_pieces("clip_grad_norm_", listed)
     grads = [p.grad for p in listed if p.grad is not None]
     at_once = norm in NORMS and (norm == 2 or not any(g.is_complex() for g in grads))
     if at_once and not error_if_nonfinite and len({g.device for g in grads}) == 1:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from . import tracing
+from . import sharding, tracing
 from .optim.optimizer import FusedOptimizer, Place, Refusal
 
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
@@ -50,6 +50,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
     - :class:`torch.amp.GradScaler`: gradients would be stepped with their scale. Its ``step()`` raises, but
       that is after one step was taken: use bfloat16, which needs no scaler.
     - Wrappers that average gradients, such as ``DistributedDataParallel``: the hook sees the local gradient.
+      Parameters of ``FullyShardedDataParallel`` are refused.
     - Other hooks that read gradients after ``backward()``, or that were registered after these: they find None.
     - Backward passes of ``torch.compile``, as far as memory goes: one call returns all gradients of a graph.
     - Parameters that share memory: across parameters it is not looked for, and a step of one may change what the
@@ -132,6 +133,11 @@ class InBackward:
                 raise ValueError(
                     f"{where} is no leaf but the result of {p.grad_fn}, so its gradient is not accumulated; give the "
                     "optimizer the parameter that it was computed from, or .detach().requires_grad_()"
+                )
+            if sharding.is_distributed() and hasattr(p, sharding.MARK):
+                raise ValueError(
+                    f"{where} is part of FullyShardedDataParallel (FSDP1), which reduces gradients after backward's "
+                    "hooks have seen them; call step() instead"
                 )
             if p in seen:
                 raise ValueError(f"{where} is listed twice; list each parameter once")

@@ -36,6 +36,12 @@ def state_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype | None:
     return torch.float32 if wanted == torch.int8 and not whole else wanted
 
 
+def is_widened(group: dict[str, Any], p: Tensor) -> bool:
+    """Whether ``p`` is large enough for the 8-bit state that its group asks for, and yet has it in float32."""
+    large = p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
+    return group.get("state_dtype") == torch.int8 and large and state_dtype(group, p) == torch.float32
+
+
 def extra(group: dict[str, Any], p: Tensor) -> str | None:
     """The state that keeps what a 16-bit parameter can not hold: ``"master"`` or ``"compensation"``."""
     if p.dtype not in HALVES:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -383,6 +384,30 @@ def test_subclasses_are_served_by_the_reference_with_one_warning():
         other.step()
     assert_same_bits(p.inner, q)
     assert opt.state[plain]["step"].item() == 2
+
+
+@pytest.mark.parametrize(("make", "states"), [(optim.AdamW8bit, 2), (partial(optim.SGD8bit, momentum=0.9), 1)])
+def test_8_bit_state_of_subclasses_is_kept_in_float32_and_said_to_be(make, states, backend):
+    p, small = Wrapped(torch.ones(4096)), Wrapped(torch.ones(5))
+    p.grad, small.grad = Wrapped(torch.ones(4096)), Wrapped(torch.ones(5))
+    told = f"8-bit state is kept in float32 here.*Wrapped.*: {4 * states} bytes a parameter instead of {states};"
+    opts = [make(ps, lr=0.1, backend=backend) for ps in ([small], [p], [p])]
+    _backend._told.clear()
+    for opt, warns in zip(opts, (0, 1, 0), strict=True):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            opt.step()
+        assert sum(bool(re.search(told, str(w.message))) for w in heard) == warns
+    kept = [t for key, t in opts[1].state[p].items() if key != "step"]
+    assert [(t.dtype, t.shape) for t in kept] == [(torch.float32, p.shape)] * states
+    _backend._told.clear()
+    with pytest.warns(UserWarning, match=told):
+        opts[2].load_state_dict(opts[1].state_dict())
+    opt = make([p], state_dtype=torch.bfloat16, backend=backend)  # which the sentence recommends
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt.step()
+    assert [t.dtype for key, t in opt.state[p].items() if key != "step"] == [torch.bfloat16] * states
 
 
 STEP = """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, clip, overlap, reference, storage, tracing
+from .. import _backend, clip, overlap, reference, sharding, storage, tracing
 from ..tracing import Number
 from . import by_torch, hooks, repeats
 from .options import (
@@ -110,6 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _zeroes = False  # the running step zeroes gradients
     _checks = False  # the running step finds infinities for a GradScaler
     _swapped = False
+    _piece: tuple[list[tuple[int, int, bool]], Place | None] = ([], None)  # the first of FSDP1, and where it was sought
     _in_backward: InBackward | None = None  # while genopt_ext.step_in_backward is on
     _opt_called: bool = False  # torch.optim.lr_scheduler's: whether a step was taken
     # What accumulate() keeps: how often since the last step, sums that are zero between two cycles, and those in use.
@@ -142,7 +143,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: torch.amp.GradScaler looks at .grad alone, and knows nothing of what "
                 "accumulate() has gathered; take genopt_ext.GradScaler, without unscale_()"
             )
-        return any(group.get("fused") for group in self.param_groups)
+        if not any(group.get("fused") for group in self.param_groups):
+            return False
+        # There torch's scalers agree over all processes only where they unscale gradients themselves.
+        return self._find_piece() is None
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, announced: bool) -> None:
@@ -369,6 +373,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._micro_batches and any(p.grad is not None for _, _, p in self._places()):
+            self._refuse_pieces()
             self.accumulate()
         arguments = self._arguments(None)
         if self._resolved == "reference":
@@ -412,6 +417,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}.step: the averaged weights are in the model; leave swap_ema() first"
             )
+
+    def _find_piece(self) -> Place | None:
+        """The first parameter of which FSDP1 leaves this process a piece."""
+        if not sharding.is_distributed():
+            return None
+        # Also an optimizer that has stepped before its model was wrapped, which keeps the parameters.
+        lists = [group["params"] for group in self.param_groups]
+        marks = [(id(params), len(params), bool(params) and sharding.is_piece(params[0])) for params in lists]
+        if self._piece[0] != marks:
+            self._piece = marks, next((place for place in self._places() if sharding.is_piece(place[2])), None)
+        return self._piece[1]
+
+    def _refuse_pieces(self, *options: str) -> None:
+        """Raises where norms, or ``options``, would be of the pieces that FSDP1 leaves this process."""
+        if (piece := self._find_piece()) is None:
+            return
+        asked = {name for name in NORM_CLIPS for group in self.param_groups if group.get(name) is not None}
+        if self._max_grad_norm is not None:
+            asked.add("max_grad_norm")
+        if self.skip_nonfinite:
+            asked.add("skip_nonfinite")
+        if asked or options:
+            sharding.refuse_piece(f"{type(self).__name__}.step: {self._name(piece)}", [*sorted(asked), *options])
 
     @property
     def _resolved(self) -> str:
@@ -461,6 +489,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.skip_nonfinite or self._checks:
             arguments.update(guard=True)
         if "max_norm" in arguments or "guard" in arguments or any(map(clips_alone, self.param_groups)):
+            if sharding.is_distributed():
+                self._refuse_pieces()
             results = self._results_on(device)
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
@@ -689,7 +719,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 scale = scale * tracing.number(scale_tensor)
         whole = scale_tensor * arguments.get("scale", 1.0)
         factors = torch.ones(len(self.param_groups), dtype=torch.float64, device=home)
-        found = arguments["found_inf"][0].to(home) != 0 if "found_inf" in arguments else None
+        params = [p for _, _, p in places]
+        found = None
+        if "found_inf" in arguments:
+            found = sharding.agree(arguments["found_inf"][0].to(home) != 0, params)
         if arguments.get("measure"):
             everything = self._resolved == "reference"
             # Each group's rows in their order; rows that kernels serve as one number, where the first of them stands.
@@ -709,7 +742,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             norm = reference.join(sums).sqrt() * whole
             self._results_on(home)["grad_norm"].copy_(norm)
             if arguments.get("guard"):
-                nonfinite = ~torch.isfinite(norm)
+                nonfinite = sharding.agree(~torch.isfinite(norm), params)
                 found = nonfinite if found is None else found | nonfinite
                 self._results_on(home)["nonfinite"].copy_(nonfinite)
                 if self.skip_nonfinite:
@@ -740,6 +773,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             d: iter(torch.zeros(devices.count(d), dtype=torch.float32, device=d).unbind()) for d in set(devices)
         }
         for state, ((i, _, p), names) in zip(made, missing, strict=True):
+            self._tell_widened(i, p)
             for name in names:
                 if name == "step":
                     state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
@@ -764,6 +798,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not state:
             return
         self._complete(group)
+        self._tell_widened(i, p)
         for name in dict.fromkeys((*self.state_names(group), *storage.names_in(state))):
             there = state.get(name) is not None or state.get(name + "_codes") is not None
             dtype = storage.state_dtype(group, p)
@@ -883,6 +918,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._resolved != "auto":
             raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")
         _backend.warn_once(f"{type(self).__name__}: {reason}; the slower plain-torch reference serves them")
+
+    def _tell_widened(self, i: int, p: Tensor) -> None:
+        if storage.is_widened(self.param_groups[i], p) and (states := len(self.state_names(self.param_groups[i]))):
+            _backend.warn_once(
+                f"{type(self).__name__}: 8-bit state is kept in float32 here, for parameters that are "
+                f"{type(p).__name__}s: {4 * states} bytes a parameter instead of {states}; with "
+                f"state_dtype=torch.bfloat16 it is {2 * states}"
+            )
 
     # What can be wrong with a row, told in one sentence each
 
