@@ -176,40 +176,6 @@ def test_same_bits_for_every_thread_count_and_run(kept):
     assert_same_for_threads(make, torch.bfloat16, kept)
 
 
-DIGEST = """
-import sys, torch
-from itertools import product
-from cases import CASES, parameters
-from low_precision import INT8, KEPT, SIXTEEN, WIDER, set_strained
-from genopt_ext import _C
-bits = []
-for case in CASES:
-    for kept, dtype, state in [({}, torch.float32, INT8), *product(KEPT, SIXTEEN, (INT8, *WIDER))]:
-        params = parameters([(3001,), (30, 7), ()], dtype)
-        torch.manual_seed(7)
-        opt = case.ours(params, backend="cpu", **kept, **state)
-        for step in range(3):
-            set_strained(params, step)
-            opt.step()
-        tensors = [p.detach() for p in params] + [t for s in opt.state.values() for t in s.values() if t.dim()]
-        bits += [t.contiguous().view(torch.uint8).flatten() for t in tensors if t.dim()]
-print(_C.cpu_capability(), torch.hash_tensor(torch.cat(bits)).item())
-"""
-
-
-@pytest.mark.skipif(
-    NATIVE != "cpu" or _backend.native is None or not hasattr(torch, "hash_tensor"), reason="CPU kernels"
-)
-def test_same_bits_on_every_instruction_set(fresh):
-    digests = {}
-    for capability in _backend.native.cpu_capabilities():
-        out = fresh(DIGEST, GENOPT_CPU_CAPABILITY=capability)
-        assert out.returncode == 0, out.stderr
-        used, digests[capability] = out.stdout.split()
-        assert used == capability
-    assert len(set(digests.values())) == 1, digests
-
-
 @pytest.mark.parametrize(("case", "kept"), pairs(SOME, KEPT), ids=str)
 def test_step_in_backward(case, kept):
     assert_same_in_backward(case, lambda: parameters([*BLOCKS, ()], torch.bfloat16), [INT8, {}], **kept)

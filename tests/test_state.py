@@ -108,7 +108,35 @@ def resize_storage(opt, params):
                 t.data = t.data.clone()
 
 
+def reorder_state(opt, params):
+    entries = list(opt.state.items())
+    opt.state.clear()
+    opt.state.update(reversed(entries))
+
+
+def add_state_again(opt, params):
+    """Of every other parameter, at the end of ``state``, which is then as long as before."""
+    for p in params[::2]:
+        if p in opt.state:
+            opt.state[p] = opt.state.pop(p)
+
+
+def swap_states(opt, params):
+    """Of pairs of one shape."""
+    for p, q in zip(params, params[1:], strict=False):
+        if p.shape == q.shape and p in opt.state:
+            opt.state[p], opt.state[q] = opt.state[q], opt.state[p]
+
+
+def reorder_params(opt, params):
+    opt.param_groups[0]["params"].reverse()
+
+
 CHANGES = [
+    reorder_state,
+    add_state_again,
+    swap_states,
+    reorder_params,
     replace_state,
     rename_key,
     swap_data,
@@ -227,6 +255,27 @@ def test_two_optimizers_of_many_in_two_threads(two_threads):
         t.join()
     for a, b in zip(alone, opts, strict=True):
         assert_same_state(a, b)
+
+
+@pytest.mark.parametrize("how", ("not finite", "found_inf", "no gradient"))
+def test_counters_of_either_precision_count_the_steps_taken(how, backend):
+    params = [p for dtype in (torch.float32, torch.float64, torch.bfloat16) for p in parameters([(5,), (300,)], dtype)]
+    opt = optim.Adam(params, skip_nonfinite=True, ema_decay=0.9, fused=True, backend=backend)
+    train(opt, params, 1)
+    for p in params[::2]:
+        opt.state[p]["step"] = opt.state[p]["step"].double()
+    for step in range(2):
+        set_grads(params, step, lambda i: how == "no gradient" and i != 0)
+        if how == "not finite":
+            params[0].grad[0] = torch.inf
+        elif how == "found_inf":
+            opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+        opt.step()
+        opt.grad_scale = opt.found_inf = None
+    train(opt, params, 1)
+    counters = [opt.state[p]["step"] for p in params]
+    assert [t.item() for t in counters] == [4 if how == "no gradient" else 2, *[2] * 5]
+    assert [t.dtype for t in counters] == [torch.float64, torch.float32] * 3
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
