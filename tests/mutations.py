@@ -85,7 +85,10 @@ def main(names: list[str]) -> int:
             write(path, original)
         passed = [test for test in defect["tests"] if test not in caught]
         survivors += [name] * (not caught)
-        print(f"{'caught' if caught else 'SURVIVES'}: {name}, {time.monotonic() - start:.0f} s; by {caught}, not by {passed}", flush=True)
+        print(
+            f"{'caught' if caught else 'SURVIVES'}: {name}, {time.monotonic() - start:.0f} s; by {caught}, not by {passed}",
+            flush=True,
+        )
     return len(survivors)
 
 

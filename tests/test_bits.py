@@ -224,7 +224,9 @@ def test_denormals_do_not_depend_on_the_thread():
             opt.step()
             torch.set_flush_denormal(False)
             assert (p == (0.0 if flush else p.grad[0].neg())).all(), flush
-            assert ((p.grad * 0.5).view(torch.int32) == p.grad[:1].mul(0.5).view(torch.int32)).all()  # by torch's threads
+            assert (
+                (p.grad * 0.5).view(torch.int32) == p.grad[:1].mul(0.5).view(torch.int32)
+            ).all()  # by torch's threads
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import threading
 
@@ -581,3 +582,237 @@ def test_a_group_changed_by_hand_is_looked_at_again(change):
     change(opt.param_groups[0], c)
     with pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": [c]})
+
+
+def test_an_interrupt_leaves_whole_steps(fresh):
+    """SIGINT in a long step, which lets other threads work, is told after it."""
+    code = """
+import os, signal, threading, torch
+from genopt_ext import optim
+p = torch.nn.Parameter(torch.ones(1 << 22))
+p.grad = torch.full_like(p, 0.5)
+opt = optim.AdamW([p])
+opt.step()
+interrupted = 0
+for delay in (0.02, 0.03, 0.05):
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        while True:
+            opt.step()
+    except KeyboardInterrupt:
+        interrupted += 1
+opt.step()
+q = torch.nn.Parameter(torch.ones(1))
+q.grad = torch.full_like(q, 0.5)
+twin = optim.AdamW([q])
+for _ in range(int(opt.state[p]["step"])):
+    twin.step()
+assert interrupted == 3
+for a, b in ((p, q), *((opt.state[p][name], twin.state[q][name]) for name in ("exp_avg", "exp_avg_sq"))):
+    assert (a == b).all()
+"""
+    out = fresh(code)
+    assert out.returncode == 0, out.stderr
+
+
+def during_a_long_step(opt, params, act):
+    """Calls ``act`` while another thread steps without the interpreter's lock, if it can be in time."""
+    counter = opt.state[params[0]]["step"]
+    before = counter.item()
+    thread = threading.Thread(target=opt.step)
+    thread.start()
+    while counter.item() == before and thread.is_alive():
+        pass
+    act()
+    thread.join()
+
+
+def load(opt, params):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def clear(opt, params):
+    opt.state.clear()
+    opt.zero_grad()
+
+
+def delete(opt, params):
+    opt.param_groups.clear()
+    opt.state.clear()
+    for p in params:
+        p.grad = None
+        p.data = torch.zeros(0)
+
+
+@pytest.mark.parametrize("act", (load, clear, delete))
+def test_what_a_running_step_works_on_may_be_taken_away(act):
+    """It holds its tensors; memory that is let go is used by others at once."""
+    results = []
+    for is_disturbed in (False, True):
+        params = parameters([(1 << 21,)])
+        opt = optim.AdamW(params, lr=0.1)
+        train(opt, params, 1)
+        weights = params[0].detach().view_as(params[0])
+        moments = opt.state[params[0]]["exp_avg"].view(-1) if act is delete else None
+        set_grads(params, 1)
+
+        def disturb(opt=opt, params=params):
+            act(opt, params)
+            gc.collect()
+            for _ in range(4):
+                torch.full((1 << 21,), torch.nan)
+
+        if is_disturbed:
+            during_a_long_step(opt, params, disturb)
+        else:
+            opt.step()
+        results.append([weights, moments])
+    for a, b in zip(*results, strict=True):
+        assert a is None or (assert_same_bits(a, b) is None)
+
+
+def test_a_second_thread_is_refused_while_the_first_steps():
+    params = parameters([(1 << 22,)])
+    opt = optim.AdamW(params)
+    train(opt, params, 1)
+    refused = []
+
+    def step_too():
+        try:
+            opt.step()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    for _ in range(50):  # until it comes in time
+        during_a_long_step(opt, params, step_too)
+        if refused:
+            break
+    assert "step() of this optimizer is already running in another thread" in refused[0]
+
+
+def test_another_process_goes_on_where_this_one_was(tmp_path, fresh):
+    """As with spawned workers: model and optimizer travel as bytes."""
+    params = parameters(SHAPES)
+    opt = train_and_return(optim.AdamW(params, ema_decay=0.9), params)
+    torch.save((opt, params), tmp_path / "opt")
+    code = f"""
+import torch
+from cases import train
+opt, params = torch.load({str(tmp_path / "opt")!r}, weights_only=False)
+assert all(p is q for p, q in zip(params, opt.param_groups[0]["params"], strict=True))
+train(opt, params, 2, first=3)
+torch.save((opt.state_dict(), params), {str(tmp_path / "end")!r})
+"""
+    out = fresh(code)
+    assert out.returncode == 0, out.stderr
+    train(opt, params, 2, first=3)
+    saved, their_params = torch.load(tmp_path / "end", weights_only=False)
+    twin = optim.AdamW(their_params, ema_decay=0.9)
+    twin.load_state_dict(saved)
+    assert_same_state(opt, twin)
+
+
+def test_dataloader_workers(fresh):
+    """Forked after steps on several threads, and while others go on."""
+    code = """
+import torch
+from genopt_ext import optim
+from torch.utils.data import DataLoader, TensorDataset
+torch.set_num_threads(2)
+results = []
+for workers in (0, 2):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 3000), torch.nn.Linear(3000, 64), torch.nn.Linear(64, 1))
+    opt = optim.AdamW(model.parameters(), max_grad_norm=1.0)
+    data = TensorDataset(torch.randn(64, 16))
+    model(data[0][0]).sum().backward()
+    opt.step()
+    for (x,) in DataLoader(data, batch_size=16, num_workers=workers):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+    results.append([p.detach() for p in model.parameters()])
+for p, q in zip(*results):
+    assert torch.equal(p, q)
+"""
+    out = fresh(code)
+    assert out.returncode == 0, out.stderr
+
+
+def test_safetensors(tmp_path):
+    """Every tensor of a checkpoint, codes and scales included, is one that it takes."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    for options in ({}, dict(state_dtype=torch.int8, min_int8_size=1), dict(master_weights=True)):
+        params = parameters(SHAPES, torch.bfloat16)
+        opt = train_and_return(optim.AdamW(params, ema_decay=0.9, **options), params)
+        saved = opt.state_dict()
+        tensors = {f"{i}.{name}": t for i, state in saved["state"].items() for name, t in state.items()}
+        safetensors.save_file(safetensors_ready(tensors), tmp_path / "state")
+        state = {i: {} for i in saved["state"]}
+        for key, t in safetensors.load_file(tmp_path / "state").items():
+            i, name = key.split(".")
+            state[int(i)][name] = t
+        twin = optim.AdamW([p.detach().clone().requires_grad_() for p in params], ema_decay=0.9, **options)
+        twin.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        assert_same_state(opt, twin, options)
+
+
+def safetensors_ready(tensors):
+    """It refuses tensors that share memory, as step counters do, or have strides of their own."""
+    return {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+
+
+KINDS = [
+    {},
+    dict(max_grad_norm=1.0, skip_nonfinite=True),
+    dict(clip_per_param=0.5, ema_decay=0.9),
+    dict(agc=0.1, clip_grad_value=0.5),
+    dict(state_dtype=torch.int8),
+    dict(state_dtype=torch.bfloat16, param_rounding="stochastic"),
+    dict(param_rounding="kahan"),
+    dict(master_weights=True),
+]
+GROWTH = """
+import gc, os, sys
+import torch
+from cases import parameters, set_grads
+from test_state import KINDS
+from genopt_ext import optim
+
+def size():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sys.getallocatedblocks()
+
+def step(opt, params, i):
+    set_grads(params, i % 2)
+    if i % 4 == 0:
+        opt.accumulate()
+        set_grads(params, 1)
+    opt.step_and_zero_() if i % 4 == 1 else opt.step(lambda: 1.0) if i % 4 == 2 else opt.step()
+    if opt.param_groups[0].get("ema_decay"):
+        with opt.swap_ema():
+            pass
+
+gc.collect()
+gc.freeze()  # what torch has made is not looked at again
+for options in KINDS:
+    params = [*parameters([(10_000,), (3, 5)]), *parameters([(5000,)], torch.bfloat16)]
+    params.append(torch.nn.Parameter(torch.ones(90, 70).t()))
+    opt = optim.AdamW(params, backend={backend!r}, **options)
+    sizes = [size()]
+    for window in range(8):
+        for i in range({steps}):
+            step(opt, params, i)
+        sizes.append(size())
+    grown, blocks = (min(b - a for a, b in zip(each, each[1:])) for each in zip(*sizes))
+    assert grown < 20_000 * {steps} and blocks < {steps}, (options, sizes)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux for the memory in use")
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_many_steps_of_every_kind_take_no_more_memory(backend, fresh):
+    """A tensor left behind at each step would be 40 KB, an object a block; caches are filled in the first runs of eight."""
+    out = fresh(GROWTH.format(backend=backend, steps=16))
+    assert out.returncode == 0, out.stderr
