@@ -1,4 +1,4 @@
-"""Plants defects into a copy of the sources, one at a time, and says which of them the tests named beside them let pass.
+"""Plants defects into a copy of the sources, one at a time, and says which the tests named beside them let pass.
 
     python tests/mutations.py [NAME ...]
 
@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutations"
@@ -83,12 +84,10 @@ def main(names: list[str]) -> int:
             caught = [test for test in defect["tests"] if catches(test)]
         finally:
             write(path, original)
-        passed = [test for test in defect["tests"] if test not in caught]
         survivors += [name] * (not caught)
-        print(
-            f"{'caught' if caught else 'SURVIVES'}: {name}, {time.monotonic() - start:.0f} s; by {caught}, not by {passed}",
-            flush=True,
-        )
+        verdict = f"caught by {', '.join(caught)}" if caught else "SURVIVES"
+        passed = ", ".join(set(defect["tests"]) - set(caught))
+        print(f"{name}: {verdict}{passed and f'; passes {passed}'} ({time.monotonic() - start:.0f} s)", flush=True)
     return len(survivors)
 
 

@@ -318,6 +318,34 @@ def test_infinite_momentum_stays_infinite(momentum, nesterov):
             assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [(CASES[0], dict(amsgrad=True)), (Case("SGD", dict(lr=0.1)), dict(momentum=0.9)),
+     (CASES[11], dict(centered=True)), (CASES[11], dict(momentum=0.5))],
+    ids=str,
+)  # fmt: skip
+def test_groups_with_states_of_their_own(case, option):
+    for order in (1, -1):
+        results = []
+        for make in (partial(case.ours, backend=NATIVE), partial(case.ours, backend="reference"), case.torch):
+            params = parameters([(300,), (5,), (7, 40), ()])
+            groups = [{"params": params[:2], **option}, {"params": params[2:]}]
+            results.append(make(groups[::order]))
+            train(results[-1], params)
+        assert_same_state(*results[:2], (case, option))
+        states = [[sorted(opt.state[p]) for group in opt.param_groups for p in group["params"]] for opt in results]
+        if case.name != "SGD":  # torch makes an empty buffer there
+            assert states[0] == states[2]
+        for p, q in zip(*([p for g in opt.param_groups for p in g["params"]] for opt in results[1:]), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("case", [Case("Adam", dict(betas=(0.5, 0.5))), Case("RMSprop", dict(alpha=0.5))], ids=str)
+def test_averages_half_way(case):
+    """Where the end that is interpolated from changes."""
+    run_both(case, lambda: parameters([(300,), (5,)]))
+
+
 def test_many_groups_and_sizes_share_tiles():
     """Rows of all sizes, groups with their own options, gradients that come and go."""
     sizes = [(1 + 37 * i % 700,) for i in range(60)]

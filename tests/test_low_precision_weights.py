@@ -69,7 +69,7 @@ from low_precision import (
 )
 
 import genopt_ext
-from genopt_ext import _backend, optim
+from genopt_ext import optim
 
 STOCHASTIC, KAHAN, MASTER = KEPT
 STATES = [{}, dict(state_dtype=torch.float32), dict(state_dtype=torch.bfloat16), INT8]
