@@ -147,6 +147,19 @@ def test_same_bits_on_the_gradient_path(case, kept, wide, dtype):
 
 
 @KERNELS
+@pytest.mark.parametrize("stored", (KEPT[0], INT8, dict(state_dtype=torch.bfloat16)), ids=str)
+def test_late_steps(stored):
+    """What is drawn at a step is drawn from all of its digits."""
+
+    def act(opt, params, step):
+        for p in params if step else ():
+            opt.state[p]["step"].fill_(float([0, 255, 511, 65_535, 2**24 - 2][step]))
+        take(opt, params, step)
+
+    run_both(ADAMW, lambda: parameters(BLOCKS, torch.bfloat16), stored, steps=5, act=act)
+
+
+@KERNELS
 @pytest.mark.parametrize(("kept", "layout", "dtype"), pairs(KEPT, list(layouts()), SIXTEEN), ids=str)
 def test_layouts(kept, layout, dtype):
     for opt in assert_same_in_layout(CASES[2], layout, dtype, {**kept, **INT8}):
