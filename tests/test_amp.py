@@ -148,6 +148,18 @@ def test_the_ordinary_path_gives_the_same(case, wide, make_scaler, backend):
         assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
 
 
+@pytest.mark.parametrize("more", [{}, dict(max_grad_norm=INF)], ids=str)
+def test_the_scales_reciprocal_is_rounded_to_float32(more, backend):
+    """As in torch's scaler; float64 gradients show it."""
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (300, 3)]
+    opt = optim.SGD(params, lr=1.0, fused=True, backend=backend, **more)
+    set_grads(params, 0, 37.0)
+    opt.grad_scale, opt.found_inf = torch.tensor(37.0), torch.tensor(0.0)
+    opt.step()
+    for p in params:
+        torch.testing.assert_close(-p.detach(), p.grad * torch.tensor(1 / 37.0).double(), rtol=1e-14, atol=0)
+
+
 @pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from itertools import pairwise
 
@@ -29,6 +30,8 @@ from cases import (
 from hypothesis import given, settings
 
 from genopt_ext import _backend, optim
+
+CAPABILITIES = [] if _backend.native is None else _backend.native.cpu_capabilities()
 
 pytestmark = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
 
@@ -81,32 +84,47 @@ def test_elements_do_not_depend_on_where_they_stand(case):
     assert (p == p[0]).all(), case
 
 
-DIGEST = """
-import sys, torch
-torch.set_num_threads({threads})
-from cases import CASES, parameters, train
-from genopt_ext import _C
-bits = []
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    for case in CASES:
-        params = parameters([(70_001,), (300, 7), (64,), ()], dtype)
-        train(case.ours(params, backend="cpu"), params)
-        bits += [p.detach().contiguous().view(torch.uint8) for p in params if p.dim()]
-print(_C.cpu_capability(), torch.hash_tensor(torch.cat([b.flatten() for b in bits])).item())
-"""
+CPU_KERNELS = pytest.mark.skipif(NATIVE != "cpu", reason="CPU kernels")
 
 
-@pytest.mark.skipif(NATIVE != "cpu" or not hasattr(torch, "hash_tensor"), reason="CPU kernels; hash_tensor")
-def test_same_bits_on_every_instruction_set_and_thread_count(fresh):
-    digests = {}
-    capabilities = _backend.native.cpu_capabilities()
-    for capability, threads in [(c, 2) for c in capabilities] + [(capabilities[0], 1), (capabilities[0], 3)]:
-        code = DIGEST.format(threads=threads)
-        out = fresh(code, GENOPT_CPU_CAPABILITY=capability)
-        assert out.returncode == 0, out.stderr
-        used, digests[capability, threads] = out.stdout.split()
-        assert used == capability
-    assert len(set(digests.values())) == 1, digests
+@pytest.fixture(scope="module")
+def digests_of_reference(fresh):
+    return digests_in(fresh, GENOPT_BACKEND="reference")
+
+
+def digests_in(fresh, **env):
+    out = fresh("import json, digests; print(json.dumps(digests.digests()))", **env)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout)
+
+
+@CPU_KERNELS
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_same_bits_on_every_instruction_set(capability, fresh, digests_of_reference):
+    found = digests_in(fresh, GENOPT_CPU_CAPABILITY=capability)
+    assert found.keys() == digests_of_reference.keys()
+    assert [name for name, digest in found.items() if digest != digests_of_reference[name]] == []
+
+
+@CPU_KERNELS
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_same_bits_with_1_to_64_threads(dtype):
+    """Of rows that begin and end within a thread's part, and steps that measure, clip, average and zero."""
+    opts, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5, 64):
+            torch.set_num_threads(threads)
+            params = parameters([(300_001,), (64,), (700, 700), (5,)], dtype)
+            opt = CASES[6].ours(params, max_grad_norm=1.0, ema_decay=0.9, backend=NATIVE)
+            set_grads(params, 0)
+            opt.step()
+            opt.step_and_zero_()
+            opts.append(opt)
+    finally:
+        torch.set_num_threads(before)
+    for opt in opts[1:]:
+        assert_same_state(opts[0], opt)
+        assert_same_bits(opts[0].grad_norm, opt.grad_norm)
 
 
 @pytest.mark.parametrize(
@@ -192,17 +210,26 @@ def test_centered_rmsprop_of_a_constant_gradient_is_finite():
 
 
 def test_denormals_do_not_depend_on_the_thread():
-    """The caller's flush-to-zero mode holds on every thread."""
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor can not flush denormals")
+    """The caller's flush-to-zero mode holds on every thread for as long as the step runs."""
+    p = torch.nn.Parameter(torch.zeros(1 << 18))
+    opt = Case("SGD", dict(lr=1.0)).ours([p])
+    before = torch.get_num_threads()
     try:
-        p = torch.nn.Parameter(torch.zeros(1 << 18))
-        opt = Case("SGD", dict(lr=1.0)).ours([p])
-        p.grad = torch.full_like(p, 1e-40)
-        opt.step()
-        assert (p.detach().view(torch.int32) == p.detach().view(torch.int32)[0]).all()
+        torch.set_num_threads(4)
+        for flush in (False, True, False, True):  # first without: threads begin in the mode of the one that makes them
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("this processor can not flush denormals")
+            p.data.zero_()
+            p.grad = torch.full_like(p, -1e-40)
+            opt.step()
+            torch.set_flush_denormal(False)
+            assert (p == (0.0 if flush else p.grad[0].neg())).all(), flush
+            assert (
+                (p.grad * 0.5).view(torch.int32) == p.grad[:1].mul(0.5).view(torch.int32)
+            ).all()  # by torch's threads
     finally:
         torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
 
 
 @st.composite
@@ -289,6 +316,34 @@ def test_infinite_momentum_stays_infinite(momentum, nesterov):
     for result in results[1:]:
         for ours, theirs in zip(result, results[0], strict=True):
             assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [(CASES[0], dict(amsgrad=True)), (Case("SGD", dict(lr=0.1)), dict(momentum=0.9)),
+     (CASES[11], dict(centered=True)), (CASES[11], dict(momentum=0.5))],
+    ids=str,
+)  # fmt: skip
+def test_groups_with_states_of_their_own(case, option):
+    for order in (1, -1):
+        results = []
+        for make in (partial(case.ours, backend=NATIVE), partial(case.ours, backend="reference"), case.torch):
+            params = parameters([(300,), (5,), (7, 40), ()])
+            groups = [{"params": params[:2], **option}, {"params": params[2:]}]
+            results.append(make(groups[::order]))
+            train(results[-1], params)
+        assert_same_state(*results[:2], (case, option))
+        states = [[sorted(opt.state[p]) for group in opt.param_groups for p in group["params"]] for opt in results]
+        if case.name != "SGD":  # torch makes an empty buffer there
+            assert states[0] == states[2]
+        for p, q in zip(*([p for g in opt.param_groups for p in g["params"]] for opt in results[1:]), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("case", [Case("Adam", dict(betas=(0.5, 0.5))), Case("RMSprop", dict(alpha=0.5))], ids=str)
+def test_averages_half_way(case):
+    """Where the end that is interpolated from changes."""
+    run_both(case, lambda: parameters([(300,), (5,)]))
 
 
 def test_many_groups_and_sizes_share_tiles():

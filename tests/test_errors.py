@@ -182,12 +182,24 @@ def test_shared_memory_is_refused():
     opt.step()
 
 
-def test_state_that_shares_memory_is_refused():
-    params = parameters([(5,), (5,)])
+@pytest.mark.parametrize("first", (0, 1, 2))
+@pytest.mark.parametrize("name", ("exp_avg", "step", "ema", "master"))
+def test_state_that_shares_memory_is_refused(name, first):
+    """Also what comes to share it later, and wherever its parameter stands."""
+    params = parameters([(5,)] * 4, torch.bfloat16)
+    opt = optim.AdamW(params, ema_decay=0.9, master_weights=True, backend=NATIVE)
+    train(opt, params, 2)
+    opt.state[params[first]][name] = opt.state[params[first + 1]][name]
+    either = f"group 0 parameter [{first}{first + 1}]"
+    refused(opt, params, f"{either} .* shares memory with {either} ")
+
+
+def test_a_parameter_that_comes_to_share_memory_is_refused():
+    params = parameters([(5,)] * 3)
     opt = optim.AdamW(params, backend=NATIVE)
-    train(opt, params, 1)
-    opt.state[params[0]]["exp_avg"] = opt.state[params[1]]["exp_avg"]
-    refused(opt, params, "shares memory")
+    train(opt, params, 2)
+    params[0].data = params[1].data
+    refused(opt, params, "group 0 parameter [01] .* shares memory with group 0 parameter [01] ")
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import threading
 
@@ -108,7 +109,35 @@ def resize_storage(opt, params):
                 t.data = t.data.clone()
 
 
+def reorder_state(opt, params):
+    entries = list(opt.state.items())
+    opt.state.clear()
+    opt.state.update(reversed(entries))
+
+
+def add_state_again(opt, params):
+    """Of every other parameter, at the end of ``state``, which is then as long as before."""
+    for p in params[::2]:
+        if p in opt.state:
+            opt.state[p] = opt.state.pop(p)
+
+
+def swap_states(opt, params):
+    """Of pairs of one shape."""
+    for p, q in zip(params, params[1:], strict=False):
+        if p.shape == q.shape and p in opt.state:
+            opt.state[p], opt.state[q] = opt.state[q], opt.state[p]
+
+
+def reorder_params(opt, params):
+    opt.param_groups[0]["params"].reverse()
+
+
 CHANGES = [
+    reorder_state,
+    add_state_again,
+    swap_states,
+    reorder_params,
     replace_state,
     rename_key,
     swap_data,
@@ -227,6 +256,27 @@ def test_two_optimizers_of_many_in_two_threads(two_threads):
         t.join()
     for a, b in zip(alone, opts, strict=True):
         assert_same_state(a, b)
+
+
+@pytest.mark.parametrize("how", ("not finite", "found_inf", "no gradient"))
+def test_counters_of_either_precision_count_the_steps_taken(how, backend):
+    params = [p for dtype in (torch.float32, torch.float64, torch.bfloat16) for p in parameters([(5,), (300,)], dtype)]
+    opt = optim.Adam(params, skip_nonfinite=True, ema_decay=0.9, fused=True, backend=backend)
+    train(opt, params, 1)
+    for p in params[::2]:
+        opt.state[p]["step"] = opt.state[p]["step"].double()
+    for step in range(2):
+        set_grads(params, step, lambda i: how == "no gradient" and i != 0)
+        if how == "not finite":
+            params[0].grad[0] = torch.inf
+        elif how == "found_inf":
+            opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+        opt.step()
+        opt.grad_scale = opt.found_inf = None
+    train(opt, params, 1)
+    counters = [opt.state[p]["step"] for p in params]
+    assert [t.item() for t in counters] == [4 if how == "no gradient" else 2, *[2] * 5]
+    assert [t.dtype for t in counters] == [torch.float64, torch.float32] * 3
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
@@ -532,3 +582,242 @@ def test_a_group_changed_by_hand_is_looked_at_again(change):
     change(opt.param_groups[0], c)
     with pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": [c]})
+
+
+def test_an_interrupt_leaves_whole_steps(fresh):
+    """SIGINT in a long step, which lets other threads work, is told after it."""
+    code = """
+import os, signal, threading, torch
+from genopt_ext import optim
+p = torch.nn.Parameter(torch.ones(1 << 22))
+p.grad = torch.full_like(p, 0.5)
+opt = optim.AdamW([p])
+opt.step()
+interrupted = 0
+for delay in (0.02, 0.03, 0.05):
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        while True:
+            opt.step()
+    except KeyboardInterrupt:
+        interrupted += 1
+opt.step()
+q = torch.nn.Parameter(torch.ones(1))
+q.grad = torch.full_like(q, 0.5)
+twin = optim.AdamW([q])
+for _ in range(int(opt.state[p]["step"])):
+    twin.step()
+assert interrupted == 3
+for a, b in ((p, q), *((opt.state[p][name], twin.state[q][name]) for name in ("exp_avg", "exp_avg_sq"))):
+    assert (a == b).all()
+"""
+    out = fresh(code)
+    assert out.returncode == 0, out.stderr
+
+
+def during_a_long_step(opt, params, act):
+    """Calls ``act`` while another thread steps without the interpreter's lock, if it can be in time."""
+    counter = opt.state[params[0]]["step"]
+    before = counter.item()
+    thread = threading.Thread(target=opt.step)
+    thread.start()
+    while counter.item() == before and thread.is_alive():
+        pass
+    act()
+    thread.join()
+
+
+def load(opt, params):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def clear(opt, params):
+    opt.state.clear()
+    opt.zero_grad()
+
+
+def delete(opt, params):
+    opt.param_groups.clear()
+    opt.state.clear()
+    for p in params:
+        p.grad = None
+        p.data = torch.zeros(0)
+
+
+@pytest.mark.parametrize("act", (load, clear, delete))
+def test_what_a_running_step_works_on_may_be_taken_away(act):
+    """It holds its tensors; memory that is let go is used by others at once."""
+    results = []
+    for is_disturbed in (False, True):
+        params = parameters([(1 << 21,)])
+        opt = optim.AdamW(params, lr=0.1)
+        train(opt, params, 1)
+        weights = params[0].detach().view_as(params[0])
+        moments = opt.state[params[0]]["exp_avg"].view(-1) if act is delete else None
+        set_grads(params, 1)
+
+        def disturb(opt=opt, params=params):
+            act(opt, params)
+            gc.collect()
+            for _ in range(4):
+                torch.full((1 << 21,), torch.nan)
+
+        if is_disturbed:
+            during_a_long_step(opt, params, disturb)
+        else:
+            opt.step()
+        results.append([weights, moments])
+    for a, b in zip(*results, strict=True):
+        assert a is None or (assert_same_bits(a, b) is None)
+
+
+def test_a_second_thread_is_refused_while_the_first_steps():
+    params = parameters([(1 << 22,)])
+    opt = optim.AdamW(params)
+    train(opt, params, 1)
+    refused = []
+
+    def step_too():
+        try:
+            opt.step()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    for _ in range(50):  # until it comes in time
+        during_a_long_step(opt, params, step_too)
+        if refused:
+            break
+    assert "step() of this optimizer is already running in another thread" in refused[0]
+
+
+def test_another_process_goes_on_where_this_one_was(tmp_path, fresh):
+    """As with spawned workers: model and optimizer travel as bytes."""
+    params = parameters(SHAPES)
+    opt = train_and_return(optim.AdamW(params, ema_decay=0.9), params)
+    torch.save((opt, params), tmp_path / "opt")
+    code = f"""
+import torch
+from cases import train
+opt, params = torch.load({str(tmp_path / "opt")!r}, weights_only=False)
+assert all(p is q for p, q in zip(params, opt.param_groups[0]["params"], strict=True))
+train(opt, params, 2, first=3)
+torch.save((opt.state_dict(), params), {str(tmp_path / "end")!r})
+"""
+    out = fresh(code)
+    assert out.returncode == 0, out.stderr
+    train(opt, params, 2, first=3)
+    saved, their_params = torch.load(tmp_path / "end", weights_only=False)
+    twin = optim.AdamW(their_params, ema_decay=0.9)
+    twin.load_state_dict(saved)
+    assert_same_state(opt, twin)
+
+
+def test_dataloader_workers(fresh):
+    """Forked after steps on several threads, and while others go on."""
+    code = """
+import torch
+from genopt_ext import optim
+from torch.utils.data import DataLoader, TensorDataset
+torch.set_num_threads(2)
+results = []
+for workers in (0, 2):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 3000), torch.nn.Linear(3000, 64), torch.nn.Linear(64, 1))
+    opt = optim.AdamW(model.parameters(), max_grad_norm=1.0)
+    data = TensorDataset(torch.randn(64, 16))
+    model(data[0][0]).sum().backward()
+    opt.step()
+    for (x,) in DataLoader(data, batch_size=16, num_workers=workers):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+    results.append([p.detach() for p in model.parameters()])
+for p, q in zip(*results):
+    assert torch.equal(p, q)
+"""
+    out = fresh(code)
+    assert out.returncode == 0, out.stderr
+
+
+def test_safetensors(tmp_path):
+    """Every tensor of a checkpoint, codes and scales included, is one that it takes."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    for options in ({}, dict(state_dtype=torch.int8, min_int8_size=1), dict(master_weights=True)):
+        params = parameters(SHAPES, torch.bfloat16)
+        opt = train_and_return(optim.AdamW(params, ema_decay=0.9, **options), params)
+        saved = opt.state_dict()
+        tensors = {f"{i}.{name}": t for i, state in saved["state"].items() for name, t in state.items()}
+        safetensors.save_file(safetensors_ready(tensors), tmp_path / "state")
+        state = {i: {} for i in saved["state"]}
+        for key, t in safetensors.load_file(tmp_path / "state").items():
+            i, name = key.split(".")
+            state[int(i)][name] = t
+        twin = optim.AdamW([p.detach().clone().requires_grad_() for p in params], ema_decay=0.9, **options)
+        twin.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        assert_same_state(opt, twin, options)
+
+
+def safetensors_ready(tensors):
+    """It refuses tensors that share memory, as step counters do, or have strides of their own."""
+    return {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+
+
+KINDS = [
+    {},
+    dict(max_grad_norm=1.0, skip_nonfinite=True),
+    dict(clip_per_param=0.5, ema_decay=0.9),
+    dict(agc=0.1, clip_grad_value=0.5),
+    dict(state_dtype=torch.int8),
+    dict(state_dtype=torch.bfloat16, param_rounding="stochastic"),
+    dict(param_rounding="kahan"),
+    dict(master_weights=True),
+]
+GROWTH = """
+import gc, os
+import torch
+from cases import parameters, set_grads
+from test_state import KINDS
+from genopt_ext import optim
+
+def size():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(gc.get_objects())
+
+def step(i):
+    for p, grad in zip(params, grads):
+        p.grad = grad.clone()
+    if i % 4 == 0:
+        opt.accumulate()
+        params[0].grad = grads[0].clone()
+    opt.step_and_zero_() if i % 4 == 1 else opt.step(lambda: 1.0) if i % 4 == 2 else opt.step()
+    if opt.param_groups[0].get("ema_decay"):
+        with opt.swap_ema():
+            pass
+
+torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # what torch has made is not looked at again
+for options in KINDS:
+    params = [*parameters([(10_000,), (3, 5)]), *parameters([(5000,)], torch.bfloat16)]
+    params.append(torch.nn.Parameter(torch.ones(90, 70).t()))
+    set_grads(params, 0)
+    grads = [p.grad for p in params]
+    opt = optim.AdamW(params, backend={backend!r}, **options)
+    sizes = []
+    for i in range(4 * {steps}):
+        if i % {steps} == 0:
+            sizes.append(size())
+        step(i)
+    # A cache is filled once.
+    grown, objects = (min(b - a for a, b in zip(each[1:], each[2:])) for each in zip(*sizes))
+    assert grown < 20_000 * {steps} and objects < {steps}, (options, sizes)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux for the memory in use")
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_many_steps_of_every_kind_take_no_more_memory(backend, fresh):
+    """A tensor or a list left behind at each step would be an object, and a tensor 40 KB."""
+    out = fresh(GROWTH.format(backend=backend, steps=16))
+    assert out.returncode == 0, out.stderr
