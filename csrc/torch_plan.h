@@ -54,7 +54,7 @@ struct Refusal {
   std::vector<int64_t> groups;  // with an option that is no finite number
   std::vector<std::pair<int64_t, int64_t>> overlaps;
   std::vector<int> devices;        // of active rows, where a norm has to meet on one, or a tensor lacks on one
-  bool gradients_overlap = false;  // and are to be zeroed, which another row's step would then see
+  bool gradients_overlap = false;  // and are to be written, which another row's step would then see
 
   bool is_empty() const {
     return rows.empty() && groups.empty() && overlaps.empty() && devices.empty() && !gradients_overlap;
@@ -172,7 +172,7 @@ class TorchPlan {
     read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
     if (!control.only_measure && (moved || !refusal.rows.empty())) check_overlaps(refusal);
-    refusal.gradients_overlap = control.zero && gradients_overlap_;
+    refusal.gradients_overlap = may_write_gradients() && gradients_overlap_;
     std::vector<DeviceTensors> tensors;
     for (const int device : devices_)
       if (const auto found = tensors_on(device, arguments)) tensors.push_back(*found);
@@ -266,6 +266,11 @@ class TorchPlan {
       if (const c10::TensorImpl* grad = grad_of(r + kNext)) fetch(grad->unsafe_storage().unsafeGetStorageImpl(), 128);
   }
 
+  // If the step is not skipped, which is known later.
+  bool may_write_gradients() const {
+    return plan_.control.gradients != Gradients::kKept;
+  }
+
   const c10::TensorImpl* grad_of(size_t r) const {
     if (!THPVariable_CheckExact(params_[r]) || grads_) return nullptr;
     const at::Tensor& grad = THPVariable_Unpack(params_[r]).unsafeGetTensorImpl()->grad();
@@ -307,7 +312,7 @@ class TorchPlan {
     Control& control = plan_.control;
     // As torch: the reciprocal of a loss scale is rounded to float.
     if (const DeviceTensor& scale = tensors[kGradScale]; scale.address)
-      control.scale *= static_cast<double>(static_cast<float>(1.0 / read_number(scale)));
+      control.scale *= control.unscale = static_cast<double>(static_cast<float>(1.0 / read_number(scale)));
     if (const DeviceTensor& found = tensors[kFoundInf]; found.address) control.skip = read_number(found) != 0;
     plan_.group_scales.clear();
     for (int64_t i = 0; i < tensors[kGroupScales].count; ++i)
@@ -526,6 +531,7 @@ class TorchPlan {
     has_grad_[r] = grad != nullptr;
     // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
     if (!is_plain(param) || param.is_inference()) return false;
+    if (grad && may_write_gradients() && grad->is_inference()) return false;
     const bool mixes = grad && may_mix(grad->scalar_type()) && may_mix(param.scalar_type());
     if (grad && (!is_plain(*grad) || grad->sizes() != param.sizes() || grad->is_complex() != param.is_complex() ||
                  (!grads_ && !mixes && grad->scalar_type() != param.scalar_type())))
@@ -557,7 +563,7 @@ class TorchPlan {
       row.dtype[k] = t.scalar_type() == at::kChar   ? DType::kInt8
                      : t.scalar_type() == at::kByte ? DType::kUInt8
                                                     : *plain_dtype(t.scalar_type());
-      const bool reads = k == kGrad && !plan_.control.zero;
+      const bool reads = k == kGrad && !may_write_gradients();
       row.data[k] = reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
       // A GPU has no access to an address that is no multiple of the element's size.
       const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
@@ -699,8 +705,8 @@ class TorchPlan {
     uint64_t hash = 0x9e3779b97f4a7c15u;
     const auto mix = [&hash](uint64_t value) { hash = (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29); };
     for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad || plan_.control.zero) mix(reinterpret_cast<uintptr_t>(row.data[k]));
-    mix(plan_.control.zero);
+      if (k != kGrad || may_write_gradients()) mix(reinterpret_cast<uintptr_t>(row.data[k]));
+    mix(may_write_gradients());
     for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
     mix(reinterpret_cast<uintptr_t>(row.step));
     mix(row.numel);
@@ -727,7 +733,7 @@ class TorchPlan {
     const auto add = [&](const at::Tensor& t, size_t r) { add_to(regions, t, r); };
     for (size_t r = 0; r < params_.size(); ++r) {
       if (!THPVariable_Check(params_[r])) continue;
-      if (plan_.control.zero && has_grad_[r] && plan_.rows[r].active) add_to(gradients, *handles_[r][kGrad], r);
+      if (may_write_gradients() && has_grad_[r] && plan_.rows[r].active) add_to(gradients, *handles_[r][kGrad], r);
       add(THPVariable_Unpack(params_[r]), r);
       PyObject *entries = states_[r], *key, *value;
       if (!entries || !PyDict_Check(entries)) continue;
@@ -778,7 +784,9 @@ class TorchPlan {
       const bool steps = !(plan_.control.skip && row.device == kHost) && !plan_.control.only_measure;
       for (int k = 0; k < kHandles; ++k) {
         if (!handles_[r][k]) continue;
-        const bool written = k == kGrad ? plan_.control.zero : steps && !(k == kParam && (row.used & kRests));
+        const bool zeroes = plan_.control.gradients == Gradients::kZeroed;
+        const bool written =
+            k == kGrad ? may_write_gradients() && (steps || zeroes) : steps && !(k == kParam && (row.used & kRests));
         if (written) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
       }
     }

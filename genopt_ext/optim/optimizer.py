@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from .. import _backend, clip, reference, storage
+from .. import _backend, clip, gradients, reference, storage
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
@@ -39,17 +39,12 @@ SERVED = {"cpu", "cuda"}  # device types that have kernels
 # A parameter and where it stands: (group index, index in the group, the parameter).
 Place = tuple[int, int, Tensor]
 
-# What the native plan could not take: rows, groups, overlaps, devices, whether gradients to be zeroed overlap. See
+# What the native plan could not take: rows, groups, overlaps, devices, whether gradients to be written overlap. See
 # csrc/torch_plan.h.
 Refusal = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int], bool]
 
 # Calls the native plan with the rows to leave out, and what it is told besides.
 NativeStep = Callable[[Sequence[int], dict[str, Any]], "Refusal | None"]
-
-
-def _zero(g: Tensor) -> None:
-    """Also where elements share memory, as after ``expand()``."""
-    g[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in g.stride())].zero_()
 
 
 class _Saved:
@@ -106,6 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
     _results: dict[str, Tensor] | None = None  # what a step writes beside the parameters, on their device
     _zeroes = False  # the running step zeroes gradients
+    _keeps_scale = False  # the running step leaves the loss scale in gradients
     _checks = False  # the running step finds infinities for a GradScaler
     _swapped = False
     _in_backward: InBackward | None = None  # while genopt_ext.step_in_backward is on
@@ -419,14 +415,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._zeroes = False
 
-    def _step_scaled(self, scale: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+    def _step_scaled(self, scale: Tensor, keeps_scale: bool, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """A step with gradients that are ``scale`` times too large; also tells whether one was not finite (0 or 1)."""
-        self.grad_scale, self._checks = scale, True
+        self.grad_scale, self._keeps_scale, self._checks = scale, keeps_scale, True
         try:
             result = self.step(*args, **kwargs)
         finally:
             del self.grad_scale
-            self._checks = False
+            self._keeps_scale = self._checks = False
         return result, self._results_on(None)["nonfinite"]
 
     def _refuse_swapped(self) -> None:
@@ -474,10 +470,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         arguments: dict[str, Any] = {}
         if self._micro_batches:
             arguments.update(
-                grads=[self._gathered.get(p) for _, _, p in self._places()], scale=1.0 / self._micro_batches, zero=True
+                grads=[self._gathered.get(p) for _, _, p in self._places()],
+                scale=1.0 / self._micro_batches,
+                gradients="zeroed",
             )
         elif self._zeroes:
-            arguments.update(zero=True)
+            arguments.update(gradients="zeroed")
         if self._max_grad_norm is not None:
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
@@ -487,7 +485,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
                 arguments.update(skipped_steps=[results["skipped_steps"]])
-            if self._checks:
+            if "guard" in arguments:
                 arguments.update(nonfinite=[results["nonfinite"]])
         # GradScaler sets these for one step.
         for name in ("grad_scale", "found_inf"):
@@ -499,6 +497,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     else torch.tensor(float(given), dtype=torch.float32, device="cpu")
                 )
                 arguments[name] = [t if device is None else t.to(device)]
+        if "grad_scale" in arguments and not self._keeps_scale:
+            arguments.setdefault("gradients", "unscaled")
         return arguments
 
     def _results_on(self, device: torch.device | None) -> dict[str, Tensor]:
@@ -536,6 +536,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group(i, self.param_groups[i])
             self._complete(self.param_groups[i])
         self._check_overlaps(places, overlaps)
+        for r in rows if "gradients" in arguments else ():
+            self._check_writable(places[r])
         missing = {r: names for r in rows if (names := self._check(places[r]))}
         away = [p for _, _, p in (places[r] for r in rows) if self._step_is_away(p)]
         if missing or away:
@@ -558,19 +560,30 @@ class FusedOptimizer(torch.optim.Optimizer):
             if by_reference:
                 self._tell_reference(places[by_reference[0]])
             if gradients_overlap:
-                self._zero_apart(arguments, places, step)
+                self._write_gradients_apart(arguments, places, step)
                 return
         self._step_apart(by_reference, arguments, places, step)
 
-    def _zero_apart(self, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
-        """A step, and only then gradients that share memory become zero: within it one row would see another's."""
-        arguments = {name: value for name, value in arguments.items() if name != "zero"}
-        self._zeroes = False
-        if (refusal := step((), arguments)) is not None:
-            self._settle(refusal, arguments, places, step)
-        for _, _, p in places:
-            if (g := self._gradient(p)) is not None:
-                _zero(g)
+    def _write_gradients_apart(self, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
+        """A step, and only then gradients that share memory are written: within it one row would see another's."""
+        left = arguments["gradients"]
+        arguments = {name: value for name, value in arguments.items() if name != "gradients"}
+        before = self._zeroes, self._keeps_scale
+        self._zeroes, self._keeps_scale = False, True
+        try:
+            if (refusal := step((), arguments)) is not None:
+                self._settle(refusal, arguments, places, step)
+        finally:
+            self._zeroes, self._keeps_scale = before
+        grads = [g for _, _, p in places if (g := self._gradient(p)) is not None]
+        if left == "zeroed":
+            gradients.zero_(grads)
+            return
+        found = [arguments["found_inf"][0] != 0] if "found_inf" in arguments else []
+        if "guard" in arguments:
+            found.append(self._results_on(None)["nonfinite"] != 0)
+        skips = torch.stack([each.to(found[0].device) for each in found]).any() if found else None
+        gradients.unscale_(grads, gradients.unscaling(arguments["grad_scale"][0]), skips)
 
     def _step_apart(
         self, by_reference: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
@@ -593,7 +606,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         arguments = {**arguments, **self._arguments(home)} if arguments else {}
         scale, group_scales, found = self._decide(places, active, apart, home, arguments)
         if self._resolved != "reference" and len(apart) < len(places):
-            native: dict[str, Any] = {name: arguments[name] for name in ("grads", "zero", "scale") if name in arguments}
+            native: dict[str, Any] = {name: arguments[name] for name in ("grads", "gradients", "scale") if name in arguments}
             native.update(group_scales=[group_scales.to(d) for d in devices])
             if "grad_scale" in arguments:
                 native.update(grad_scale=[arguments["grad_scale"][0].to(d) for d in devices])
@@ -608,9 +621,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             group, g = self.param_groups[i], self._gradient(p)
             if not skips:
                 self._step_by_reference(p, g, group, scale * group_scales[i].item())
-        for r in by_reference if arguments.get("zero") else ():
-            if (g := self._gradient(places[r][2])) is not None:
-                _zero(g)
+        grads = [g for r in by_reference if (g := self._gradient(places[r][2])) is not None]
+        if arguments.get("gradients") == "zeroed":
+            gradients.zero_(grads)
+        elif arguments.get("gradients") == "unscaled" and not skips:
+            gradients.unscale_(grads, gradients.unscaling(arguments["grad_scale"][0]).item())
 
     def _must_step(self, refusal: Refusal | None) -> None:
         if refusal is not None:
@@ -665,7 +680,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         scale, scale_tensor = arguments.get("scale", 1.0), torch.ones((), dtype=torch.float64, device=home)
         if "grad_scale" in arguments:
-            scale_tensor = arguments["grad_scale"][0].to(home).double().reciprocal().float().double()
+            scale_tensor = gradients.unscaling(arguments["grad_scale"][0].to(home))
             if apart:
                 scale *= scale_tensor.item()
         whole = scale_tensor * arguments.get("scale", 1.0)
@@ -858,6 +873,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{where} or its state shares memory with {self._name(places[b])}, so an update in place would be "
                 "wrong; list only one of them, or give them memory of their own with .clone()"
+            )
+
+    def _check_writable(self, place: Place) -> None:
+        g = self._gradient(place[2])
+        if g is not None and g.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}.step: {self._name(place)}: gradient is an inference tensor, and this step "
+                "writes gradients; make it outside of torch.inference_mode(), or take a step that leaves them alone"
             )
 
     def _check(self, place: Place) -> list[str]:
