@@ -21,28 +21,25 @@ def zero_(grads: Sequence[Tensor]) -> None:
         _elements(g).zero_()
 
 
-def unscale_(grads: Sequence[Tensor], factor: float | Tensor, skips: Tensor | None = None) -> None:
-    """Takes a loss scale off gradients: once also where they share memory, and not where the step ``skips``.
-
-    Args:
-        grads: all of a step that may share memory.
-        factor: what :func:`unscaling` gives.
-        skips: 0-dim bool, or None: no.
-    """
+def unscale_(grads: Sequence[Tensor], loss_scale: Tensor, skips: Sequence[Tensor] = ()) -> None:
+    """Takes a loss scale off gradients: once also where they share memory, and not where one of ``skips`` is not 0."""
     elements = [_elements(g) for g in grads]
+    factor = reciprocal(loss_scale)
+    skipped = [skip.to(loss_scale.device) != 0 for skip in skips]
+    keeps = torch.stack(skipped).any() if skipped else None
+    # All before the first is written.
     unscaled = [_unscaled(g, factor) for g in elements]
     for g, new in zip(elements, unscaled, strict=True):
-        g.copy_(new if skips is None else torch.where(skips.to(g.device), g, new))
+        g.copy_(new if keeps is None else torch.where(keeps.to(g.device), g, new))
 
 
-def unscaling(loss_scale: Tensor) -> Tensor:
-    """1 / loss scale, as float64: torch rounds it to float32."""
+def reciprocal(loss_scale: Tensor) -> Tensor:
+    """In float64, and rounded to float32 as torch does."""
     return loss_scale.double().reciprocal().float().double()
 
 
-def _unscaled(g: Tensor, factor: float | Tensor) -> Tensor:
+def _unscaled(g: Tensor, factor: Tensor) -> Tensor:
     if g.is_complex():
-        parts = _unscaled(torch.view_as_real(g.resolve_conj()), factor)
-        return torch.view_as_complex(parts)
-    wide = g.to(reference.compute_dtype(g))
-    return (wide * (factor.to(wide) if isinstance(factor, Tensor) else factor)).to(g.dtype)
+        return torch.view_as_complex(_unscaled(torch.view_as_real(g.resolve_conj()), factor))
+    compute = reference.compute_dtype(g)
+    return (g.to(compute) * factor.to(device=g.device, dtype=compute)).to(g.dtype)

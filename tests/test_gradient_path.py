@@ -25,6 +25,7 @@ from cases import (
     SIZES,
     STATEFUL,
     Case,
+    Odd,
     assert_same_bits,
     assert_same_state,
     pairs,
@@ -848,26 +849,6 @@ def test_exports():
 
 
 # Rows that kernels do not serve, beside rows that they do
-
-
-class Odd(torch.Tensor):
-    """A tensor subclass with a dispatch of its own, which the reference serves."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        def unwrap(x):
-            return x.inner if isinstance(x, Odd) else x
-
-        args_, kwargs_ = torch.utils._pytree.tree_map(unwrap, (args, kwargs or {}))
-        out = func(*args_, **kwargs_)
-        in_place = func._schema.name.endswith("_")
-        return args[0] if in_place else torch.utils._pytree.tree_map_only(torch.Tensor, Odd, out)
 
 
 @pytest.mark.filterwarnings("ignore:genopt_ext. .*no kernels for Odd")

@@ -356,10 +356,11 @@ __device__ inline double as_double(uint64_t bits) {
   return x;
 }
 
-// Writes what the step leaves in the gradient. `grad`: as it was loaded, where it is unscaled.
+// Writes what the step leaves in the gradient. `grad`: as it was loaded, where that is not zero.
 template <class T>
-__device__ void leave_gradient(LaneOperand<T>& grad, const Table& table, const Tile& tile, T (*slots)[kThreads]) {
-  const bool zeroes = table.gradients == Gradients::kZeroed;
+__device__ void leave_gradient(const Table& table, Gradients left, LaneOperand<T>& grad, const Tile& tile,
+                               T (*slots)[kThreads]) {
+  const bool zeroes = left == Gradients::kZeroed;
   const T unscale = static_cast<T>(as_double(table.words[Table::kUnscale]));
 #pragma unroll
   for (int j = 0; j < kElements; ++j) grad.values[j] = zeroes ? T(0) : unscale * grad.values[j];
@@ -455,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
   LaneOperand<T> x[kOperands];
   if (skips) {
     x[kGrad].load(here, kGrad, address(kGrad));
-    leave_gradient(x[kGrad], table, here, slots.values[kGrad]);
+    leave_gradient(table, Gradients::kZeroed, x[kGrad], here, slots.values[kGrad]);
     return;
   }
 #pragma unroll
@@ -496,7 +497,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
       if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], turn);
   }
   if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
-  if (!rests && table.gradients != Gradients::kKept) leave_gradient(x[kGrad], table, here, slots.values[kGrad]);
+  if (!rests && table.gradients != Gradients::kKept)
+    leave_gradient(table, table.gradients, x[kGrad], here, slots.values[kGrad]);
 }
 
 __device__ inline double read_number(uint64_t word) {

@@ -465,17 +465,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         refusal: Refusal | None = self._plan.step(self.param_groups, self.state, skipped, **arguments)
         return refusal
 
-    def _arguments(self, device: torch.device | None) -> dict[str, Any]:
-        """What the native plan is told of this step beside the groups; what it writes is made on ``device``."""
+    def _arguments(self, device: torch.device | None, writes_gradients: bool = True) -> dict[str, Any]:
+        """What the native plan is told of this step beside the groups; results are made on ``device``."""
         arguments: dict[str, Any] = {}
         if self._micro_batches:
             arguments.update(
-                grads=[self._gathered.get(p) for _, _, p in self._places()],
-                scale=1.0 / self._micro_batches,
-                gradients="zeroed",
+                grads=[self._gathered.get(p) for _, _, p in self._places()], scale=1.0 / self._micro_batches
             )
-        elif self._zeroes:
-            arguments.update(gradients="zeroed")
         if self._max_grad_norm is not None:
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
@@ -497,8 +493,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     else torch.tensor(float(given), dtype=torch.float32, device="cpu")
                 )
                 arguments[name] = [t if device is None else t.to(device)]
-        if "grad_scale" in arguments and not self._keeps_scale:
-            arguments.setdefault("gradients", "unscaled")
+        if writes_gradients and (self._zeroes or self._micro_batches):
+            arguments.update(gradients="zeroed")
+        elif writes_gradients and "grad_scale" in arguments and not self._keeps_scale:
+            arguments.update(gradients="unscaled")
         return arguments
 
     def _results_on(self, device: torch.device | None) -> dict[str, Tensor]:
@@ -550,7 +548,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
-        by_reference: Sequence[int] = rows
+        by_reference, gradients_overlap = rows, False
         if self._resolved != "reference":
             again = step((), arguments)
             if again is None:
@@ -559,31 +557,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_overlaps(places, overlaps)
             if by_reference:
                 self._tell_reference(places[by_reference[0]])
-            if gradients_overlap:
-                self._write_gradients_apart(arguments, places, step)
-                return
+        if "gradients" not in arguments or not (by_reference or gradients_overlap):
+            self._step_apart(by_reference, arguments, places, step)
+            return
+        # Gradients may share memory: within the step one row would see what another left.
+        left = arguments.pop("gradients")
         self._step_apart(by_reference, arguments, places, step)
-
-    def _write_gradients_apart(self, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
-        """A step, and only then gradients that share memory are written: within it one row would see another's."""
-        left = arguments["gradients"]
-        arguments = {name: value for name, value in arguments.items() if name != "gradients"}
-        before = self._zeroes, self._keeps_scale
-        self._zeroes, self._keeps_scale = False, True
-        try:
-            if (refusal := step((), arguments)) is not None:
-                self._settle(refusal, arguments, places, step)
-        finally:
-            self._zeroes, self._keeps_scale = before
         grads = [g for _, _, p in places if (g := self._gradient(p)) is not None]
         if left == "zeroed":
             gradients.zero_(grads)
-            return
-        found = [arguments["found_inf"][0] != 0] if "found_inf" in arguments else []
-        if "guard" in arguments:
-            found.append(self._results_on(None)["nonfinite"] != 0)
-        skips = torch.stack([each.to(found[0].device) for each in found]).any() if found else None
-        gradients.unscale_(grads, gradients.unscaling(arguments["grad_scale"][0]), skips)
+        else:
+            gradients.unscale_(grads, arguments["grad_scale"][0], self._skips(arguments))
+
+    def _skips(self, arguments: dict[str, Any]) -> list[Tensor]:
+        """What says by a number other than 0 that the step just taken with ``arguments`` was skipped."""
+        found = [self._results_on(None)["nonfinite"]] if "guard" in arguments else []
+        return found + arguments.get("found_inf", [])
 
     def _step_apart(
         self, by_reference: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
@@ -600,13 +589,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._results_on(None)["grad_norm"].zero_()
             arguments = {}
         home = devices[0] if devices else torch.device("cpu")
+        writes = "gradients" in arguments
         if self._resolved != "reference" and len(devices) <= 1 and not apart:
-            self._must_step(step((), self._arguments(home) if active else {}))
+            self._must_step(step((), self._arguments(home, writes) if active else {}))
             return
-        arguments = {**arguments, **self._arguments(home)} if arguments else {}
+        arguments = {**arguments, **self._arguments(home, writes)} if arguments else {}
         scale, group_scales, found = self._decide(places, active, apart, home, arguments)
         if self._resolved != "reference" and len(apart) < len(places):
-            native: dict[str, Any] = {name: arguments[name] for name in ("grads", "gradients", "scale") if name in arguments}
+            native = {name: arguments[name] for name in ("grads", "gradients", "scale") if name in arguments}
             native.update(group_scales=[group_scales.to(d) for d in devices])
             if "grad_scale" in arguments:
                 native.update(grad_scale=[arguments["grad_scale"][0].to(d) for d in devices])
@@ -621,11 +611,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             group, g = self.param_groups[i], self._gradient(p)
             if not skips:
                 self._step_by_reference(p, g, group, scale * group_scales[i].item())
-        grads = [g for r in by_reference if (g := self._gradient(places[r][2])) is not None]
-        if arguments.get("gradients") == "zeroed":
-            gradients.zero_(grads)
-        elif arguments.get("gradients") == "unscaled" and not skips:
-            gradients.unscale_(grads, gradients.unscaling(arguments["grad_scale"][0]).item())
 
     def _must_step(self, refusal: Refusal | None) -> None:
         if refusal is not None:
@@ -680,7 +665,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         scale, scale_tensor = arguments.get("scale", 1.0), torch.ones((), dtype=torch.float64, device=home)
         if "grad_scale" in arguments:
-            scale_tensor = gradients.unscaling(arguments["grad_scale"][0].to(home))
+            scale_tensor = gradients.reciprocal(arguments["grad_scale"][0].to(home))
             if apart:
                 scale *= scale_tensor.item()
         whole = scale_tensor * arguments.get("scale", 1.0)
