@@ -596,7 +596,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         arguments = {**arguments, **self._arguments(home, writes)} if arguments else {}
         scale, group_scales, found = self._decide(places, active, apart, home, arguments)
         if self._resolved != "reference" and len(apart) < len(places):
-            native = {name: arguments[name] for name in ("grads", "gradients", "scale") if name in arguments}
+            told = ("grads", "gradients", "scale")
+            native: dict[str, Any] = {name: arguments[name] for name in told if name in arguments}
             native.update(group_scales=[group_scales.to(d) for d in devices])
             if "grad_scale" in arguments:
                 native.update(grad_scale=[arguments["grad_scale"][0].to(d) for d in devices])
