@@ -15,16 +15,24 @@ namespace py = pybind11;
 namespace genopt {
 namespace {
 
+Gradients gradients_of(const std::optional<std::string>& left) {
+  if (!left) return Gradients::kKept;
+  if (*left == "zeroed") return Gradients::kZeroed;
+  if (*left == "unscaled") return Gradients::kUnscaled;
+  throw std::invalid_argument("gradients must be 'zeroed', 'unscaled' or None, got '" + *left + "'");
+}
+
 // Throws pybind11's form of a Python error that torch_plan.h found.
 py::object step(TorchPlan& plan, const py::object& param_groups, const py::object& state,
                 const std::vector<int64_t>& skipped, const std::optional<py::list>& grads, double max_norm,
-                double scale, int norm, bool measure, bool guard, bool zero, bool only_measure,
-                const std::optional<py::list>& grad_scale, const std::optional<py::list>& found_inf,
+                double scale, int norm, bool measure, bool guard, const std::optional<std::string>& gradients,
+                bool only_measure, const std::optional<py::list>& grad_scale, const std::optional<py::list>& found_inf,
                 const std::optional<py::list>& group_scales, const std::optional<py::list>& grad_norm,
                 const std::optional<py::list>& nonfinite, const std::optional<py::list>& skipped_steps) {
   const auto pointer = [](const std::optional<py::list>& list) { return list ? list->ptr() : nullptr; };
   StepArguments arguments;
-  arguments.control = {max_norm, scale, static_cast<Norm>(norm), measure, guard, false, zero, only_measure};
+  arguments.control = {max_norm, scale, static_cast<Norm>(norm), measure,
+                       guard,    false, gradients_of(gradients), only_measure};
   arguments.grads = pointer(grads);
   arguments.tensors = {pointer(grad_scale), pointer(found_inf), pointer(group_scales),
                        pointer(grad_norm),  pointer(nonfinite), pointer(skipped_steps)};
@@ -45,7 +53,7 @@ void register_plan(py::module_& m) {
       .def_property_readonly("launches", &TorchPlan::launches)
       .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("skipped"), py::kw_only(),
            py::arg("grads") = py::none(), py::arg("max_norm") = kUnset, py::arg("scale") = 1.0, py::arg("norm") = 0,
-           py::arg("measure") = false, py::arg("guard") = false, py::arg("zero") = false,
+           py::arg("measure") = false, py::arg("guard") = false, py::arg("gradients") = py::none(),
            py::arg("only_measure") = false, py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none(),
            py::arg("group_scales") = py::none(), py::arg("grad_norm") = py::none(), py::arg("nonfinite") = py::none(),
            py::arg("skipped_steps") = py::none());

@@ -126,6 +126,10 @@ constexpr Options kNoOptions = [] {
   return options;
 }();
 
+// What a step leaves in the gradients' memory. kZeroed: also where the step is skipped. kUnscaled: g / loss scale, not
+// clipped, as torch's fused kernels do; where the step is skipped, gradients are kept.
+enum class Gradients : uint8_t { kKept, kZeroed, kUnscaled };
+
 // What a step does with gradients, beside the groups' options.
 struct Control {
   double max_norm = kUnset;  // for all groups that do not clip alone
@@ -134,8 +138,13 @@ struct Control {
   bool measure = false;  // norms are wanted, if only to be told
   bool guard = false;    // gradients that are not finite skip the step
   bool skip = false;     // the step is to be skipped
-  bool zero = false;     // gradients become zero, skipped or not
+  Gradients gradients = Gradients::kKept;
   bool only_measure = false;
+  double unscale = 1;  // 1 / loss scale alone
+
+  bool writes_gradients() const {
+    return gradients == Gradients::kZeroed || (gradients == Gradients::kUnscaled && !skip);
+  }
 };
 
 // An option that stands in a device's memory, where a step reads it; without address: a number in Options.
@@ -149,8 +158,8 @@ using Sources = std::array<Source, kMaxOptions>;
 using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, int64_t end);
 // Measures one span of an operand.
 using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
-// Sets elements [begin, end) tiles of a row's gradient to zero.
-using ZeroKernel = void (*)(const Row& row, int64_t begin, int64_t end);
+// Writes what Control::gradients leaves in tiles [begin, end) of a row's gradient.
+using GradientKernel = void (*)(const Row& row, const Control& control, int64_t begin, int64_t end);
 // Moves bytes [begin, end) of all arrays, of which the first `written` are written, and computes nothing: cpu/stream.h.
 // `fresh`: they are not read, and where it says so written past the caches.
 constexpr int kMaxStreams = 8;
@@ -163,7 +172,7 @@ using StreamKernel = void (*)(const Streams& streams, int64_t begin, int64_t end
 struct KernelTable {
   std::array<std::array<std::array<TileKernel, 2>, kUses>, kRules> tiles{};
   std::array<std::array<SpanKernel, 2>, 3> spans{};
-  ZeroKernel zero = nullptr;
+  GradientKernel leave_gradient = nullptr;
   StreamKernel stream = nullptr;
 };
 

@@ -58,7 +58,7 @@ struct Refusal {
   std::vector<std::pair<int64_t, int64_t>>
       grad_overlaps;               // the gradient of one with what belongs to another, or itself
   std::vector<int> devices;        // of active rows, where a norm has to meet on one, or a tensor lacks on one
-  bool gradients_overlap = false;  // and are to be zeroed, which another row's step would then see
+  bool gradients_overlap = false;  // and are to be written, which another row's step would then see
 
   bool is_empty() const {
     return rows.empty() && groups.empty() && overlaps.empty() && grad_overlaps.empty() && devices.empty() &&
@@ -199,7 +199,7 @@ class TorchPlan {
     } else if (grads_moved) {
       check_grads(refusal);
     }
-    refusal.gradients_overlap = control.zero && gradients_overlap_;
+    refusal.gradients_overlap = may_write_gradients() && gradients_overlap_;
     std::vector<DeviceTensors> tensors;
     for (const int device : devices_)
       if (const auto found = tensors_on(device, arguments)) tensors.push_back(*found);
@@ -294,6 +294,11 @@ class TorchPlan {
       if (const c10::TensorImpl* grad = grad_of(r + kNext)) fetch(grad->unsafe_storage().unsafeGetStorageImpl(), 128);
   }
 
+  // If the step is not skipped, which is known later.
+  bool may_write_gradients() const {
+    return plan_.control.gradients != Gradients::kKept;
+  }
+
   const c10::TensorImpl* grad_of(size_t r) const {
     if (!THPVariable_CheckExact(params_[r]) || grads_) return nullptr;
     const at::Tensor& grad = THPVariable_Unpack(params_[r]).unsafeGetTensorImpl()->grad();
@@ -335,7 +340,7 @@ class TorchPlan {
     Control& control = plan_.control;
     // As torch: the reciprocal of a loss scale is rounded to float.
     if (const DeviceTensor& scale = tensors[kGradScale]; scale.address)
-      control.scale *= static_cast<double>(static_cast<float>(1.0 / read_number(scale)));
+      control.scale *= control.unscale = static_cast<double>(static_cast<float>(1.0 / read_number(scale)));
     if (const DeviceTensor& found = tensors[kFoundInf]; found.address) control.skip = read_number(found) != 0;
     plan_.group_scales.clear();
     for (int64_t i = 0; i < tensors[kGroupScales].count; ++i)
@@ -567,7 +572,7 @@ class TorchPlan {
     if (watched_ || (grad && storages_[row.group].differentiable)) return false;
     // Gradients of a dtype that does not mix with the parameter's come only from an accumulation of ours.
     if (!is_plain(param) || !may_be_written(param)) return false;
-    if (grad && plan_.control.zero && !may_be_written(*grad)) return false;
+    if (grad && may_write_gradients() && !may_be_written(*grad)) return false;
     const bool mixes = grad && may_mix(grad->scalar_type()) && may_mix(param.scalar_type());
     if (grad && (!is_plain(*grad) || grad->sizes() != param.sizes() || grad->is_complex() != param.is_complex() ||
                  (!grads_ && !mixes && grad->scalar_type() != param.scalar_type())))
@@ -599,7 +604,7 @@ class TorchPlan {
       row.dtype[k] = t.scalar_type() == at::kChar   ? DType::kInt8
                      : t.scalar_type() == at::kByte ? DType::kUInt8
                                                     : *plain_dtype(t.scalar_type());
-      const bool reads = k == kGrad && !plan_.control.zero;
+      const bool reads = k == kGrad && !may_write_gradients();
       row.data[k] = reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
       // A GPU has no access to an address that is no multiple of the element's size.
       const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
@@ -747,8 +752,8 @@ class TorchPlan {
     uint64_t hash = 0x9e3779b97f4a7c15u;
     const auto mix = [&hash](uint64_t value) { hash = mixed(hash, value); };
     for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad || plan_.control.zero) mix(reinterpret_cast<uintptr_t>(row.data[k]));
-    mix(plan_.control.zero);
+      if (k != kGrad || may_write_gradients()) mix(reinterpret_cast<uintptr_t>(row.data[k]));
+    mix(may_write_gradients());
     for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
     mix(reinterpret_cast<uintptr_t>(row.step));
     mix(row.numel);
@@ -790,7 +795,7 @@ class TorchPlan {
     std::vector<Region> regions, gradients;
     for (size_t r = 0; r < params_.size(); ++r) {
       if (!THPVariable_Check(params_[r])) continue;
-      if (plan_.control.zero && has_grad_[r] && plan_.rows[r].active)
+      if (may_write_gradients() && has_grad_[r] && plan_.rows[r].active)
         gradients.push_back(region_of(*handles_[r][kGrad], r));
       for_each_own(r, [&](const at::Tensor& t) {
         if (is_in_memory(t)) regions.push_back(region_of(t, r));
@@ -843,16 +848,16 @@ class TorchPlan {
     return moved;
   }
 
-  // Whether gradients share memory with what the step writes, or their zeroing with anything of the optimizer's.
+  // Whether gradients share memory with what the step writes, or what is written to them with anything of the optimizer's.
   void check_grads(Refusal& refusal) {
     for (size_t r = 0; r < params_.size(); ++r) {
       const at::Tensor* const grad = has_grad_[r] ? find_grad(r) : nullptr;
       if (!grad || !is_in_memory(*grad) || (!grads_ && is_alone(*grad))) continue;
       for (const Region* met : written_.find_met(region_of(*grad, r))) {
         const size_t owner = static_cast<size_t>(met->owner);
-        if (!plan_.control.zero && owner == r && is_own(*grad, r)) continue;
+        if (!may_write_gradients() && owner == r && is_own(*grad, r)) continue;
         recheck_overlaps_ = true;
-        if (plan_.control.zero || takes_part(owner)) refusal.grad_overlaps.emplace_back(r, owner);
+        if (may_write_gradients() || takes_part(owner)) refusal.grad_overlaps.emplace_back(r, owner);
       }
     }
   }
@@ -905,7 +910,9 @@ class TorchPlan {
       const bool steps = !(plan_.control.skip && row.device == kHost) && !plan_.control.only_measure;
       for (int k = 0; k < kHandles; ++k) {
         if (!handles_[r][k]) continue;
-        const bool written = k == kGrad ? plan_.control.zero : steps && !(k == kParam && (row.used & kRests));
+        const bool zeroes = plan_.control.gradients == Gradients::kZeroed;
+        const bool written =
+            k == kGrad ? may_write_gradients() && (steps || zeroes) : steps && !(k == kParam && (row.used & kRests));
         // Tensors made in inference mode have no version.
         if (written && !handles_[r][k]->is_inference()) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
       }

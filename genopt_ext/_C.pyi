@@ -1,7 +1,7 @@
 """The native kernels of genopt_ext: csrc/bindings.cpp."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 _Pairs = list[tuple[int, int]]
 _Refusal = tuple[list[int], list[int], _Pairs, _Pairs, list[int], bool]
@@ -22,7 +22,7 @@ class Plan:
         norm: int = 0,
         measure: bool = False,
         guard: bool = False,
-        zero: bool = False,
+        gradients: Literal["zeroed", "unscaled"] | None = None,
         only_measure: bool = False,
         grad_scale: list[Any] | None = None,
         found_inf: list[Any] | None = None,

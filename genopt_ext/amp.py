@@ -16,7 +16,29 @@ class GradScaler(torch.amp.GradScaler):
     torch's checks all gradients for infinities in a pass of its own that reads and writes them, before the step
     unscales or clips. With an optimizer of :mod:`genopt_ext.optim` the pass that measures their norm tells it too.
     After ``unscale_``, and for other optimizers, everything is as with torch's.
+
+    Args:
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
+        unscale_grads: whether ``.grad`` is without its scale after :meth:`step`, as with torch's scaler, for those who
+            look at it then. The step writes it in the same pass over memory; False saves that write. In a skipped step
+            the gradients stay as they are.
     """
+
+    _unscale_grads = False
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        unscale_grads: bool = False,
+    ) -> None:
+        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._unscale_grads = unscale_grads
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's: steps with unscaled gradients, or not at all where one is not finite.
@@ -38,7 +60,8 @@ class GradScaler(torch.amp.GradScaler):
         scale = self._get_scale_async()
         assert scale is not None
         # As torch: a scale that the user has set counts too.
-        result, found = optimizer._step_scaled(scale * getattr(optimizer, "grad_scale", 1), *args, **kwargs)
+        scale = scale * getattr(optimizer, "grad_scale", 1)
+        result, found = optimizer._step_scaled(scale, not self._unscale_grads, *args, **kwargs)
         state["found_inf_per_device"] = {found.device: found}
         state["stage"] = OptState.STEPPED
         return result

@@ -98,6 +98,26 @@ def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(DEVICE, dtype)
 
 
+class Odd(Tensor):
+    """A tensor subclass with a dispatch of its own, which the reference serves."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrap(x):
+            return x.inner if isinstance(x, Odd) else x
+
+        args_, kwargs_ = torch.utils._pytree.tree_map(unwrap, (args, kwargs or {}))
+        out = func(*args_, **kwargs_)
+        in_place = func._schema.name.endswith("_")
+        return args[0] if in_place else torch.utils._pytree.tree_map_only(torch.Tensor, Odd, out)
+
+
 def layouts(dtype=torch.float32):
     """Parameters in every kind of layout, each of at least two tiles where it can be."""
     base = randn((40, 30, 20), 1, dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from cases import (
     SHAPES,
     STATEFUL,
     Case,
+    Odd,
     assert_same_bits,
     assert_same_state,
     pairs,
@@ -68,6 +71,14 @@ def take(opt, params, scaler, bads, first=0):
     return scales
 
 
+def unscaled(grad, scale):
+    """As torch: times 1 / scale, which is rounded to float32, in float32 or, for float64, in that."""
+    factor = (1.0 / torch.tensor(scale, dtype=torch.float64, device="cpu")).float().item()
+    if grad.is_complex():
+        return torch.view_as_complex(unscaled(torch.view_as_real(grad), scale))
+    return (grad.to(torch.promote_types(grad.dtype, torch.float32)) * factor).to(grad.dtype)
+
+
 def saved_state(opt, params):
     return [p.detach().clone() for p in params], [
         {n: t.clone() for n, t in opt.state.get(p, {}).items() if t is not None} for p in params
@@ -111,13 +122,15 @@ def test_scaled_steps(row, make_scaler, backend):
     scaler = make_scaler()
     for step, bad in enumerate([INF, None, None, NAN, None]):
         set_grads(params, step, scaler.get_scale(), bad)
-        recipe.step(scaler.get_scale(), bad is not None)
+        before = scaler.get_scale()
+        recipe.step(before, bad is not None)
         grads = [(p.grad, p.grad.clone()) for p in params]
         scaler.step(opt)
         scaler.update()
+        unscales = type(scaler) is torch.amp.GradScaler and bad is None
         for p, (grad, old) in zip(params, grads, strict=True):
             assert p.grad is grad
-            assert_same_bits(grad, old)
+            assert_same_bits(grad, unscaled(old, before) if unscales else old)
         if bad is None:
             recipe.assert_followed_by(opt, (case, wide, step))
         else:
@@ -126,6 +139,184 @@ def test_scaled_steps(row, make_scaler, backend):
                 torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
     assert scaler.get_scale() == 1024.0 / 4 * 4 / 4
     assert not hasattr(opt, "found_inf") or opt.found_inf is None
+
+
+# What stays in .grad
+
+KINDS = dict(
+    torch=torch.amp.GradScaler,
+    ours=genopt_ext.GradScaler,
+    unscaling=functools.partial(genopt_ext.GradScaler, unscale_grads=True),
+)
+CLIPS = [{}, dict(max_grad_norm=1.0), dict(clip_per_param=0.5), dict(agc=0.1), dict(clip_grad_value=0.01)]
+
+
+def strided_like(grad):
+    """The same numbers in another order in memory, with gaps."""
+    room = torch.full((*grad.shape[::-1], 2), 7, dtype=grad.dtype)
+    view = room[..., 0].permute(*range(grad.dim() - 1, -1, -1))
+    return view.copy_(grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "dtype", "wide"),
+    pairs(
+        list(KINDS),
+        BACKENDS,
+        [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128],
+        CLIPS,
+    ),
+    ids=str,
+)
+def test_gradients_after_a_scaled_step(kind, backend, dtype, wide):
+    """Without their scale, which is no power of two, but not clipped; a skipped step leaves them, and rows at rest."""
+    if dtype.is_complex and "clip_grad_value" in wide:
+        wide = {}
+    params = parameters([(257,), (1,), (), (0,), (40, 30), (2, 3, 40), (70_001,)], dtype)
+    half = [p for p in params if p.dim() == 2 and not p.is_complex()]
+    opt = optim.AdamW(params, fused=True, ema_decay=0.9, backend=backend, **wide)
+    scaler = started(KINDS[kind](DEVICE, init_scale=37.0, **FACTORS))
+    for step, bad in enumerate([None, INF, None]):
+        scale = scaler.get_scale()
+        set_grads(params, step, scale, bad)
+        params[-2].grad = strided_like(params[-2].grad)
+        if dtype == torch.bfloat16:
+            for p in half:
+                p.grad_dtype = None
+                p.grad = p.grad.float()  # mixed
+        if step:
+            params[1].grad = None
+        old = [None if p.grad is None else p.grad.clone() for p in params]
+        versions = [None if p.grad is None else p.grad._version for p in params]
+        if kind == "torch" and dtype.is_complex:  # which its check does not take
+            opt.grad_scale, opt.found_inf = scaler._get_scale_async(), torch.tensor(float(bad is not None))
+            opt.step()
+        else:
+            scaler.step(opt)
+            scaler.update()
+        writes = kind != "ours" and bad is None
+        for p, grad, version in zip(params, old, versions, strict=True):
+            if grad is not None:
+                assert_same_bits(p.grad, unscaled(grad, scale) if writes else grad, (p.shape, step))
+                assert not writes or p.grad._version > version
+    if half and not half[0].grad.is_contiguous():
+        assert (params[-2].grad.untyped_storage()[1::2] == 7).all()
+
+
+@pytest.mark.parametrize("name", [name for name in optim.OURS if name not in ("RMSprop", "AdamW8bit", "Adam8bit")])
+def test_gradients_are_as_torchs_fused_classes_leave_them(name):
+    """torch's, ours with kernels and the reference, with torch's scaler; a skipped step too."""
+    left = []
+    for make in (
+        functools.partial(getattr(torch.optim, name), fused=True),
+        functools.partial(getattr(optim, name), fused=True, max_grad_norm=0.1),
+        functools.partial(getattr(optim, name), fused=True, max_grad_norm=0.1, backend="reference"),
+    ):
+        params = parameters(SHAPES)
+        scaler = started(torch.amp.GradScaler(DEVICE, init_scale=2.0**16))
+        opt = make(params)
+        seen = []
+        for step, bad in enumerate([None, INF, None]):
+            set_grads(params, step, scaler.get_scale(), bad)
+            scaler.step(opt)
+            scaler.update()
+            seen += [p.grad.clone() for p in params]
+        left.append(seen)
+    for theirs, ours, plain in zip(*left, strict=True):
+        assert_same_bits(ours, theirs)
+        assert_same_bits(plain, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:genopt_ext. .*no kernels for Odd")
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("how", ["same", "shifted", "expanded", "beside a subclass"])
+def test_gradients_that_share_memory_are_unscaled_once(how, skips, backend):
+    """And no row sees what another one left."""
+    room = torch.arange(1.0, 1001.0) * 37.0
+    params = parameters([(600,), (600,)])
+    weights = [p.detach() for p in params]
+    if how == "beside a subclass":
+        params[1] = Odd(weights[1])
+    grads = {
+        "shifted": lambda: (room[:600], room[100:700]),
+        "expanded": lambda: (room[:1].expand(600), room[:600]),
+    }.get(how, lambda: (room[:600], room[:600]))()
+    opt = optim.SGD(params, lr=1.0, fused=True, backend=backend)
+    before, old = [w.clone() for w in weights], [g.clone() for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = Odd(g) if isinstance(p, Odd) else g
+    opt.grad_scale, opt.found_inf = torch.tensor(37.0), torch.tensor(float(skips))
+    opt.step()
+    for w, start, seen, g in zip(weights, before, grads, old, strict=True):
+        assert_same_bits(seen, g if skips else unscaled(g, 37.0))
+        torch.testing.assert_close(w, start if skips else start - g / 37.0)
+
+
+def test_unscaling_leaves_the_source_of_a_lazy_copy_alone(backend):
+    source = torch.full((300,), 8.0)
+    p = parameters([(300,)])[0]
+    p.grad = torch._lazy_clone(source)
+    opt = optim.SGD([p], fused=True, backend=backend)
+    opt.grad_scale = torch.tensor(8.0)
+    opt.step()
+    assert (source == 8.0).all()
+    assert (p.grad == 1.0).all()
+
+
+def test_a_nonfinite_step_leaves_gradients_as_they_are(backend):
+    """Where skip_nonfinite skips it, and no scaler has looked."""
+    params = parameters(SHAPES)
+    opt = optim.SGD(params, fused=True, skip_nonfinite=True, backend=backend)
+    set_grads(params, 0, 8.0, NAN)
+    params[1].grad = params[0].grad[:35].view(7, 5) if backend == "auto" else params[1].grad  # they share memory
+    old = [p.grad.clone() for p in params]
+    opt.grad_scale = torch.tensor(8.0)
+    opt.step()
+    for p, g in zip(params, old, strict=True):
+        assert_same_bits(p.grad, g)
+    assert opt.skipped_steps == 1
+
+
+def test_zeroing_goes_before_unscaling(backend):
+    params = parameters(SHAPES)
+    opt = optim.SGD(params, fused=True, backend=backend)
+    set_grads(params, 0, 8.0)
+    opt.grad_scale = torch.tensor(8.0)
+    opt.step_and_zero_()
+    assert all((p.grad == 0).all() for p in params)
+
+
+def test_a_gradient_that_can_not_be_unscaled_is_refused(backend):
+    """Before anything is changed."""
+    params = parameters([(7,), (300,)])
+    opt = optim.SGD(params, momentum=0.9, fused=True, backend=backend)
+    set_grads(params, 0, 8.0)
+    with torch.inference_mode():
+        params[1].grad = torch.ones(300)
+    before, old = saved_state(opt, params), [p.grad.clone() for p in params]
+    opt.grad_scale = torch.tensor(8.0)
+    with pytest.raises(RuntimeError, match=r"group 0 parameter 1 .*inference"):
+        opt.step()
+    assert_unchanged(opt, params, before)
+    assert not opt.state
+    for p, g in zip(params, old, strict=True):
+        assert_same_bits(p.grad, g)
+    del opt.grad_scale
+    opt.step()
+
+
+def test_the_scalers_option():
+    """Keyword-only, off, and part of a copy."""
+    with pytest.raises(TypeError):
+        genopt_ext.GradScaler(DEVICE, 8.0, 2.0, 0.5, 1, True, True)
+    for scaler in (KINDS["unscaling"](DEVICE, init_scale=8.0), genopt_ext.GradScaler(DEVICE, init_scale=8.0)):
+        for copied in (scaler, copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
+            params = parameters([(300,)])
+            opt = optim.SGD(params, backend="auto")
+            set_grads(params, 0, 8.0)
+            old = params[0].grad.clone()
+            started(copied).step(opt)
+            assert_same_bits(params[0].grad, old / 8 if scaler._unscale_grads else old)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +345,11 @@ def test_the_scales_reciprocal_is_rounded_to_float32(more, backend):
     params = [torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (300, 3)]
     opt = optim.SGD(params, lr=1.0, fused=True, backend=backend, **more)
     set_grads(params, 0, 37.0)
+    scaled = [p.grad.clone() for p in params]
     opt.grad_scale, opt.found_inf = torch.tensor(37.0), torch.tensor(0.0)
     opt.step()
-    for p in params:
-        torch.testing.assert_close(-p.detach(), p.grad * torch.tensor(1 / 37.0).double(), rtol=1e-14, atol=0)
+    for p, g in zip(params, scaled, strict=True):
+        torch.testing.assert_close(-p.detach(), g * torch.tensor(1 / 37.0).double(), rtol=1e-14, atol=0)
 
 
 @pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")

@@ -552,6 +552,22 @@ def test_a_parameter_listed_twice_is_stepped_twice_as_by_torchs_loop(case, backe
         torch.testing.assert_close(there, t, msg=name)
 
 
+@pytest.mark.parametrize("left", [0.0, 1.0])
+def test_gradients_of_a_parameter_listed_twice_are_written_after_its_last_turn(left, backend):
+    p = parameters([(5,)])[0]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        opt = optim.SGD([p, p], lr=0.5, backend=backend)
+    before = p.detach().clone()
+    if left == 0:
+        p.grad = torch.ones(5)
+        opt.step_and_zero_()
+    else:
+        p.grad, opt.grad_scale, opt.found_inf = torch.full((5,), 4.0), torch.tensor(4.0), torch.tensor(0.0)
+        opt.step()
+    assert_same_bits(p.detach(), before - 0.5 - 0.5)
+    assert_same_bits(p.grad, torch.full((5,), left))
+
+
 @pytest.mark.parametrize("kind", ["another parameter's view", "its own elements"])
 def test_other_overlaps_are_refused_beside_a_parameter_listed_twice(kind):
     p = parameters([(6,)])[0]

@@ -210,7 +210,6 @@ def test_a_parameter_that_comes_to_share_memory_is_refused():
         "a clip by norm": dict(params=[], max_grad_norm=1.0),
         "skip_nonfinite": dict(skip_nonfinite=True),
         "ema_decay": dict(ema_decay=0.9),
-        "step_and_zero_": {},
         "accumulate": {},
     }.items(),
 )

@@ -152,20 +152,20 @@ void measure(Plan& plan, int threads) {
 }
 
 void run(const Plan& plan, int threads) {
-  const ZeroKernel zero = kernel_table().zero;
+  const GradientKernel leave_gradient = kernel_table().leave_gradient;
   in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
     for_range(plan, &Row::first_tile, host_tiles, ~0u, begin, end, [&](int64_t r, int64_t first, int64_t last) {
       const Row& row = plan.rows[r];
-      const bool zeroes = plan.control.zero && !(row.used & kRests);
-      // What is zeroed is still in the cache.
-      const int64_t block = zeroes ? kSpan : last - first;
+      const bool writes = plan.control.writes_gradients() && !(row.used & kRests);
+      // The gradient that is written is still in the cache.
+      const int64_t block = writes ? kSpan : last - first;
       for (int64_t at = first; at < last; at += block) {
         const int64_t stop = std::min(at + block, last);
         if (!plan.control.skip) {
           const Prepared& prepared = plan.prepared()[row.prepared];
           prepared.kernel(prepared.scalars, row, at, stop);
         }
-        if (zeroes) zero(row, at, stop);
+        if (writes) leave_gradient(row, plan.control, at, stop);
       }
     });
   });
@@ -181,7 +181,7 @@ void step(Plan& plan, int threads) {
   if (control.measure) measure(plan, threads);
   if (control.measure || control.scale != 1 || !plan.group_scales.empty())
     control.skip = !plan.decide() || control.skip;
-  if (control.only_measure || (control.skip && !control.zero)) return;
+  if (control.only_measure || (control.skip && !control.writes_gradients())) return;
   if (plan.is_clipping()) plan.number();
   if (!control.skip) plan.prepare(kernel_table());
   run(plan, threads);

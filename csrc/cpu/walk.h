@@ -91,7 +91,7 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
 }
 
 // Sets tiles of the gradient to zero.
-inline void zero(const Row& row, int64_t begin, int64_t end) {
+inline void zero_gradient(const Row& row, int64_t begin, int64_t end) {
   const int64_t start = begin * kTile, stop = std::min(end * kTile, row.numel);
   const int size = size_of(row.dtype[kGrad]);
   char* const base = static_cast<char*>(row.data[kGrad]);
@@ -104,6 +104,38 @@ inline void zero(const Row& row, int64_t begin, int64_t end) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, stop - at));
     locate(row.layout->sizes, row.layout->strides[kGrad], at, count, offsets);
     for (int i = 0; i < count; ++i) std::memset(base + offsets[i] * size, 0, size);
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void multiply(T factor, int count, T* x) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) x[i] = factor * x[i];
+}
+
+// Takes the loss scale off tiles of the gradient.
+template <class T>
+void unscale_gradient(const Row& row, T factor, int64_t begin, int64_t end) {
+  constexpr struct {
+    uint32_t random = 0, turn = 0;
+  } kToNearest;
+  TileOperand<T> grad;
+  const int64_t stop = std::min(end * kTile, row.numel);
+  for (int64_t start = begin * kTile; start < stop; start += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
+    const int padded = (count + kLanes - 1) & -kLanes;
+    multiply(factor, padded, grad.load(row, kGrad, start, count, padded));
+    grad.store(kToNearest);
+  }
+}
+
+inline void leave_gradient(const Row& row, const Control& control, int64_t begin, int64_t end) {
+  if (control.gradients == Gradients::kZeroed) {
+    zero_gradient(row, begin, end);
+  } else if (row.dtype[kGrad] == DType::kFloat64) {
+    unscale_gradient(row, control.unscale, begin, end);
+  } else {
+    unscale_gradient(row, static_cast<float>(control.unscale), begin, end);
   }
 }
 
@@ -168,7 +200,7 @@ const KernelTable& kernel_table() {
     for (const Norm norm : {Norm::kTwo, Norm::kOne, Norm::kMax})
       with_measure(
           norm, [&]<class M>(M) { kernels.spans[static_cast<int>(norm)] = {measure<M, float>, measure<M, double>}; });
-    kernels.zero = zero;
+    kernels.leave_gradient = leave_gradient;
     kernels.stream = stream_lines<>;
     return kernels;
   }();

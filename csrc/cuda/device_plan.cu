@@ -145,7 +145,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   table_.tiles = tiles;
   table_.spans = spans;
   table_.measures = control.measure;
-  table_.zeroes = control.zero;
+  table_.gradients = control.gradients;
   table_.may_skip = control.guard || tensors[kFoundInf].address;
   flush(0, queue);
 

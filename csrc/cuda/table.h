@@ -2,6 +2,7 @@
 //
 //   skip                       not 0: this step is skipped
 //   rows done                  counts rows whose norm is known
+//   unscale                    1 / loss scale, a double; an unused word follows
 //   scalars  [row]             the rule's Scalars, which the prologue derives; all below comes from the host
 //   sources  [option][group]   an option read on the device: its address, dtype in the top byte; 0: none
 //   options  [option][group]   a double; the last option first, so that lr stands beside what follows
@@ -77,11 +78,11 @@ struct Table {
   int64_t tiles, spans;
   int64_t layout_words, norm_spans;  // that there is room for
   bool measures;                     // this step
-  bool zeroes;                       // sets gradients to zero
+  Gradients gradients;               // what is left in them
   bool may_skip;
 
   // Where the columns stand, in words.
-  static constexpr int64_t kSkip = 0, kRowsDone = 1, kHeader = 2;
+  static constexpr int64_t kSkip = 0, kRowsDone = 1, kUnscale = 2, kHeader = 4;
   GENOPT_INLINE int64_t scalars(int row) const {
     return kHeader + int64_t{row} * kScalarsWords;
   }

@@ -350,10 +350,20 @@ __device__ void store_whole(LaneOperand<T>& x, const Tile& tile, int operand, T 
   x.store_slots(tile, operand, slots);
 }
 
+__device__ inline double as_double(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Writes what the step leaves in the gradient. `grad`: as it was loaded, where that is not zero.
 template <class T>
-__device__ void zero(LaneOperand<T>& grad, const Tile& tile, T (*slots)[kThreads]) {
+__device__ void leave_gradient(const Table& table, Gradients left, LaneOperand<T>& grad, const Tile& tile,
+                               T (*slots)[kThreads]) {
+  const bool zeroes = left == Gradients::kZeroed;
+  const T unscale = static_cast<T>(as_double(table.words[Table::kUnscale]));
 #pragma unroll
-  for (int j = 0; j < kElements; ++j) grad.values[j] = T(0);
+  for (int j = 0; j < kElements; ++j) grad.values[j] = zeroes ? T(0) : unscale * grad.values[j];
   store_whole(grad, tile, kGrad, slots);
 }
 
@@ -419,8 +429,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
   if (!grad || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
   const bool skips = table.may_skip && table.words[Table::kSkip] != 0, rests = (row.used & kRests) != 0;
-  const bool zeroes = table.zeroes && !rests;
-  if (skips && !zeroes) return;
+  if (skips && (rests || table.gradients != Gradients::kZeroed)) return;
   auto scalars = *reinterpret_cast<const Scalars<Rule, T>*>(table.words + table.scalars(r));
   if (table.measures) {
     const NormColumns norms(table);
@@ -447,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
   LaneOperand<T> x[kOperands];
   if (skips) {
     x[kGrad].load(here, kGrad, address(kGrad));
-    zero(x[kGrad], here, slots.values[kGrad]);
+    leave_gradient(table, Gradients::kZeroed, x[kGrad], here, slots.values[kGrad]);
     return;
   }
 #pragma unroll
@@ -488,7 +497,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
       if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], turn);
   }
   if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
-  if (zeroes) zero(x[kGrad], here, slots.values[kGrad]);
+  if (!rests && table.gradients != Gradients::kKept)
+    leave_gradient(table, table.gradients, x[kGrad], here, slots.values[kGrad]);
 }
 
 __device__ inline double read_number(uint64_t word) {
@@ -498,18 +508,17 @@ __device__ inline double read_number(uint64_t word) {
   });
 }
 
-__device__ inline double as_double(uint64_t bits) {
-  double x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
+// The reciprocal of a loss scale, which torch rounds to float.
+template <class Word>
+__device__ double loss_unscale(const Table& table, Word word) {
+  const uint64_t loss_scale = word(table.tensor(kGradScale));
+  return loss_scale ? static_cast<double>(static_cast<float>(1.0 / read_number(loss_scale))) : 1.0;
 }
 
-// Of all gradients: 1 / micro-batches, and the reciprocal of a loss scale, which torch rounds to float.
+// Of all gradients: 1 / micro-batches, and 1 / loss scale.
 template <class Word>
 __device__ double common_scale(const Table& table, Word word) {
-  const double scale = as_double(word(table.control(kScale)));
-  const uint64_t loss_scale = word(table.tensor(kGradScale));
-  return loss_scale ? scale * static_cast<double>(static_cast<float>(1.0 / read_number(loss_scale))) : scale;
+  return as_double(word(table.control(kScale))) * loss_unscale(table, word);
 }
 
 // A group's scale, from the device where it is given there.
@@ -545,6 +554,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (i == 0) {
     table.words[Table::kSkip] = skips;
     table.words[Table::kRowsDone] = 0;
+    const double unscale = loss_unscale(table, word);
+    memcpy(&table.words[Table::kUnscale], &unscale, sizeof unscale);
   }
   if (table.measures) {
     const NormColumns norms(table);

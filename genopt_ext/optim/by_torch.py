@@ -25,12 +25,12 @@ _ONLY_KERNELS = ("max_grad_norm", "clip_per_param", "agc", "clip_grad_value")
 
 # What a step was asked for besides, by the names of what the native plan is told.
 _ASKED = {
-    "zero": "step_and_zero_()",
     "max_norm": "max_grad_norm",
     "guard": "skip_nonfinite, or genopt_ext.GradScaler without unscale_(),",
     "measure": "a clip by norm in another group",
     "grad_scale": "a GradScaler with fused=True",
     "found_inf": "a GradScaler with fused=True",
+    "gradients": "step_and_zero_()",
 }
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, clip, overlap, reference, sharding, storage, tracing
+from .. import _backend, clip, gradients, overlap, reference, sharding, storage, tracing
 from ..tracing import Number
 from . import by_torch, hooks, repeats
 from .options import (
@@ -54,11 +54,6 @@ class Refusal(NamedTuple):
 
 # Calls the native plan with the rows to leave out, and what it is told besides.
 NativeStep = Callable[[Sequence[int], dict[str, Any]], "Refusal | None"]
-
-
-def _zero(g: Tensor) -> None:
-    """Also where elements share memory, as after ``expand()``."""
-    g[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in g.stride())].zero_()
 
 
 class _Saved:
@@ -108,6 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
     _results: dict[str, Tensor] | None = None  # what a step writes beside the parameters, on their device
     _zeroes = False  # the running step zeroes gradients
+    _keeps_scale = False  # the running step leaves the loss scale in gradients
     _checks = False  # the running step finds infinities for a GradScaler
     _swapped = False
     _piece: tuple[list[tuple[int, int, bool]], Place | None] = ([], None)  # the first of FSDP1, and where it was sought
@@ -402,14 +398,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._zeroes = False
 
-    def _step_scaled(self, scale: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+    def _step_scaled(self, scale: Tensor, keeps_scale: bool, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """A step with gradients that are ``scale`` times too large; also tells whether one was not finite (0 or 1)."""
-        self.grad_scale, self._checks = scale, True
+        self.grad_scale, self._keeps_scale, self._checks = scale, keeps_scale, True
         try:
             result = self.step(*args, **kwargs)
         finally:
             del self.grad_scale
-            self._checks = False
+            self._keeps_scale = self._checks = False
         return result, self._results_on(None)["nonfinite"]
 
     def _refuse_swapped(self) -> None:
@@ -475,15 +471,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         refused = self._plan.step(self.param_groups, self.state, skipped, **arguments)
         return None if refused is None else Refusal(*refused)
 
-    def _arguments(self, device: torch.device | None) -> dict[str, Any]:
-        """What the native plan is told of this step beside the groups; what it writes is made on ``device``."""
+    def _arguments(self, device: torch.device | None, writes_gradients: bool = True) -> dict[str, Any]:
+        """What the native plan is told of this step beside the groups; results are made on ``device``."""
         arguments: dict[str, Any] = {}
         if self._micro_batches:
             arguments.update(
-                grads=[self._gathered.get(p) for _, _, p in self._places()], scale=1.0 / self._micro_batches, zero=True
+                grads=[self._gathered.get(p) for _, _, p in self._places()], scale=1.0 / self._micro_batches
             )
-        elif self._zeroes:
-            arguments.update(zero=True)
         if self._max_grad_norm is not None:
             arguments.update(max_norm=self._max_grad_norm)
         if self.skip_nonfinite or self._checks:
@@ -495,7 +489,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             arguments.update(grad_norm=[results["grad_norm"]], measure=True)
             if self.skip_nonfinite:
                 arguments.update(skipped_steps=[results["skipped_steps"]])
-            if self._checks:
+            if "guard" in arguments:
                 arguments.update(nonfinite=[results["nonfinite"]])
         # GradScaler sets these for one step.
         for name in ("grad_scale", "found_inf"):
@@ -503,7 +497,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             if given is not None:
                 t = self._number(name, given)
                 arguments[name] = [t if device is None else t.to(device)]
+        if writes_gradients and (left := self._gradients_left()) is not None:
+            arguments.update(gradients=left)
         return arguments
+
+    def _gradients_left(self) -> str | None:
+        """What the running step leaves in gradients: see ``gradients.py``. None: it does not write them."""
+        if self._zeroes or self._micro_batches:
+            return "zeroed"
+        return "unscaled" if getattr(self, "grad_scale", None) is not None and not self._keeps_scale else None
 
     def _number(self, name: str, given: Any) -> Tensor:
         """A number that was given for one step, as the kernels read it."""
@@ -575,17 +577,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not torchs and len(turns) == 1:
             self._step_resolved(rows, arguments, places, step)
             return
+        left = arguments.pop("gradients", None)  # not before the last turn
         buffers = repeats.first_buffers(self, places, turns)
         for turn in turns:
             for buffer in buffers:
                 buffer.fill_(-0.0)
-            left = [r for r in range(len(places)) if r not in turn or r in torchs]
+            others = [r for r in range(len(places)) if r not in turn or r in torchs]
 
-            def step_turn(skipped: Sequence[int], given: dict[str, Any], left: list[int] = left) -> Refusal | None:
-                return step([*skipped, *left], given)
+            def step_turn(skipped: Sequence[int], given: dict[str, Any], others: list[int] = others) -> Refusal | None:
+                return step([*skipped, *others], given)
 
             self._step_resolved([r for r in rows if r in turn], arguments, places, step_turn)
         by_torch.step(self, [places[r] for r in torchs])
+        self._leave_gradients(left, arguments, places)
 
     def _is_for_torch(self, place: Place) -> bool:
         return by_torch.serves(self, self.param_groups[place[0]], self._gradient(place[2]))
@@ -594,7 +598,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, rows: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
     ) -> None:
         """A step of rows that have their state: by kernels, or of ``rows`` by the reference where there are none."""
-        by_reference: Sequence[int] = rows
+        by_reference, gradients_overlap = rows, False
         if self._resolved != "reference":
             again = step((), arguments)
             if again is None:
@@ -603,20 +607,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._refuse_overlaps(places, again.overlaps, again.grad_overlaps)
             if by_reference:
                 self._tell_reference(places[by_reference[0]])
-            if again.gradients_overlap:
-                self._zero_apart(arguments, places, step)
-                return
+            gradients_overlap = again.gradients_overlap
+        if "gradients" not in arguments or not (by_reference or gradients_overlap):
+            self._step_apart(by_reference, arguments, places, step)
+            return
+        # Gradients may share memory: within the step one row would see what another left.
+        left = arguments.pop("gradients")
         self._step_apart(by_reference, arguments, places, step)
+        self._leave_gradients(left, arguments, places)
 
-    def _zero_apart(self, arguments: dict[str, Any], places: list[Place], step: NativeStep) -> None:
-        """A step, and only then gradients that share memory become zero: within it one row would see another's."""
-        arguments = {name: value for name, value in arguments.items() if name != "zero"}
-        self._zeroes = False
-        if (refusal := step((), arguments)) is not None:
-            self._settle(refusal, arguments, places, step)
-        for _, _, p in places:
-            if (g := self._gradient(p)) is not None:
-                _zero(g)
+    def _leave_gradients(self, left: str | None, arguments: dict[str, Any], places: list[Place]) -> None:
+        """Writes gradients after the step with ``arguments``."""
+        grads = [g for _, _, p in places if (g := self._gradient(p)) is not None]
+        if left == "zeroed":
+            gradients.zero_(grads)
+        elif left == "unscaled":
+            skips = [self._results_on(None)["nonfinite"]] if "guard" in arguments else []
+            gradients.unscale_(grads, arguments["grad_scale"][0], [*skips, *arguments.get("found_inf", [])])
 
     def _step_apart(
         self, by_reference: Sequence[int], arguments: dict[str, Any], places: list[Place], step: NativeStep
@@ -633,13 +640,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._results_on(None)["grad_norm"].zero_()
             arguments = {}
         home = devices[0] if devices else torch.device("cpu")
+        writes = "gradients" in arguments
         if self._resolved != "reference" and len(devices) <= 1 and not apart:
-            self._must_step(step((), self._arguments(home) if active else {}))
+            self._must_step(step((), self._arguments(home, writes) if active else {}))
             return
-        arguments = {**arguments, **self._arguments(home)} if arguments else {}
+        arguments = {**arguments, **self._arguments(home, writes)} if arguments else {}
         scale, group_scales, found = self._decide(places, active, apart, home, arguments)
         if self._resolved != "reference" and len(apart) < len(places):
-            native: dict[str, Any] = {name: arguments[name] for name in ("grads", "zero", "scale") if name in arguments}
+            told = ("grads", "gradients", "scale")
+            native: dict[str, Any] = {name: arguments[name] for name in told if name in arguments}
             native.update(group_scales=[group_scales.to(d) for d in devices])
             if "grad_scale" in arguments:
                 native.update(grad_scale=[arguments["grad_scale"][0].to(d) for d in devices])
@@ -656,9 +665,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     stack.enter_context(reference.undone_where(found, [p, *states]))
                 factor = scale * tracing.number(group_scales.select(0, i))
                 self._step_by_reference(p, self._gradient(p), self.param_groups[i], factor)
-        for r in by_reference if arguments.get("zero") else ():
-            if (g := self._gradient(places[r][2])) is not None:
-                _zero(g)
 
     def _must_step(self, refusal: Refusal | None) -> None:
         if refusal is not None:
@@ -714,7 +720,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         scale, scale_tensor = arguments.get("scale", 1.0), torch.ones((), dtype=torch.float64, device=home)
         if "grad_scale" in arguments:
-            scale_tensor = arguments["grad_scale"][0].to(home).double().reciprocal().float().double()
+            scale_tensor = gradients.reciprocal(arguments["grad_scale"][0].to(home))
             if apart:
                 scale = scale * tracing.number(scale_tensor)
         whole = scale_tensor * arguments.get("scale", 1.0)
@@ -937,7 +943,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _find_overlaps(self, places: list[Place], rows: Sequence[int]) -> tuple[Pairs, Pairs]:
         """What ``check_overlaps`` in ``csrc/torch_plan.h`` finds, where ``rows`` take part."""
-        writes, takes_part = self._zeroes or self._micro_batches > 0, set(rows)
+        writes, takes_part = self._gradients_left() is not None, set(rows)
         owned: list[Tensor] = []
         owners: list[int] = []
         for r, (_, _, p) in enumerate(places):
@@ -1022,8 +1028,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"but got {p.dtype} and {p.device.type}",
                 "use fused=None, or materialize it with to_empty()",
             )
+        writes = self._gradients_left() is not None
         for name, t in self._operands(place, g).items():
-            if t.is_inference() and not torch.is_inference_mode_enabled() and (name != "gradient" or self._zeroes):
+            if t.is_inference() and not torch.is_inference_mode_enabled() and (name != "gradient" or writes):
                 refuse(f"{name} is an inference tensor", "make it outside of torch.inference_mode()")
             if t._is_zerotensor():
                 refuse(f"{name} is a zero tensor, without memory", "use its .clone()")

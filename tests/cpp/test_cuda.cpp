@@ -76,6 +76,8 @@ struct Twins {
   cudaStream_t stream = nullptr;
   bool capturing = false;
   Control control;
+  float loss_scale = 1;
+  std::shared_ptr<void> loss_scale_on_device;
   std::minstd_rand random{7};
 
   Twins(const char* rule, std::vector<Options> groups) : info(rule_info(rule)), groups(groups), sources(groups.size()) {
@@ -86,6 +88,12 @@ struct Twins {
     tensors.back().active = true;
     on_device.emplace_back(tensors.back());
     group_of.push_back(static_cast<int>(random() % groups.size()));
+  }
+
+  void set_loss_scale(float scale) {
+    loss_scale = scale;
+    loss_scale_on_device = allocate(sizeof scale);
+    copy(loss_scale_on_device.get(), &scale, sizeof scale);
   }
 
   // As rows of an optimizer are.
@@ -99,14 +107,17 @@ struct Twins {
     step.control = control;
     for (size_t i = 0; i < tensors.size(); ++i) step.rows.push_back(on_device[i].row(tensors[i], group_of[i]));
     std::stable_sort(step.rows.begin(), step.rows.end(), by_group);
+    DeviceTensors given{};
+    if (loss_scale_on_device) given[kGradScale] = {loss_scale_on_device.get(), DType::kFloat32, 1};
     const int64_t before = plan.launches();
-    plan.step(step, sources, {}, {stream, capturing, allocate});
+    plan.step(step, sources, given, {stream, capturing, allocate});
     return plan.launches() - before;
   }
   void step_on_host() {
     Plan twin(info);
     twin.groups = groups;
     twin.control = control;
+    twin.control.scale *= twin.control.unscale = static_cast<float>(1.0 / loss_scale);
     for (size_t i = 0; i < tensors.size(); ++i) twin.rows.push_back(tensors[i].row(group_of[i]));
     std::stable_sort(twin.rows.begin(), twin.rows.end(), by_group);
     cpu::step(twin, 1);
@@ -201,7 +212,7 @@ void test_launches() {
   twins.compare("float and double");
 }
 
-// Norms, clips of every kind, skipped steps, zeroed gradients and averages, in all of their combinations.
+// Norms, clips of every kind, skipped steps, zeroed and unscaled gradients and averages, in all of their combinations.
 void test_gradient_path(const char* rule) {
   const RuleInfo& info = rule_info(rule);
   std::vector<Options> groups(5, options_of(info, 0.1));
@@ -215,6 +226,9 @@ void test_gradient_path(const char* rule) {
     twins.add(kSizes[i % std::size(kSizes)] * (i % 7 == 0 ? 5 : 1), static_cast<Kind>(i % kOneByteOn), kDTypes[i % 8],
               i, kWithAverage);
   twins.add(kSpan * kTile * 33 + 5, kDense, kDTypes[0], 1, kWithAverage);  // more than 32 spans
+  twins.set_loss_scale(3);
+  using enum Gradients;
+  constexpr Gradients kLeft[] = {kKept, kZeroed, kUnscaled, kUnscaled, kKept, kUnscaled, kZeroed, kUnscaled};
   for (int step = 0; step < 8; ++step) {
     Control& control = twins.control = {};
     control.max_norm = step % 4 == 3 ? kUnset : 2;
@@ -222,7 +236,7 @@ void test_gradient_path(const char* rule) {
     control.norm = static_cast<Norm>(step % 3);
     control.measure = true;
     control.guard = step % 4 > 1;
-    control.zero = step == 1 || step == 6;
+    control.gradients = kLeft[step];
     for (size_t i = 0; i < twins.tensors.size(); ++i) {
       Tensor& t = twins.tensors[i];
       t.active = (i + step) % 5 != 0;
