@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/.tools
 STAMP := $(VENV)/.installed
+SHELL := /bin/bash -o pipefail
 
 .PHONY: demo test bench bench-peers lint cuda-on-cpu instructions gpu-check clean
 
@@ -54,10 +56,18 @@ gpu-check:
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# The tools, torch and the extension; again when a source or a pin changes.
-$(STAMP): $(VENV)/bin/pip requirements-dev.txt setup.py pyproject.toml $(shell find csrc genopt_ext -name '*.h' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.txt' -o -name '*.py' | grep -v _build_info)
-	$(BIN)/pip install --quiet "$(TORCH)" -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+# torch and the tools; again when a pin changes.
+$(TOOLS): requirements-dev.txt | $(VENV)/bin/pip
+	$(BIN)/pip install "$(TORCH)" -r requirements-dev.txt
+	touch $@
+
+# The extension; again when a source changes. A first build takes minutes: each file is told when it is compiled.
+$(STAMP): $(TOOLS) setup.py pyproject.toml $(shell find csrc genopt_ext -name '*.h' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.txt' -o -name '*.py' | grep -v _build_info)
+	@mkdir -p build
+	@echo "compiling genopt_ext; all of its output goes to build/install.log"
+	@$(BIN)/pip install -v --no-build-isolation --no-deps --editable . 2>&1 | tee build/install.log \
+	  | sed -nuE 's/.*(\[[0-9]+\/[0-9]+\]).* -c [^ ]*\/(csrc\/[^ ]+).*/\1 \2/p' \
+	  || { tail -n 100 build/install.log; exit 1; }
 	touch $@
 
 clean:
