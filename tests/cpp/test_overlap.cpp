@@ -1,4 +1,6 @@
-// find_overlaps: exactly the regions that share a byte.
+// find_overlaps and find_met: exactly the regions that share a byte.
+#include <algorithm>
+
 #include "check.h"
 #include "overlap.h"
 
@@ -41,4 +43,27 @@ int main() {
   CHECK(pairs.size() == 1 && pairs[0] == std::make_pair(int64_t{7}, int64_t{8}), "owners");
   const auto self = Regions({view(0, {3, 4}, {0, 1}, 5), dense(100, 4, 6)}).find_overlaps();
   CHECK(self.size() == 1 && self[0] == std::make_pair(int64_t{5}, int64_t{5}), "a pair with itself");
+
+  // Bounded by dimensions: none of these walks its elements.
+  constexpr int64_t kHuge = int64_t{1} << 36;
+  CHECK(overlap({view(0, {kHuge}, {0}, 0)}), "expanded to 2^36 elements");
+  CHECK(!overlap({view(0, {kHuge, 1}, {8, 1}, 0), view(1, {kHuge, 7}, {8, 1}, 1)}), "2^36 rows, columns apart");
+  CHECK(overlap({view(0, {kHuge, 2}, {8, 1}, 0), view(1, {kHuge, 7}, {8, 1}, 1)}), "2^36 rows, columns that meet");
+
+  const Regions regions({dense(0, 10, 0), view(20, {10}, {2}, 1), view(21, {10}, {2}, 2), dense(50, 0, 3)});
+  const auto met = [&](const Region& other) {
+    std::vector<int64_t> owners;
+    for (const Region* region : regions.find_met(other)) owners.push_back(region->owner);
+    std::sort(owners.begin(), owners.end());
+    return owners;
+  };
+  using Owners = std::vector<int64_t>;
+  CHECK(met(dense(10, 10, 9)).empty(), "between them");
+  CHECK(met(dense(41, 9, 9)).empty(), "behind them");
+  CHECK(met(dense(0, 0, 9)).empty() && met(dense(48, 9, 9)).empty(), "empty ones");
+  CHECK((met(dense(9, 12, 9)) == Owners{0, 1}), "two of them");
+  CHECK((met(view(20, {10}, {2}, 9)) == Owners{1}), "one of two that interlock");
+  CHECK((met(dense(0, 60, 9)) == Owners{0, 1, 2}), "all");
+  CHECK((met(view(5, {kHuge}, {0}, 9)) == Owners{0}), "an expanded one");
+  CHECK(Regions().find_met(dense(0, 10, 9)).empty(), "nothing to meet");
 }
