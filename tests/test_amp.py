@@ -104,6 +104,33 @@ def test_who_unscales(name):
             assert bool(getattr(o, "_step_supports_amp_scaling", False)) == bool(fused)
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_who_notes_calls_of_step_sees_that_one_was_skipped(scheduled, backend):
+    """Accelerate does so, in these words: schedulers follow what it saw."""
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = optim.AdamW([p], lr=0.1, fused=True, backend=backend)
+    if scheduled:
+        optim.lr_scheduler.StepLR(opt, 1)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
+    original, called = opt.step, []
+
+    def noted(*args, **kwargs):
+        called.append(True)
+        return original(*args, **kwargs)
+
+    for bad in (False, True, False):
+        before = p.detach().clone()
+        p.grad = torch.full((3,), NAN if bad else 8.0)
+        scaler.scale(torch.ones(()))
+        opt.step = noted
+        scaler.step(opt)
+        scaler.update()
+        opt.step = original
+        assert len(called) == (not bad) and torch.equal(p.detach(), before) == bad
+        assert opt._step_supports_amp_scaling  # where nobody notes
+        called.clear()
+
+
 WIDE = [dict(max_grad_norm=10.0), {}, dict(agc=0.2, clip_grad_value=0.1)]
 
 

@@ -139,10 +139,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: torch.amp.GradScaler looks at .grad alone, and knows nothing of what "
                 "accumulate() has gathered; take genopt_ext.GradScaler, without unscale_()"
             )
-        if not any(group.get("fused") for group in self.param_groups):
+        if not any(group.get("fused") for group in self.param_groups) or self._has_its_calls_noted():
             return False
         # There torch's scalers agree over all processes only where they unscale gradients themselves.
         return self._find_piece() is None
+
+    def _has_its_calls_noted(self) -> bool:
+        """Whether ``step`` was replaced on this object, as by Accelerate, which takes no call for a skipped step."""
+        step = self.__dict__.get("step")
+        return not (step is None or getattr(step, "__self__", None) is self or hasattr(step, "_wrapped_by_lr_sched"))
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, announced: bool) -> None:
