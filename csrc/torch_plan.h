@@ -192,6 +192,7 @@ class TorchPlan {
         note_device(row);
       }
     }
+    forget_idle_groups(refusal);
     read_options_on_devices(refusal);
     // With odd rows too: their state must not be made for a step that will be refused.
     if (!control.only_measure && (moved || !refusal.rows.empty())) {
@@ -490,6 +491,14 @@ class TorchPlan {
     int& of_group = group_devices_[row.group];
     of_group = of_group == kNone || of_group == row.device ? row.device : kSeveral;
     if (std::find(devices_.begin(), devices_.end(), row.device) == devices_.end()) devices_.push_back(row.device);
+  }
+
+  // Options of a group without a row to step do no harm, whatever they are.
+  void forget_idle_groups(Refusal& refusal) const {
+    std::erase_if(refusal.groups, [&](int64_t group) {
+      const auto is_in_group = [&](int64_t r) { return plan_.rows[r].group == group; };
+      return group_devices_[group] == kNone && std::none_of(refusal.rows.begin(), refusal.rows.end(), is_in_group);
+    });
   }
 
   // A tensor option on the device of all its group's rows is read there, by the kernels; else its value is
@@ -848,7 +857,8 @@ class TorchPlan {
     return moved;
   }
 
-  // Whether gradients share memory with what the step writes, or what is written to them with anything of the optimizer's.
+  // Whether gradients share memory with what the step writes, or what is written to them with anything of the
+  // optimizer's.
   void check_grads(Refusal& refusal) {
     for (size_t r = 0; r < params_.size(); ++r) {
       const at::Tensor* const grad = has_grad_[r] ? find_grad(r) : nullptr;

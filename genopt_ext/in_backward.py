@@ -196,18 +196,18 @@ class _Hook:
         def natively(skipped: Sequence[int], arguments: dict[str, Any]) -> Refusal | None:
             group = {**optimizer.param_groups[i], "params": [p]}
             refused = self.plan.step([group], {p: optimizer.state.get(p)}, skipped, **arguments)
-            return None if refused is None else Refusal(*refused)
+            # The plan's only group is the optimizer's i-th.
+            return None if refused is None else Refusal(*refused)._replace(groups=(i,) if refused[1] else ())
 
         # Resolved once: it takes as long as the step of a small parameter, and GENOPT_BACKEND is for a whole run.
         if (optimizer._resolved if self.plan is None else optimizer.backend) == "reference":
             optimizer._settle(Refusal((0,), (i,)), {}, [place], natively)
             return
         if self.plan is None:
-            self.plan = optimizer._make_plan((i,), [place])
+            self.plan = optimizer._make_plan([place])
         refusal = natively((), {})
         if refusal is not None:
-            groups = (i,) if refusal.groups else ()
-            optimizer._settle(refusal._replace(groups=groups), {}, [place], natively)
+            optimizer._settle(refusal, {}, [place], natively)
 
     def _find(self, optimizer: FusedOptimizer, p: Tensor) -> Place | None:
         """Where ``p`` stands now; None: no more in the optimizer, which leaves it alone."""

@@ -64,6 +64,20 @@ def test_options_that_are_no_finite_number(name, option):
             assert_same_bits(params[0].detach(), before)
 
 
+def test_options_of_a_group_without_gradients_do_not_matter(backend):
+    """As torch, whose schedulers' tests rely on it."""
+    idle, p = parameters([(2,), (3,)])
+    opt = optim.Adam([{"params": [idle]}, {"params": [p]}], lr=0.1, backend=backend)
+    for betas in ((22.0, 0.9), (NAN, 0.9)):
+        opt.param_groups[0]["betas"] = betas
+        before = p.detach().clone()
+        p.grad = torch.ones(3)
+        opt.step()
+        torch.testing.assert_close(p.detach(), before - 0.1)
+    idle.grad = torch.ones(2)
+    refused(opt, [idle, p], "group 0: Invalid beta parameter", ValueError)
+
+
 @pytest.mark.parametrize("betas", [(NAN, 0.9), (0.9, 1.0), (0.9, "x"), (0.9,), 0.9, (-0.1, 0.9), (0.9, INF)], ids=str)
 def test_betas(betas):
     with pytest.raises((TypeError, ValueError), match="beta"):

@@ -144,14 +144,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         # There torch's scalers agree over all processes only where they unscale gradients themselves.
         return self._find_piece() is None
 
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, announced: bool) -> None:
+        pass
+
     def _has_its_calls_noted(self) -> bool:
         """Whether ``step`` was replaced on this object, as by Accelerate, which takes no call for a skipped step."""
         step = self.__dict__.get("step")
         return not (step is None or getattr(step, "__self__", None) is self or hasattr(step, "_wrapped_by_lr_sched"))
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, announced: bool) -> None:
-        pass
 
     # Options
 
@@ -380,11 +380,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._resolved == "reference":
             places = self._places()
             rows = [r for r, place in enumerate(places) if self._takes_part(place)]
-            everything = Refusal(rows, range(len(self.param_groups)))
+            everything = Refusal(rows, list(dict.fromkeys(places[r][0] for r in rows)))
             self._settle(everything, arguments, places, self._step_natively)
         else:
             if self._plan is None:
-                self._plan = self._make_plan(range(len(self.param_groups)), self._places())
+                self._plan = self._make_plan(self._places())
             refusal = self._step_natively((), arguments)
             if refusal is not None:
                 self._settle(refusal, arguments, self._places(), self._step_natively)
@@ -462,10 +462,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         averages = self.param_groups[i].get("ema_decay") is not None and p.dtype in storage.STEPPED
         return self._gradient(p) is not None or (averages and (p.requires_grad or bool(self.state.get(p))))
 
-    def _make_plan(self, groups: Sequence[int], places: list[Place]) -> Any:
+    def _make_plan(self, places: list[Place]) -> Any:
         assert _backend.native is not None
         # Later, only what the plan can not take is looked at in Python.
-        for i in groups:
+        for i in dict.fromkeys(place[0] for place in places if self._takes_part(place)):
             self._check_group(i, self.param_groups[i])
         for place in places:
             if self._gradient(place[2]) is not None:

@@ -50,7 +50,12 @@ static void test_far_tiles() {
         info.make_scalars(options, 1, in_double, scalars);
         norms[far] = kernels.spans[0][in_double](row, kGrad, start / (kTile * kSpan));
         kernels.tiles[info.index][row.used][in_double](scalars, row, start / kTile, start / kTile + 2);
-        kernels.zero(row, start / kTile, start / kTile + 1);
+        Control control;
+        control.gradients = Gradients::kZeroed;
+        kernels.leave_gradient(row, control, start / kTile, start / kTile + 1);
+        control.gradients = Gradients::kUnscaled;
+        control.unscale = 0.25;
+        kernels.leave_gradient(row, control, start / kTile + 1, start / kTile + 2);
       }
       const std::string name = std::to_string(static_cast<int>(dtypes[kParam])) + (strided ? " strided" : "");
       CHECK(norms[0] == norms[1] && norms[0] > 0, name);
