@@ -1,6 +1,6 @@
 """The native kernels of genopt_ext: csrc/bindings.cpp."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 class Plan:
@@ -31,6 +31,7 @@ class Plan:
 
 has_cuda: bool
 
+def set_entrance(params: list[Any], enter: Callable[[int], None] | None) -> None: ...
 def is_observed() -> bool: ...
 def rules() -> dict[str, tuple[bool, list[str], list[tuple[str, int]]]]: ...
 def cpu_capability() -> str: ...
