@@ -7,6 +7,7 @@
 #include <ATen/record_function.h>
 
 #include "cpu/stream.h"
+#include "torch_hooks.h"
 #include "torch_plan.h"
 #include "torch_quant.h"
 
@@ -75,6 +76,16 @@ at::Tensor tensor_of(const py::handle& object) {
   if (object.is_none()) return {};
   if (!THPVariable_Check(object.ptr())) throw py::type_error("genopt_ext: expected a tensor");
   return THPVariable_Unpack(object.ptr());
+}
+
+void register_hooks(py::module_& m) {
+  m.def(
+      "set_entrance",
+      [](const std::vector<py::handle>& params, const py::object& enter) {
+        const auto entrance = enter.is_none() ? nullptr : std::make_shared<Entrance>(enter.ptr());
+        for (const py::handle& p : params) set_entrance(tensor_of(p), entrance);
+      },
+      py::arg("params"), py::arg("enter"));
 }
 
 void register_quant(py::module_& m) {
@@ -151,5 +162,6 @@ PYBIND11_MODULE(_C, m) {
   genopt::register_plan(m);
   genopt::register_cpu(m);
   genopt::register_cuda(m);
+  genopt::register_hooks(m);
   genopt::register_quant(m);
 }

@@ -1,6 +1,6 @@
 """The native kernels of genopt_ext: csrc/bindings.cpp."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 _Pairs = list[tuple[int, int]]
@@ -34,6 +34,7 @@ class Plan:
 
 has_cuda: bool
 
+def set_entrance(params: list[Any], enter: Callable[[int], None] | None) -> None: ...
 def is_observed() -> bool: ...
 def is_watched() -> bool: ...
 def rules() -> dict[str, tuple[bool, list[str], list[tuple[str, int]]]]: ...

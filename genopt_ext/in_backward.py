@@ -7,16 +7,17 @@ instead of one for each parameter. The step itself is in ``optim/optimizer.py``.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from . import sharding, tracing
+from . import _backend, sharding, tracing
 from .optim.optimizer import FusedOptimizer, Place, Refusal
 
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
@@ -53,6 +54,8 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
       Parameters of ``FullyShardedDataParallel`` are refused.
     - Other hooks that read gradients after ``backward()``, or that were registered after these: they find None.
     - Backward passes of ``torch.compile``, as far as memory goes: one call returns all gradients of a graph.
+    - Several threads in ``backward()`` of these parameters at a time: autograd would add to gradients that the other
+      thread's step reads and frees. The second is refused; hold one lock around forward and backward in all threads.
     - Parameters that share memory: across parameters it is not looked for, and a step of one may change what the
       backward of another still needs.
 
@@ -69,7 +72,8 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
         ValueError: ``max_grad_norm`` is set, or a parameter is no leaf, is listed twice or is stepped in backward by
             another optimizer. Nothing is changed then.
 
-    ``backward()`` raises what ``optimizer.step()`` would, and ValueError where ``max_grad_norm`` has been set since.
+    ``backward()`` raises what ``optimizer.step()`` would, ValueError where ``max_grad_norm`` has been set since, and
+    RuntimeError while another thread is in a ``backward()`` of these parameters, before any of them is stepped.
     The parameter that the message names, its gradient and its state are then as they were; those whose gradients
     were complete before have been stepped.
     """
@@ -101,7 +105,10 @@ class InBackward:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         # Parameters hold hooks, which hold this: a strong reference would be a cycle.
         self._optimizer = weakref.ref(optimizer)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | _Entrance] = []
+        self._lock = threading.Lock()
+        self._thread = 0  # whose passes these are
+        self._passes: set[int] = set()  # of backward, in which a parameter was met and which have not ended
 
     def remove(self) -> None:
         """Takes the hooks off: gradients stay, and ``optimizer.step()`` steps again. Twice is once."""
@@ -148,8 +155,45 @@ class InBackward:
                 if hook.owner._optimizer() is not None:
                     raise ValueError(f"{where} is stepped in backward by another optimizer; call remove() there before")
                 hook.owner.remove()
+        self._watch([p for _, _, p in places])
         for i, k, p in places:
-            self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, i, k)))
+            self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, i, k, p)))
+
+    def _watch(self, params: list[Tensor]) -> None:
+        """Calls ``_enter`` in every pass before it adds to a gradient of ``params``."""
+        if _backend.native is not None:
+            self._handles.append(_Entrance(params, self._enter))
+            return
+        last = -1
+
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        def enter(grad: Tensor | None) -> None:
+            nonlocal last
+            now = torch._C._current_graph_task_id()
+            if now != last and grad is not None and grad.is_cpu:
+                self._enter(now)
+                last = now
+
+        self._handles += [p.register_hook(enter) for p in params]
+
+    def _enter(self, now: int) -> None:
+        """Refuses the pass ``now`` while one of another thread is under way; those of one thread are nested."""
+        if now in self._passes:
+            return
+        me = threading.get_ident()
+        leave = _Leave(self._passes, now)
+        with self._lock:
+            if self._passes and self._thread != me:
+                optimizer = self._optimizer()
+                name = "" if optimizer is None else f"{type(optimizer).__name__}: "
+                raise RuntimeError(
+                    f"step_in_backward: {name}another thread is in backward() of these parameters, and both would "
+                    "write the same gradients and parameters; none of them was changed by this backward(). Hold one "
+                    "lock around forward and backward() in all threads"
+                )
+            self._thread = me
+            self._passes.add(now)
+        torch.autograd.Variable._execution_engine.queue_callback(leave)
 
     @staticmethod
     def _refuse_grad_scaler() -> None:
@@ -159,13 +203,38 @@ class InBackward:
         )
 
 
+class _Leave:
+    """Ends a pass: called where backward ends well, and deleted with what autograd knows of it where it does not."""
+
+    def __init__(self, passes: set[int], this: int) -> None:
+        self.passes, self.this = passes, this
+
+    def __call__(self) -> None:
+        self.passes.discard(self.this)
+
+    __del__ = __call__
+
+
+class _Entrance:
+    """The handle of a native hook: see csrc/torch_hooks.h."""
+
+    def __init__(self, params: list[Tensor], enter: Callable[[int], None]) -> None:
+        self.params = [weakref.ref(p) for p in params]
+        _backend.native.set_entrance(params, enter)  # type: ignore[union-attr]
+
+    def remove(self) -> None:
+        living = [p for ref in self.params if (p := ref()) is not None]
+        _backend.native.set_entrance(living, None)  # type: ignore[union-attr]
+
+
 class _Hook:
     """Steps the parameter that it is registered on. It holds neither the parameter nor its optimizer."""
 
-    __slots__ = ("at", "owner", "plan")
+    __slots__ = ("at", "owner", "plan", "watched")
 
-    def __init__(self, owner: InBackward, i: int, k: int) -> None:
+    def __init__(self, owner: InBackward, i: int, k: int, p: Tensor) -> None:
         self.owner = owner
+        self.watched = p._backward_hooks is not None
         self.at = i, k
         self.plan: Any = None
 
@@ -183,6 +252,9 @@ class _Hook:
         place = self._find(optimizer, p)
         if place is None or p.grad is None:
             return
+        if not self.watched and p._backward_hooks is not None:  # torch clears native hooks with the first of these
+            self.watched = True
+            self.owner._watch([p])
         optimizer._refuse_swapped()
         _refuse_options(optimizer, place[0])
         self._step(optimizer, place)

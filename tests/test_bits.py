@@ -232,6 +232,42 @@ def test_denormals_do_not_depend_on_the_thread():
         torch.set_num_threads(before)
 
 
+AFTER_FORK = """
+import os, signal, torch
+from genopt_ext import optim, quant
+torch.set_num_threads(2)
+n = 1 << 18
+grad = torch.linspace(-1, 1, n)
+params = [torch.zeros(n) for _ in range(2)]
+codes = [torch.zeros(n, dtype=torch.int8) for _ in range(2)]
+scales = [torch.zeros(()) for _ in range(2)]
+params[1].share_memory_()
+codes[1].share_memory_()
+optimizers = [optim.AdamW([p], lr=0.1, backend="cpu") for p in params]
+def step_and_quantize(i):
+    optimizers[i].step()
+    quant.quantize(params[i], out=(codes[i], scales[i]))
+for i, p in enumerate(params):
+    p.grad = grad
+    step_and_quantize(i)
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    step_and_quantize(1)
+    os._exit(0)
+step_and_quantize(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+for one, other in (params, codes):
+    assert one.any() and torch.equal(one, other)
+"""
+
+
+@pytest.mark.skipif(NATIVE != "cpu", reason="CPU kernels")
+def test_a_forks_child_goes_on_without_its_parents_threads(fresh):
+    out = fresh(AFTER_FORK)
+    assert out.returncode == 0, out.stderr
+
+
 @st.composite
 def fuzzed(draw):
     case = draw(st.sampled_from(CASES))

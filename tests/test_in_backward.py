@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import warnings
 import weakref
 
@@ -29,7 +30,7 @@ from genopt_ext.optim.lr_scheduler import ExponentialLR
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genopt_ext import optim, step_in_backward
+from genopt_ext import _backend, optim, step_in_backward
 
 
 def loss(params, step):
@@ -554,3 +555,161 @@ def test_a_gradient_that_was_there_is_part_of_the_step():
     kept = p.grad.clone()
     p.sum().backward()
     assert_same_bits(p.detach(), -(kept + 1))
+
+
+# Threads
+
+
+class Waiting:
+    """A thread within ``backward()``, which has stepped the last of ``params`` and comes to the first when it may."""
+
+    def __init__(self, params):
+        self.params = params
+        self.inside, self.go_on = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self):
+        first, *_, last = self.params
+        middle = first * 2
+        middle.register_hook(self.wait)
+        # Autograd takes what was made last first.
+        (middle.sum() + last.sum()).backward()
+
+    def wait(self, _):
+        self.inside.set()
+        assert self.go_on.wait(10)
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.inside.wait(10)
+
+    def __exit__(self, *_):
+        self.go_on.set()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def refused(params):
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="SGD: another thread is in backward.. of these parameters.*Hold one lock"):
+        sum(p.sum() for p in params).backward()
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), old)
+        assert p.grad is None
+
+
+@pytest.fixture(params=["native", "reference", "not built"])
+def threaded(request, monkeypatch):
+    """(an optimizer that steps in backward, its parameters)"""
+    if DEVICE != "cpu":
+        pytest.skip("one thread serves all backward passes of a device")
+    if request.param == "not built":
+        monkeypatch.setattr(_backend, "native", None)
+    params = parameters([(4,), (5,), (6,)])
+    opt = optim.SGD(params, lr=1.0, backend="auto" if request.param == "native" else "reference")
+    step_in_backward(opt)
+    return opt, params
+
+
+def test_a_second_thread_is_refused_while_one_is_in_backward(threaded):
+    _, params = threaded
+    before = [p.detach().clone() for p in params]
+    with Waiting(params):
+        torch.testing.assert_close(params[-1].detach(), before[-1] - 1)
+        refused(params)
+        refused(params[:2])
+        refused(params)
+    torch.testing.assert_close(params[0].detach(), before[0] - 2)
+    with Waiting(params):
+        refused(params[1:])
+    sum(p.sum() for p in params).backward()
+    torch.testing.assert_close(params[1].detach(), before[1] - 1)
+    torch.testing.assert_close(params[2].detach(), before[2] - 3)
+
+
+def test_a_second_thread_is_refused_after_hooks_of_others_came_and_groups_were_added(threaded):
+    opt, params = threaded
+    for p in params:
+        p.register_hook(lambda _: None)  # with the first of these, torch clears those from C++
+    sum(p.sum() for p in params).backward()
+    opt.add_param_group({"params": parameters([(7,)], seed=1)})
+    params += opt.param_groups[1]["params"]
+    with Waiting(params):
+        refused(params[:1])
+        refused(params[1:])
+
+
+def test_a_pass_that_fails_or_takes_no_step_does_not_refuse_other_threads(threaded):
+    _, params = threaded
+    first, *_, last = params
+    handle = first.register_hook(lambda _: 1 / 0)
+    failures = []
+
+    def fail():
+        torch.autograd.grad(last.sum(), last)
+        try:
+            (first.sum() + last.sum()).backward()
+        except ZeroDivisionError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join(10)
+    assert len(failures) == 1
+    handle.remove()
+    sum(p.sum() for p in params).backward()
+    assert all(p.grad is None for p in params)
+
+
+def test_other_parameters_and_passes_within_passes_are_not_refused(threaded):
+    _, params = threaded
+    others = parameters([(4,), (5,)], seed=2)
+    opt = optim.SGD(others, lr=1.0, backend=threaded[0].backend)
+    handle = step_in_backward(opt)
+    before = [p.detach().clone() for p in others]
+    with Waiting(params):
+        sum(p.sum() for p in others).backward()
+        # After remove(), gradients are added as ever.
+        handle.remove()
+        with Waiting(others):
+            others[0].sum().backward()
+    torch.testing.assert_close([p.detach() for p in others], [p - 1 for p in before])
+    torch.testing.assert_close(others[0].grad, torch.full((4,), 3.0))
+
+    old = [p.detach().clone() for p in params]
+    x = torch.ones((), requires_grad=True)
+    for p in params:
+        x = checkpoint(lambda x, p=p: x + p.sum(), x, use_reentrant=True)
+    (x + params[0].sum()).backward()
+    torch.testing.assert_close([p.detach() for p in params[1:]], [p - 1 for p in old[1:]])
+    torch.testing.assert_close(params[0].detach(), old[0] - 2)
+
+
+THREADS = """
+import threading, torch
+from genopt_ext import optim, step_in_backward
+params = [torch.zeros(64, requires_grad=True) for _ in range(8)]
+opt = optim.SGD(params, lr=1.0, backend="{backend}")
+step_in_backward(opt)
+taken = []
+def work():
+    for _ in range(300):
+        value = sum(p.sum() for p in params)
+        try:
+            value.backward()
+            taken.append(1)
+        except RuntimeError as error:
+            assert "another thread is in backward()" in str(error), error
+threads = [threading.Thread(target=work) for _ in range(3)]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+assert taken and all((p == -len(taken)).all() and p.grad is None for p in params), (len(taken), params)
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="one thread serves all backward passes of a device")
+def test_three_threads_take_whole_steps(fresh, backend):
+    out = fresh(THREADS.format(backend=backend))
+    assert out.returncode == 0, (out.returncode, out.stderr)

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -40,12 +42,16 @@ inline bool writes_past_caches(int64_t bytes, int threads) {
   return bytes >= kLarge && threads >= kMany;
 }
 
+// Whether this process is a fork's child. OpenMP's threads stayed with its parent, and it would wait for them for ever.
+inline bool is_forked = false;
+inline const int kWatchesForks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
 // Calls work(begin, end) for parts of [0, total), one for each thread that has at least `least` pieces; once if there
-// are few, also if there are none.
+// are few, also if there are none, and in a fork's child.
 template <class Work>
 void in_parallel(int64_t total, int64_t least, int threads, Work work) {
   const int64_t team = std::min<int64_t>(threads, total / least);
-  if (team <= 1) {
+  if (team <= 1 || is_forked) {
     work(0, total);
     return;
   }
