@@ -20,6 +20,7 @@ BLOCK = 256
 FORMAT = 1  # of the codes, kept in a group with 8-bit state as "int8_format"
 MIN_INT8_SIZE = 4096
 MIXES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that parameters, gradients and states may mix
+NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}  # of states, as checkpoints say it
 HALVES = (torch.bfloat16, torch.float16)
 STEPPED = (*MIXES, torch.float64, torch.complex64, torch.complex128)  # dtypes of parameters that can take a step
 

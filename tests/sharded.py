@@ -291,3 +291,42 @@ def scalers(rank):
                 assert make is torch.amp.GradScaler or scaler.get_scale() == (2.0 if step else 4.0), what
                 for p, old in zip(params, before, strict=True):
                     assert torch.equal(local(p), old) == (step == 1 or not old.numel()), what
+
+
+# Checkpoints
+
+
+def alone(name, folder):
+    """In a world of one process: torch's own ways to save an optimizer's state give it back."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed._state_dict_utils import _offload_state_dict_to_cpu
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+
+    def made(seed):
+        torch.manual_seed(seed)
+        net = torch.nn.Linear(64, 80)
+        opt = getattr(optim, name)(net.parameters(), lr=0.1)
+        for _ in range(2):
+            net(torch.ones(3, 64)).square().sum().backward()
+            opt.step()
+        opt.zero_grad()
+        return net, opt
+
+    net, opt = made(0)
+    plain = opt.state_dict()
+    assert_same_bits(_offload_state_dict_to_cpu(plain)["state"], plain["state"])
+    dcp.save({"opt": plain}, checkpoint_id=f"{folder}/now")
+    dcp.async_save({"opt": plain}, checkpoint_id=f"{folder}/later").result()
+    for at in ("now", "later"):
+        _, other = made(1)
+        there = {"opt": other.state_dict()}
+        dcp.load(there, checkpoint_id=f"{folder}/{at}")
+        other.load_state_dict(there["opt"])
+        assert_same_bits(other.state_dict()["state"], plain["state"])
+        assert other.state_dict()["param_groups"] == plain["param_groups"]
+    net2, other = made(1)
+    set_optimizer_state_dict(net2, other, get_optimizer_state_dict(net, opt))
+    assert_same_bits(other.state_dict()["state"], plain["state"])
+    dist.destroy_process_group()

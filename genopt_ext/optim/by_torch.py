@@ -34,7 +34,7 @@ _ASKED = {
 }
 
 
-def _torch_class(optimizer: FusedOptimizer) -> type[torch.optim.Optimizer]:
+def torch_class(optimizer: FusedOptimizer) -> type[torch.optim.Optimizer]:
     return next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
 
 
@@ -120,7 +120,7 @@ def step(optimizer: FusedOptimizer, places: Sequence[Place]) -> None:
         if optimizer.rule == "sgd" and isinstance(buffer, Tensor) and reference.is_all_unset(buffer):
             del optimizer.state[p]["momentum_buffer"]
     # No hooks and no second look at what the options allow.
-    torchs = inspect.unwrap(_torch_class(optimizer).step)
+    torchs = inspect.unwrap(torch_class(optimizer).step)
     twin = object.__new__(type(optimizer))
     for group in groups.values():
         twin.__dict__.update(optimizer.__dict__, param_groups=[group])

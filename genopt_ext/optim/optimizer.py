@@ -8,6 +8,7 @@ where the native plan (``csrc/torch_plan.h``) can not take a step as it is.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,12 +17,11 @@ from torch import Tensor
 
 from .. import _backend, clip, gradients, overlap, reference, sharding, storage, tracing
 from ..tracing import Number
-from . import by_torch, hooks, repeats
+from . import by_torch, checkpoint, hooks, repeats
 from .options import (
     FLAGS,
     GROUP_OPTIONS,
     NORM_CLIPS,
-    STORAGE_OPTIONS,
     Range,
     StepOptions,
     check_storage,
@@ -54,33 +54,6 @@ class Refusal(NamedTuple):
 
 # Calls the native plan with the rows to leave out, and what it is told besides.
 NativeStep = Callable[[Sequence[int], dict[str, Any]], "Refusal | None"]
-
-
-class _Saved:
-    """One parameter's entries in a checkpoint, and its group there."""
-
-    def __init__(self, entries: Any, group: dict[str, Any]) -> None:
-        self.entries, self.on_device = entries, bool(group.get("fused") or group.get("capturable"))
-
-    def on(self, p: Tensor) -> Any:
-        """Copies for ``p``: on its device, in the dtype that they were saved with."""
-        return self._copy(self.entries, p, None)
-
-    def _copy(self, value: Any, p: Tensor, name: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._copy(each, p, key) for key, each in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self._copy(each, p, None) for each in value)
-        if not isinstance(value, Tensor):
-            return value
-        dtype, device = value.dtype, p.device
-        if name == "step":
-            # As torch: where it was saved, unless kernels read it.
-            device = p.device if self.on_device else value.device
-            dtype = torch.float32 if self.on_device else dtype
-        elif not (value.is_floating_point() or str(name).endswith(("_codes", "_scales"))):
-            dtype = p.dtype if p.is_floating_point() else dtype
-        return value.detach().to(device=device, dtype=dtype, copy=True)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -231,7 +204,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(norms) > 1:
             raise ValueError(f"{where}: {' and '.join(norms)} clip by a norm each; give only one of them")
         for name in FLAGS:
-            if name in options and not isinstance(options[name], (bool, int)):
+            if name in options and not (isinstance(options[name], (bool, int)) and options[name] in (0, 1)):
                 raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
         if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
             raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
@@ -292,7 +265,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for i, group in enumerate(state.get("param_groups", ())):
             self._check_group(i, group)
-        super().__setstate__(state)
+        # torch's looks for a step in every entry, also where only the average of a parameter is kept.
+        entries = state.get("state", {})
+        others = {key: entry for key, entry in entries.items() if not (isinstance(entry, dict) and "step" in entry)}
+        kept = defaultdict(dict, {key: entry for key, entry in entries.items() if key not in others})
+        super().__setstate__({**state, "state": kept})
+        self.state.update(others)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of the torch class it mirrors.
@@ -304,52 +282,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ValueError: groups of other sizes, or an option out of its range; nothing is changed then.
+            ValueError: groups of other sizes, an option out of its range, state that is not that of these parameters,
+                or what is no checkpoint at all; the message names the entry, and nothing is changed then.
         """
+        checkpoint.load(self, state_dict)
 
-        # torch casts between its hooks and the assignment, and searches all groups for each tensor. What the last hook
-        # leaves is hidden from that, and taken out where torch hands it to __setstate__.
-        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            for i, group in enumerate(final["param_groups"]):
-                check_storage(f"{type(self).__name__}.load_state_dict: group {i}", group)
-            group_of = {key: group for group in final["param_groups"] for key in group["params"]}
-            hidden = {
-                key: _Saved(saved, group_of[key]) if key in group_of else saved for key, saved in final["state"].items()
-            }
-            return {**final, "state": hidden}
-
-        def take_out(state: dict[str, Any]) -> None:
-            entries = state["state"]
-            entries.update({p: saved.on(p) for p, saved in entries.items() if isinstance(saved, _Saved)})
-            type(self).__setstate__(self, state)
-
-        before = self.param_groups
-        handle = self.register_load_state_dict_pre_hook(keep)
-        self.__dict__["__setstate__"] = take_out
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self.__dict__.pop("__setstate__", None)
-        # Options that the checkpoint knows nothing of stay as they are.
-        for old, new in zip(before, self.param_groups, strict=True):
-            clips = clips_alone(new)
-            for name in (*GROUP_OPTIONS, "capturable", "fused"):
-                if name in old and name not in new and not (clips and name in NORM_CLIPS):
-                    new[name] = old[name]
-            # How it is stored is this optimizer's own choice, whatever was saved.
-            for name in STORAGE_OPTIONS:
-                new.pop(name, None)
-                if name in old:
-                    new[name] = old[name]
-            if "rounding_seed" in old:
-                new.setdefault("rounding_seed", old["rounding_seed"])
-            self._complete(new)
-        self.discard_accumulated()
-        for i, k, p in self._places():
-            self._store_anew((i, k, p))
-            if not self.has_step and "step" not in self._further_names(self.param_groups[i], p):
-                self.state.get(p, {}).pop("step", None)  # which only rounding had counted
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, of numbers, strings and tensors alone: ``state_dtype`` is a name there, such as ``"int8"``."""
+        return checkpoint.with_plain_groups(super().state_dict())
 
     # The step
 
@@ -575,7 +515,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         rows = [r for r in rows if r not in torchs]
         for r in rows:
             by_torch.to_dense(self.state.get(places[r][2], {}))
-            self._store_anew(places[r])
+            self._store_anew(places[r][2], self.state.get(places[r][2], {}), self.param_groups[places[r][0]])
         for p in away:  # as in torch's own checkpoints, which have steps of GPU parameters on the CPU
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
@@ -784,7 +724,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             d: iter(torch.zeros(devices.count(d), dtype=torch.float32, device=d).unbind()) for d in set(devices)
         }
         for state, ((i, _, p), names) in zip(made, missing, strict=True):
-            self._tell_widened(i, p)
+            self._tell_widened(self.param_groups[i], p)
             for name in names:
                 if name == "step":
                     state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
@@ -802,14 +742,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _store_anew(self, place: Place) -> None:
+    def _store_anew(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Stores the parameter's states as its group asks for them, where they are stored in another way."""
-        i, _, p = place
-        state, group = self.state.get(p), self.param_groups[i]
         if not state:
             return
         self._complete(group)
-        self._tell_widened(i, p)
+        self._tell_widened(group, p)
         for name in dict.fromkeys((*self.state_names(group), *storage.names_in(state))):
             there = state.get(name) is not None or state.get(name + "_codes") is not None
             dtype = storage.state_dtype(group, p)
@@ -930,8 +868,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__}.step: backend is {self._resolved!r}, but {reason}; use 'auto'")
         _backend.warn_once(f"{type(self).__name__}: {reason}; the slower plain-torch reference serves them")
 
-    def _tell_widened(self, i: int, p: Tensor) -> None:
-        if storage.is_widened(self.param_groups[i], p) and (states := len(self.state_names(self.param_groups[i]))):
+    def _tell_widened(self, group: dict[str, Any], p: Tensor) -> None:
+        if storage.is_widened(group, p) and (states := len(self.state_names(group))):
             _backend.warn_once(
                 f"{type(self).__name__}: 8-bit state is kept in float32 here, for parameters that are "
                 f"{type(p).__name__}s: {4 * states} bytes a parameter instead of {states}; with "
@@ -1048,7 +986,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if for_torch:
             by_torch.check(self, place, g, refuse)
         state = self.state.get(p, {})
-        missing = self._check_state(refuse, place, state, self.state_names(group))
+        missing = self._check_state(refuse, p, state, self.state_names(group))
         further = self._further_names(group, p)
         if self.has_step or "step" in further:
             self._check_step(refuse, p, state)
@@ -1078,8 +1016,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             names.append("step")  # rounding turns with it
         return names
 
-    def _check_state(self, refuse: Callable[[str, str], None], place: Place, state: Any, names: list[str]) -> list[str]:
-        p = place[2]
+    def _check_state(self, refuse: Callable[[str, str], None], p: Tensor, state: Any, names: list[str]) -> list[str]:
         if not isinstance(state, dict):
             refuse(f"its state is {type(state).__name__}, expected dict", "delete it to start anew")
         wanted = (["step"] if self.has_step else []) + names
@@ -1087,13 +1024,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         scales = [name for name in names if state.get(name + "_scales") is not None]
         missing = absent if len(absent) == len(wanted) and not scales else []
         for name in scales:
-            self._check_codes(place, state, name)
+            self._check_codes(refuse, p, state, name)
         if absent and not missing:
-            fix = f"add torch.zeros_like(parameter) as state['{absent[0]}'], or delete its state to start anew"
+            fix = "load a checkpoint that has it, or delete the parameter's state to start anew"
             refuse(f"its state has {sorted(state)} but no '{absent[0]}', which the group's options ask for", fix)
         for name in names:
             if state.get(name) is None and name not in scales and name not in missing:
-                self._check_codes(place, state, name)
+                self._check_codes(refuse, p, state, name)
         for name in [*names, "ema", "master", "compensation"]:
             if (t := state.get(name)) is not None:
                 self._check_numbers(refuse, p, name, t)
@@ -1124,7 +1061,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "load a checkpoint that was saved whole, or delete the parameter's state to start anew",
             )
 
-    def _check_codes(self, place: Place, state: dict[str, Any], name: str) -> None:
-        broken = storage.broken(state, name, place[2], name not in self.squares)
-        if broken is not None:
-            raise RuntimeError(f"{type(self).__name__}.step: {self._name(place)}: {'; '.join(broken)}")
+    def _check_codes(self, refuse: Callable[[str, str], None], p: Tensor, state: dict[str, Any], name: str) -> None:
+        if (broken := storage.broken(state, name, p, name not in self.squares)) is not None:
+            refuse(*broken)

@@ -43,7 +43,7 @@ class Range:
                 if isinstance(value, (str, bytes))
                 else float(value.detach() if isinstance(value, Tensor) else value)
             )
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise TypeError(f"{where}: Invalid {label}: {value!r}; {name} must be a number") from None
         low = "" if self.at_least is None else f" >= {self.at_least:g}"
         high = "" if self.below is None else f" < {self.below:g}"
@@ -119,7 +119,7 @@ def is_step_count(value: float) -> bool:
 
 
 STORAGE_OPTIONS = ("state_dtype", "min_int8_size", "param_rounding", "master_weights")
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+STATE_DTYPES = tuple(storage.NAMED.values())
 PARAM_ROUNDINGS = ("nearest", "stochastic", "kahan")
 
 

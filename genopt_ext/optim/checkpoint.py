@@ -1,0 +1,235 @@
+"""Loading a checkpoint: it is looked at whole, and all that is made of it is made, before the optimizer changes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .. import storage, tracing
+from . import by_torch
+from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+Refuse = Callable[[str, str], NoReturn]
+
+_FOREIGN = {"state1", "state2", "absmax1", "qmap1"}  # of bitsandbytes
+_WHOLE = "load what state_dict() of an optimizer of this model returned"
+
+
+def load(optimizer: FusedOptimizer, saved: Any) -> None:
+    """``torch.optim.Optimizer.load_state_dict``, which changes nothing where it raises; hooks as there."""
+    if isinstance(saved, Mapping):
+        saved = dict(saved)
+        for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+            if (changed := hook(optimizer, saved)) is not None:
+                saved = changed
+    # What is made in inference mode could not be stepped outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        state, groups = _Reader(optimizer).read(saved)
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    optimizer.discard_accumulated()
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
+def with_plain_groups(saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved`` with names in the place of dtypes: checkpoints hold numbers, strings and tensors."""
+    names = {dtype: name for name, dtype in storage.NAMED.items()}
+    groups = [
+        {key: names.get(value, value) if key == "state_dtype" else value for key, value in group.items()}
+        for group in saved["param_groups"]
+    ]
+    return {**saved, "param_groups": groups}
+
+
+class _Reader:
+    """Makes state and groups of a checkpoint, and raises ValueError for what can not be those of ``optimizer``."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self.optimizer = optimizer
+        self.where = f"{type(optimizer).__name__}.load_state_dict"
+
+    def refuse(self, problem: str, fix: str = _WHOLE) -> NoReturn:
+        raise ValueError(f"{self.where}: {problem}; {fix}")
+
+    @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """Gives an error in what a checkpoint holds its place there, and the one type that such errors have."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            self.refuse(f"{what}: {type(error).__name__}: {error}")
+
+    def read(self, saved: Any) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+        entries, saved_groups = self.parts(saved)
+        groups = self.groups(saved_groups)
+        places: dict[Hashable, tuple[int, int, Tensor]] = {}
+        for i, (group, of_optimizer) in enumerate(zip(saved_groups, self.optimizer.param_groups, strict=True)):
+            with self.naming(f"group {i}: params"):
+                places.update(
+                    (key, (i, k, p))
+                    for k, (key, p) in enumerate(zip(group["params"], of_optimizer["params"], strict=True))
+                )
+        by_name = {str(key): key for key in places}
+        state: dict[Any, Any] = defaultdict(dict)
+        for key, entry in entries.items():
+            if key in places:
+                place = places[key]
+                state[place[2]] = self.entry(entry, place, groups[place[0]])
+            elif by_name.get(str(key), key) != key:
+                self.refuse(f"state has the key {key!r}, and the groups' params {by_name[str(key)]!r}")
+            else:  # as torch
+                state[key] = entry
+        return state, groups
+
+    def parts(self, saved: Any) -> tuple[Mapping[Any, Any], list[Mapping[str, Any]]]:
+        if not isinstance(saved, Mapping):
+            self.refuse(f"the checkpoint is {type(saved).__name__}, expected dict")
+        entries, groups = saved.get("state"), saved.get("param_groups")
+        if not isinstance(entries, Mapping):
+            self.refuse(f"'state' is {type(entries).__name__}, expected dict")
+        if not isinstance(groups, (list, tuple)):
+            self.refuse(f"'param_groups' is {type(groups).__name__}, expected list")
+        own = self.optimizer.param_groups
+        if len(groups) != len(own):
+            self.refuse(
+                f"loaded state dict has a different number of parameter groups: {len(groups)}, expected {len(own)}"
+            )
+        for i, group in enumerate(groups):
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+                self.refuse(f"group {i} is no dict with a list of 'params'")
+            if len(group["params"]) != len(own[i]["params"]):
+                self.refuse(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                    f"group {i} has {len(group['params'])} parameters, expected {len(own[i]['params'])}"
+                )
+        return entries, list(groups)
+
+    def groups(self, saved: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        own = self.optimizer.param_groups
+        groups = []
+        for i, group in enumerate(saved):
+            with self.naming(f"group {i}"):
+                new = {key: deepcopy(value) for key, value in group.items() if key != "params"}
+                if isinstance(name := new.get("state_dtype"), str):
+                    new["state_dtype"] = storage.NAMED.get(name, name)
+                check_storage(f"{self.where}: group {i}", new)
+            if "param_names" in own[i]:
+                new.setdefault("param_names", own[i]["param_names"])
+            groups.append({**new, "params": own[i]["params"]})
+        # torch's class fills in what older checkpoints lack.
+        twin = object.__new__(by_torch.torch_class(self.optimizer))
+        twin.defaults = dict(self.optimizer.defaults)
+        twin.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+        for i, (old, new) in enumerate(zip(own, groups, strict=True)):
+            self.complete(i, old, new)
+        return groups
+
+    def complete(self, i: int, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Checks a group's options, of which those that the checkpoint knows nothing of stay as they are."""
+        clips = clips_alone(new)
+        for name in (*GROUP_OPTIONS, "capturable", "fused", "initial_accumulator_value"):
+            if name in old and name not in new and not (clips and name in NORM_CLIPS):
+                new[name] = old[name]
+        # How it is stored is this optimizer's own choice, whatever was saved.
+        for name in STORAGE_OPTIONS:
+            new.pop(name, None)
+            if name in old:
+                new[name] = old[name]
+        if "rounding_seed" in old:
+            new.setdefault("rounding_seed", old["rounding_seed"])
+        if absent := [name for name in self.optimizer.ranges if name in old and name not in new]:
+            self.refuse(f"group {i} has no '{absent[0]}'", f"add it, as {absent[0]}={old[absent[0]]!r}")
+        with self.naming(f"group {i}"):
+            self.optimizer._check_options(f"{self.where}: group {i}", new)
+        self.optimizer._complete(new)
+
+    def entry(self, saved: Any, place: tuple[int, int, Tensor], group: dict[str, Any]) -> dict[Any, Any]:
+        """The state of one parameter: copies on its device, stored as its group asks for it."""
+        optimizer, p = self.optimizer, place[2]
+        what = optimizer._name(place)
+
+        def refuse(problem: str, fix: str) -> NoReturn:
+            self.refuse(f"{what}: {problem}", fix)
+
+        if not isinstance(saved, Mapping):
+            refuse(f"its state is {type(saved).__name__}, expected dict", _WHOLE)
+        if not _FOREIGN.isdisjoint(saved):
+            refuse(
+                f"its state has {sorted(map(str, saved))}, codes of bitsandbytes, which are not ours",
+                "save it from bitsandbytes with optim_bits=32, or begin with new state",
+            )
+        names = optimizer.state_names(group)
+        known = {f"{name}{end}" for name in names for end in ("", "_codes", "_scales")}
+        known |= {"step", "ema", "master", "compensation"}
+        state: dict[Any, Any] = {}
+        for name, value in saved.items():
+            with self.naming(f"{what}: state {name!r}"):
+                if name in known and isinstance(value, Tensor):
+                    self.check_storage_of(refuse, name, value, p)
+                state[name] = self.step(refuse, value, p, group) if name == "step" else self.copy(value, p, name)
+        with self.naming(what):
+            optimizer._store_anew(p, state, group)
+            optimizer._check_state(refuse, p, state, names)
+            optimizer._check_step(refuse, p, state)
+        if not optimizer.has_step and "step" not in optimizer._further_names(group, p):
+            state.pop("step", None)  # which only rounding had counted
+        return state
+
+    def check_storage_of(self, refuse: Refuse, name: str, t: Tensor, p: Tensor) -> None:
+        """Refuses what can not be copied into memory that a step could use."""
+        kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
+        sparse = self.optimizer.serves_sparse and t.layout == torch.sparse_coo
+        if kind != "torch.strided" and not sparse:
+            refuse(f"state '{name}' is {kind}, expected torch.strided", "replace it with a dense tensor")
+        if t.is_meta and not p.is_meta:
+            refuse(f"state '{name}' is on meta, where there are no numbers", _WHOLE)
+        if name != "step" and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):
+            refuse(
+                f"state '{name}' is {type(t).__name__}, parameter is {type(p).__name__}",
+                "load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
+            )
+
+    def step(self, refuse: Refuse, value: Any, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """As torch: where it was saved, unless kernels read it."""
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        if value is None:
+            return None
+        if not isinstance(value, Tensor):
+            if not isinstance(value, Real):
+                refuse(f"state 'step' is {value!r}, expected a number", _WHOLE)
+            return torch.tensor(
+                float(value), dtype=_get_scalar_dtype(is_fused=on_device), device=p.device if on_device else "cpu"
+            )
+        if value.numel() != 1 or value.is_complex():
+            refuse(f"state 'step' is {value.dtype} of shape {list(value.shape)}, expected a number", _WHOLE)
+        dtype = torch.float32 if on_device or not value.is_floating_point() else value.dtype
+        return value.detach().to(device=p.device if on_device else value.device, dtype=dtype, copy=True)
+
+    def copy(self, value: Any, p: Tensor, name: Any) -> Any:
+        """Of what was saved for ``p``: on its device, in the dtype that it was saved with."""
+        if isinstance(value, Mapping):
+            return {key: self.copy(each, p, key) for key, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.copy(each, p, None) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        # As torchao's 8-bit and 4-bit state.
+        if tracing.is_subclass(value) and type(value).dequantize is not Tensor.dequantize:
+            value = value.dequantize()
+        dtype = value.dtype
+        if not (value.is_floating_point() or value.is_complex() or str(name).endswith(("_codes", "_scales"))):
+            dtype = p.dtype if p.is_floating_point() else dtype
+        return value.detach().to(device=p.device, dtype=dtype, copy=True)
