@@ -19,7 +19,7 @@ _Term = tuple[int, int, int]
 
 def has_memory(t: Tensor) -> bool:
     """Whether a tensor's elements are where its address and strides say."""
-    plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_meta
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and not (t.is_meta or t.is_nested)
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 

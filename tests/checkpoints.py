@@ -129,7 +129,7 @@ def assert_unchanged(opt, before, what):
 
 
 def check(kind, seed, backend):
-    """A broken checkpoint is refused by a ValueError and changes nothing, or loads, and then the step works or is refused.
+    """Loads a broken checkpoint: a ValueError refuses it and changes nothing, or the next step works or is refused.
 
     Returns what happened.
     """

@@ -63,7 +63,7 @@ def string_ids(saved):
 
 P1 = r"AdamW.load_state_dict: group 0 parameter 1 \(shape \[5\]\): "
 BROKEN = {
-    "step None-able only with all": (without("state", 1, "exp_avg"), P1 + "its state has .* but no 'exp_avg'"),
+    "a moment lacks": (without("state", 1, "exp_avg"), P1 + "its state has .* but no 'exp_avg'"),
     "step x": (entry("step", "x"), P1 + "state 'step' is 'x', expected a number"),
     "step list": (entry("step", [1]), P1 + r"state 'step' is \[1\], expected a number"),
     "step dict": (entry("step", {}), P1 + "state 'step' is {}, expected a number"),
@@ -141,8 +141,8 @@ def test_a_refused_checkpoint_leaves_what_was_accumulated(backend):
     p.grad = torch.ones(3)
     opt.accumulate()
     before = p.detach().clone()
-    with pytest.raises(ValueError, match="lr"):
-        opt.load_state_dict({**opt.state_dict(), "param_groups": [{"lr": None, "params": [0]}]})
+    with pytest.raises(ValueError, match="group 0 has no"):
+        opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
     opt.step()
     assert_same_bits(p.detach(), before - 1)
 
@@ -186,6 +186,29 @@ def test_what_torch_loads_and_trains_with(case, change):
     torch.testing.assert_close(runs[0], runs[1])
 
 
+def test_entries_of_the_users_own_do_not_matter(backend):
+    params = parameters([(3,)])
+    opt = optim.AdamW(params, backend=backend)
+    train(opt, params, 1)
+    opt.state[params[0]].update(mine=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), other=object())
+    train(opt, params, 1)
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    train(opt, params, 1)
+    assert set(opt.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq", "mine", "other"}
+
+
+def test_a_step_that_was_saved_as_a_half_counts_on(backend):
+    params = parameters([(3,)])
+    opt = optim.AdamW(params, backend=backend)
+    train(opt, params, 1)
+    saved = opt.state_dict()
+    saved["state"][0]["step"] = torch.tensor(2048.0, dtype=torch.float16)
+    opt.load_state_dict(saved)
+    train(opt, params, 1)
+    assert opt.state[params[0]]["step"] == 2049
+
+
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_hooks_and_setstate_run_as_torchs(case):
     runs = []
@@ -220,7 +243,7 @@ def test_hooks_and_setstate_run_as_torchs(case):
 
 
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("name", list(FIRST))
+@pytest.mark.parametrize("name", [name for name in FIRST if name != "Adagrad"])  # whose state is there from the start
 def test_a_parameter_of_which_only_the_average_is_kept(name, how, backend):
     """It has no step: neither loading nor a copy asks for one."""
     params = parameters([(3,), (5,)])
@@ -228,7 +251,7 @@ def test_a_parameter_of_which_only_the_average_is_kept(name, how, backend):
     params[0].grad = torch.ones(3)
     opt.step()
     assert list(opt.state[params[1]]) == ["ema"]
-    other = FIRST[name].ours(parameters([(3,), (5,)]), ema_decay=0.9, backend=backend)
+    other = FIRST[name].ours([p.detach().clone() for p in params], ema_decay=0.9, backend=backend)
     other.load_state_dict(opt.state_dict())
     assert_same_state(opt, other)
     copied = COPIES[how](opt)
@@ -272,12 +295,10 @@ def test_groups_hold_no_dtypes(case, dtype, backend):
     assert all(isinstance(value, plain) for g in saved["param_groups"] for value in g.values()), saved["param_groups"]
     assert saved["param_groups"][0].get("state_dtype") == (None if dtype is None else str(dtype).removeprefix("torch."))
     assert opt.param_groups[0].get("state_dtype") == dtype  # the group itself keeps it
-    for older in (
-        saves_and_loads(saved),
-        {**saved, "param_groups": [{**saved["param_groups"][0], "state_dtype": dtype}]},
-    ):
-        other = case.ours(parameters([(300,), (5,)], seed=1), state_dtype=dtype, min_int8_size=256, backend=backend)
-        other.load_state_dict(older)
+    older = {**saved, "param_groups": [{**saved["param_groups"][0], "state_dtype": dtype}]}
+    for there in (saves_and_loads(saved), older):
+        other = case.ours([p.detach().clone() for p in params], state_dtype=dtype, min_int8_size=256, backend=backend)
+        other.load_state_dict(there)
         assert other.param_groups[0].get("state_dtype") == dtype
         assert_same_state(opt, other)
 

@@ -180,6 +180,8 @@ class _Reader:
                 if name in known and isinstance(value, Tensor):
                     self.check_storage_of(refuse, name, value, p)
                 state[name] = self.step(refuse, value, p, group) if name == "step" else self.copy(value, p, name)
+        if p.dtype not in storage.STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
+            return state
         with self.naming(what):
             optimizer._store_anew(p, state, group)
             optimizer._check_state(refuse, p, state, names)
@@ -215,7 +217,8 @@ class _Reader:
             )
         if value.numel() != 1 or value.is_complex():
             refuse(f"state 'step' is {value.dtype} of shape {list(value.shape)}, expected a number", _WHOLE)
-        dtype = torch.float32 if on_device or not value.is_floating_point() else value.dtype
+        # A half would stop counting.
+        dtype = torch.float64 if value.dtype == torch.float64 and not on_device else torch.float32
         return value.detach().to(device=p.device if on_device else value.device, dtype=dtype, copy=True)
 
     def copy(self, value: Any, p: Tensor, name: Any) -> Any:

@@ -1050,7 +1050,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = state.get("step")
         if step is None:
             return
-        if not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
+        if not (
+            isinstance(step, Tensor) and step.numel() == 1 and step.dtype in storage.STEPPED and not step.is_complex()
+        ):
             got = f"of shape {list(step.shape)}, {step.dtype}" if isinstance(step, Tensor) else repr(step)
             refuse(
                 f"state 'step' is {got}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))"
