@@ -91,7 +91,11 @@ BROKEN = {
     ),
     "bitsandbytes": (
         lambda saved: saved["state"].update({1: dict(step=3, state1=torch.zeros(5), state2=torch.zeros(5))}),
-        P1 + r"its state has \['state1', 'state2', 'step'\], codes of bitsandbytes.*optim_bits=32",
+        P1 + r"its state has \['state1', 'state2', 'step'\], as bitsandbytes saves it",
+    ),
+    "bitsandbytes, wrapped": (
+        lambda saved: saved["state"].update({1: dict(__bnb_optimizer_quant_state__={}, step=3)}),
+        P1 + "its state has .*, as bitsandbytes saves it",
     ),
     "betas": (group(betas=None), "AdamW.load_state_dict: group 0: .*betas must be 2 numbers"),
     "lr": (group(lr=-1.0), "AdamW.load_state_dict: group 0: Invalid learning rate: -1.0"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Refuse = Callable[[str, str], NoReturn]
 
-_FOREIGN = {"state1", "state2", "absmax1", "qmap1"}  # of bitsandbytes
+_FOREIGN = {"state1", "absmax1", "qmap1", "__bnb_optimizer_quant_state__"}  # of bitsandbytes
 _WHOLE = "load what state_dict() of an optimizer of this model returned"
 
 
@@ -168,8 +168,8 @@ class _Reader:
             refuse(f"its state is {type(saved).__name__}, expected dict", _WHOLE)
         if not _FOREIGN.isdisjoint(saved):
             refuse(
-                f"its state has {sorted(map(str, saved))}, codes of bitsandbytes, which are not ours",
-                "save it from bitsandbytes with optim_bits=32, or begin with new state",
+                f"its state has {sorted(map(str, saved))}, as bitsandbytes saves it, which is not read here",
+                "begin with new state",
             )
         names = optimizer.state_names(group)
         known = {f"{name}{end}" for name in names for end in ("", "_codes", "_scales")}
