@@ -190,6 +190,7 @@ def test_what_torch_loads_and_trains_with(case, change):
     torch.testing.assert_close(runs[0], runs[1])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_entries_of_the_users_own_do_not_matter(backend):
     params = parameters([(3,)])
     opt = optim.AdamW(params, backend=backend)
