@@ -176,6 +176,7 @@ class InBackward:
 
         self._handles += [p.register_hook(enter) for p in params]
 
+    @tracing.opaque
     def _enter(self, now: int) -> None:
         """Refuses the pass ``now`` while one of another thread is under way; those of one thread are nested."""
         if now in self._passes:

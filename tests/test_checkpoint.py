@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections import OrderedDict
+from functools import partial
 
 import checkpoints
 import pytest
@@ -104,6 +105,9 @@ BROKEN = {
     "params": (group(params=3), "group 0 is no dict with a list of 'params'"),
     "unhashable params": (group(params=[[], {}]), "group 0: params: TypeError: unhashable"),
     "params of another kind": (string_ids, "state has the key 0, and the groups' params '0'"),
+    "a param twice": (group(params=[0, 0]), "group 0: params has 0 twice"),
+    "names": (group(param_names=["a"]), r"group 0: param_names is \['a'\], expected 2 names"),
+    "huge": (entry("exp_avg", torch.ones(1).expand(2**40)), P1 + r"state 'exp_avg' has shape \[1099511627776\]"),
     "fewer params": (
         group(params=[0]),
         "parameter group that doesn't match the size of optimizer's group: group 0 has 1",
@@ -201,6 +205,35 @@ def test_entries_of_the_users_own_do_not_matter(backend):
     opt.load_state_dict(saved)
     train(opt, params, 1)
     assert set(opt.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq", "mine", "other"}
+
+
+def test_a_subclass_that_refuses_changes_nothing(backend):
+    class Picky(optim.AdamW):
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            if not state["state"]:
+                raise LookupError("nothing there")
+
+    params = parameters([(3,), (5,)])
+    opt = Picky(params, backend=backend)
+    train(opt, params, 1)
+    before = checkpoints.seen(opt)
+    with pytest.raises(LookupError, match="nothing there"):
+        opt.load_state_dict({**opt.state_dict(), "state": {}})
+    checkpoints.assert_unchanged(opt, before, "")
+
+
+def test_negative_zeros_of_torchs_momentum_have_been_set(backend):
+    """Only a buffer of nothing else waits for its first gradient."""
+    results = []
+    for make in (torch.optim.SGD, partial(optim.SGD, backend=backend)):
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = make([p], lr=1.0, momentum=0.9, dampening=0.5)
+        opt.load_state_dict({**opt.state_dict(), "state": {0: {"momentum_buffer": torch.tensor([-0.0, 0.0, 1.0])}}})
+        p.grad = torch.ones(3)
+        opt.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_a_step_that_was_saved_as_a_half_counts_on(backend):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .. import storage, tracing
+from .. import reference, storage, tracing
 from . import by_torch
 from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone
 
@@ -36,7 +36,12 @@ def load(optimizer: FusedOptimizer, saved: Any) -> None:
     # What is made in inference mode could not be stepped outside of it.
     with torch.inference_mode(False), torch.no_grad():
         state, groups = _Reader(optimizer).read(saved)
-    optimizer.__setstate__({"state": state, "param_groups": groups})
+    before = optimizer.state, optimizer.param_groups
+    try:
+        optimizer.__setstate__({"state": state, "param_groups": groups})
+    except BaseException:  # of a subclass
+        optimizer.state, optimizer.param_groups = before
+        raise
     optimizer.discard_accumulated()
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
@@ -78,10 +83,9 @@ class _Reader:
         places: dict[Hashable, tuple[int, int, Tensor]] = {}
         for i, (group, of_optimizer) in enumerate(zip(saved_groups, self.optimizer.param_groups, strict=True)):
             with self.naming(f"group {i}: params"):
-                places.update(
-                    (key, (i, k, p))
-                    for k, (key, p) in enumerate(zip(group["params"], of_optimizer["params"], strict=True))
-                )
+                for k, (key, p) in enumerate(zip(group["params"], of_optimizer["params"], strict=True)):
+                    if places.setdefault(key, (i, k, p))[2] is not p:
+                        self.refuse(f"group {i}: params has {key!r} twice, for two parameters of the optimizer")
         by_name = {str(key): key for key in places}
         state: dict[Any, Any] = defaultdict(dict)
         for key, entry in entries.items():
@@ -126,6 +130,9 @@ class _Reader:
                 if isinstance(name := new.get("state_dtype"), str):
                     new["state_dtype"] = storage.NAMED.get(name, name)
                 check_storage(f"{self.where}: group {i}", new)
+            names = new.get("param_names", own[i]["params"])
+            if not isinstance(names, (list, tuple)) or len(names) != len(own[i]["params"]):
+                self.refuse(f"group {i}: param_names is {names!r}, expected {len(own[i]['params'])} names")
             if "param_names" in own[i]:
                 new.setdefault("param_names", own[i]["param_names"])
             groups.append({**new, "params": own[i]["params"]})
@@ -198,6 +205,10 @@ class _Reader:
             refuse(f"state '{name}' is {kind}, expected torch.strided", "replace it with a dense tensor")
         if t.is_meta and not p.is_meta:
             refuse(f"state '{name}' is on meta, where there are no numbers", _WHOLE)
+        if name != "step" and not name.endswith("_scales") and t.shape != p.shape:  # before it takes memory
+            refuse(
+                f"state '{name}' has shape {list(t.shape)}, expected {list(p.shape)}", "load a checkpoint of this model"
+            )
         if name != "step" and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):
             refuse(
                 f"state '{name}' is {type(t).__name__}, parameter is {type(p).__name__}",
@@ -235,4 +246,7 @@ class _Reader:
         dtype = value.dtype
         if not (value.is_floating_point() or value.is_complex() or str(name).endswith(("_codes", "_scales"))):
             dtype = p.dtype if p.is_floating_point() else dtype
-        return value.detach().to(device=p.device, dtype=dtype, copy=True)
+        copied = value.detach().to(device=p.device, dtype=dtype, copy=True)
+        if name == "momentum_buffer" and not (copied.is_sparse or reference.is_all_unset(copied)):
+            copied += 0.0  # torch may leave -0.0, which says "not yet set" here
+        return copied
