@@ -139,7 +139,15 @@ void register_quant(py::module_& m) {
 
 void register_cuda(py::module_& m) {
   m.attr("has_cuda") = kHasCuda;
-  m.def("has_kernels", [](const py::object& t) { return has_kernels(tensor_of(t)); }, py::arg("t"));
+  // The backend whose kernels serve a tensor, or None.
+  m.def(
+      "kernels_for",
+      [](const py::object& object) -> std::optional<std::string> {
+        const at::Tensor& t = tensor_of(object);
+        if (!is_in_memory(t)) return std::nullopt;
+        return kernel_device(t) == kHost ? "cpu" : "cuda";
+      },
+      py::arg("t"));
 }
 
 void register_cpu(py::module_& m) {

@@ -222,7 +222,9 @@ std::vector<std::pair<int64_t, int64_t>> Regions::find_overlaps() const {
       }
     }
     const int64_t count = static_cast<int64_t>(group.size());
-    const bool by_pairs = !unsure && count * count < elements + 64;
+    // Marking also takes memory for the whole span.
+    const int64_t room = (reach_[last - 1] - spans_[first].low) / 16;
+    const bool by_pairs = !unsure && count * count < std::max(elements, room) + 64;
     if (count > (unsure ? 0 : 1) && !(by_pairs && compare_pairs(group, pairs))) mark_elements(group, pairs);
   }
   return {pairs.begin(), pairs.end()};

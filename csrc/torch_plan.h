@@ -762,7 +762,9 @@ class TorchPlan {
     const auto mix = [&hash](uint64_t value) { hash = mixed(hash, value); };
     for (int k = 0; k < kOperands; ++k)
       if (k != kGrad || may_write_gradients()) mix(reinterpret_cast<uintptr_t>(row.data[k]));
-    mix(may_write_gradients());
+    uint64_t kinds = may_write_gradients();
+    for (int k = 0; k < kOperands; ++k) kinds = kinds << 3 | static_cast<uint64_t>(row.dtype[k]);
+    mix(kinds);
     for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
     mix(reinterpret_cast<uintptr_t>(row.step));
     mix(row.numel);

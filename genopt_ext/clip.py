@@ -217,7 +217,7 @@ def clip_grads_with_norm_(
     norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64, device="cpu")
     factor = coefficient(bound, norm.double()).reshape(1)
     grads = [p.grad for p in _listed(parameters) if p.grad is not None]
-    overlap.refuse_revisits("clip_grads_with_norm_", grads)
+    overlap.refuse_unwritable("clip_grads_with_norm_", grads)
     for device, here in _by_device(grads).items():
         if not _run(here, list(here), {}, group_scales=[factor.to(device)]):
             own = factor.to(device).squeeze()
@@ -264,7 +264,7 @@ def clip_grad_norm_(
         total = torch.empty((), dtype=dtype, device=grads[0].device)
         if _run(grads, list(grads), {}, max_norm=bound, norm=NORMS[norm], grad_norm=[total]):
             return total
-    overlap.refuse_revisits("clip_grad_norm_", grads)
+    overlap.refuse_unwritable("clip_grad_norm_", grads)
     if error_if_nonfinite:  # by its place among all parameters, with a gradient or without
         everything = [grads[0].new_zeros(0) if p.grad is None else p.grad for p in listed] if grads else []
         total = get_total_norm(everything, norm, True, foreach)
@@ -292,7 +292,7 @@ def clip_grad_value_(parameters: _TensorOrTensors, clip_value: float, foreach: b
     grads = [p.grad for p in _listed(parameters) if p.grad is not None]
     if any(g.is_complex() for g in grads):
         raise TypeError("clip_grad_value_: gradients must be real to have an order; clip complex ones by their norm")
-    overlap.refuse_revisits("clip_grad_value_", grads)
+    overlap.refuse_unwritable("clip_grad_value_", grads)
     for device, here in _by_device(grads).items():
         # On a CPU a first look costs less than writing what does not change.
         look = dict(norm=NORMS[math.inf], measure=True) if device.type == "cpu" else {"scale": 1.0}

@@ -85,14 +85,17 @@ def revisits(t: Tensor) -> bool:
     return len(merged) < len(terms) or _reaches(merged, 1 - t.element_size(), t.element_size() - 1, True)
 
 
-def refuse_revisits(where: str, grads: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where a gradient that is to be changed in place shares memory with itself."""
+def refuse_unwritable(where: str, grads: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where a gradient that is to be changed in place can not be, or shares memory with itself."""
     for i, g in enumerate(grads):
+        what = f"{where}: gradient {i} (shape {list(g.shape)})"
+        fix = "so they can not be changed in place; give it memory of its own: p.grad = p.grad.clone()"
         if has_memory(g) and revisits(g):
-            raise RuntimeError(
-                f"{where}: gradient {i} (shape {list(g.shape)}): its elements share memory with one another (as after "
-                "expand()), so they can not be changed in place; give it memory of its own: p.grad = p.grad.clone()"
-            )
+            raise RuntimeError(f"{what}: its elements share memory with one another (as after expand()), {fix}")
+        if g._is_zerotensor():
+            raise RuntimeError(f"{what}: its elements have no memory, as it is a zero tensor, {fix}")
+        if g.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{what}: its elements were made in torch.inference_mode(), {fix}")
 
 
 def share(a: Tensor, b: Tensor) -> bool:

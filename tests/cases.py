@@ -20,7 +20,8 @@ from genopt_ext import optim
 
 # conftest.py says what these are for.
 DEVICE = os.environ.get("GENOPT_TEST_DEVICE", "cpu")
-NATIVE = "cuda" if DEVICE == "cuda" or os.environ.get("GENOPT_TEST_CUDA_ON_CPU") else "cpu"  # the backend under test
+EMULATED = bool(os.environ.get("GENOPT_TEST_CUDA_ON_CPU"))  # under sanitizers, and all memory passes for a GPU's
+NATIVE = "cuda" if DEVICE == "cuda" or EMULATED else "cpu"  # the backend under test
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)

@@ -655,3 +655,22 @@ def test_a_training_loop(make_scaler):
             losses.append(loss.item())
     assert losses[:8] == pytest.approx(losses[8:], rel=1e-2)
     assert losses[7] < losses[0]
+
+
+def test_a_refused_step_leaves_no_scale_behind(backend):
+    """As torch's scaler does, whose retry would multiply by it."""
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    opt = optim.Adam(params, lr=1.0, fused=True, backend=backend)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    for p in params:
+        scaler.scale(torch.ones(()))
+        p.grad = torch.full((4,), 8.0)
+    opt.state[params[1]]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="exp_avg"):
+        scaler.step(opt)
+    assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+    del opt.state[params[1]]
+    scaler.step(opt)
+    for p in params:
+        torch.testing.assert_close(p.detach(), torch.full((4,), -1.0))
+        assert_same_bits(p.grad, torch.ones(4))

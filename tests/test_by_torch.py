@@ -337,3 +337,27 @@ def test_a_leaf_that_requires_grad_is_refused_before_anything():
     p.grad = randn((3,), 1)
     refused(opt, [p], "a leaf Variable that requires grad is being used in an in-place operation")
     assert not opt.state
+
+
+@pytest.mark.parametrize("what", ["another sparse_dim", "a sum of another sparse_dim", "a state that requires grad"])
+def test_what_torchs_code_would_fail_at_is_refused_before_others_step(what):
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    q = torch.ones(3, 2, requires_grad=True) * 1 if what.startswith("a state") else torch.nn.Parameter(torch.ones(3, 2))
+    own = dict(momentum=0.9) if what.startswith("another") else {}
+    make = optim.Adagrad if what.startswith("a sum") else optim.SGD if own else optim.Adam
+    is_differentiable = what.startswith("a state")
+    groups = [{"params": [p], "differentiable": False}, {"params": [q]}]
+    opt = make(groups, lr=0.1, differentiable=is_differentiable, **own)
+    p.grad = torch.ones(3, 2)
+    q.grad = torch.ones(3, 2) if what.startswith("a state") else torch.ones(3, 2).to_sparse(1)
+    opt.step()
+    if what.startswith("another"):
+        q.grad = torch.ones(3, 2).to_sparse(2)
+    elif what.startswith("a sum"):
+        opt.state[q]["sum"] = torch.ones(3, 2).to_sparse(2)
+    else:
+        opt.state[q]["exp_avg"] = torch.zeros(3, 2, requires_grad=True)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="group 1 parameter 0 .*(sparse dimensions|requires grad)"):
+        opt.step()
+    assert torch.equal(p.detach(), before)

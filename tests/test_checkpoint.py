@@ -64,6 +64,10 @@ def string_ids(saved):
 
 P1 = r"AdamW.load_state_dict: group 0 parameter 1 \(shape \[5\]\): "
 BROKEN = {
+    "an entry of nobody's": (
+        lambda saved: saved.update(state={7: {"step": "x"}, **saved["state"], 1: None}),
+        P1 + "its state is NoneType",
+    ),
     "a moment lacks": (without("state", 1, "exp_avg"), P1 + "its state has .* but no 'exp_avg'"),
     "step x": (entry("step", "x"), P1 + "state 'step' is 'x', expected a number"),
     "step list": (entry("step", [1]), P1 + r"state 'step' is \[1\], expected a number"),
@@ -161,6 +165,7 @@ CHANGES = {
     "as saved": lambda saved: None,
     "more in a group": group(note="mine"),
     "more in an entry": lambda saved: [e.update(mine={"a": [torch.ones(2)]}) for e in saved["state"].values()],
+    "nobody's entry": lambda saved: saved.update(state={7: {"step": torch.tensor(1.0)}, **saved["state"]}),
     "an entry of the user's own": lambda saved: saved["state"].update(mine={"step": torch.tensor(1.0)}),
     "one parameter without state": without("state", 1),
     "an OrderedDict": lambda saved: saved.update(state=OrderedDict(saved["state"])),

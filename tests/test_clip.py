@@ -493,3 +493,17 @@ def test_fuzzed(grads, norm_type, max_norm, by_value):
         after = theirs.get_total_norm([double(g) for g in grads if g is not None and g.numel()], norm_type)
         torch.testing.assert_close(again.double(), after.double(), rtol=1e-6, atol=0)
     assert_close_grads(params, expected)
+
+
+@pytest.mark.parametrize("kind", ["inference", "zero"])
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"])
+def test_a_gradient_that_can_not_be_written_is_refused_before_others_are(name, kind):
+    with torch.inference_mode():
+        inference = torch.full((4,), 5.0)
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    params[0].grad = torch.full((4,), 5.0)
+    params[1].grad = inference if kind == "inference" else torch._efficientzerotensor(4)
+    bound = (1.0, torch.tensor(9.0)) if name == "clip_grads_with_norm_" else (1.0,)
+    with pytest.raises(RuntimeError, match=f"{name}: gradient 1 .*can not be changed in place"):
+        getattr(genopt_ext, name)(params, *bound)
+    assert_same_bits(params[0].grad, torch.full((4,), 5.0))

@@ -241,3 +241,30 @@ def test_kernels_and_reference_refuse_the_same(drawn, zeroing):
         except RuntimeError as error:
             outcomes.append("share" if "share" in str(error) else str(error))
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_memory_is_looked_at_again_when_only_the_dtype_changes(writes):
+    """The same addresses and sizes, where float32 elements meet and bfloat16 ones did not."""
+    memory, more = torch.zeros(64), torch.zeros(64)
+    a, b = (torch.nn.Parameter(memory.view(torch.bfloat16)[i : i + 8]) for i in (0, 8))
+    opt = optim.SGD([a, b], lr=1.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        halves = more.view(dtype)
+        a.grad = b.grad = None
+        if writes:  # gradients that are unscaled once
+            a.data, b.data = torch.zeros(8, dtype=dtype), torch.zeros(8, dtype=dtype)
+            starts = (0, 8) if dtype == torch.bfloat16 else (0, 4)
+            a.grad, b.grad = (halves[i : i + 8].fill_(2.0) for i in starts)
+            more.view(dtype).fill_(2.0)
+            opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+            opt.step()
+            assert_same_bits((a.detach(), b.detach()), (torch.full((8,), -1.0, dtype=dtype),) * 2)
+            continue
+        if dtype == torch.float32:
+            a.data, b.data = memory[0:8], memory[4:12]
+        a.grad, b.grad = torch.ones(8, dtype=dtype), torch.ones(8, dtype=dtype)
+        if dtype == torch.float32:
+            refused(opt, [a, b], "shares memory with group 0 parameter 1")
+        else:
+            opt.step()

@@ -13,6 +13,8 @@ import pytest
 import torch
 from cases import (
     CASES,
+    EMULATED,
+    NATIVE,
     SHAPES,
     STATEFUL,
     Case,
@@ -671,6 +673,7 @@ def test_what_a_running_step_works_on_may_be_taken_away(act):
         assert a is None or (assert_same_bits(a, b) is None)
 
 
+@pytest.mark.skipif(NATIVE != "cpu", reason="a step on a GPU is over once it is launched")
 def test_a_second_thread_is_refused_while_the_first_steps():
     params = parameters([(1 << 22,)])
     opt = optim.AdamW(params)
@@ -816,6 +819,7 @@ for options in KINDS:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux for the memory in use")
+@pytest.mark.skipif(EMULATED, reason="AddressSanitizer keeps what is let go")
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 def test_many_steps_of_every_kind_take_no_more_memory(backend, fresh):
     """A tensor or a list left behind at each step would be an object, and a tensor 40 KB."""

@@ -63,6 +63,17 @@ def check(optimizer: FusedOptimizer, place: Place, g: Tensor, refuse: Refuse) ->
         refuse(f"{served}, which does not know {options[0]}", f"give it a group without {options[0]}")
     if g.dtype != p.dtype:
         refuse(f"gradient is {g.dtype}, parameter is {p.dtype}, and {served}", f"cast the gradient to {p.dtype}")
+    for name, t in state.items():
+        if isinstance(t, Tensor) and t.requires_grad and t.is_leaf:
+            refuse(
+                f"state '{name}' requires grad, and can not be changed in place",
+                f"use its .detach(), as torch's own '{name}' is",
+            )
+        if isinstance(t, Tensor) and t.is_sparse and g.is_sparse and t.sparse_dim() != g.sparse_dim():
+            refuse(
+                f"its gradient has {g.sparse_dim()} sparse dimensions, and its state '{name}' {t.sparse_dim()}",
+                f"keep to one kind of sparse gradients, or replace the state with state['{name}'].to_dense()",
+            )
     if not g.is_sparse:
         if p.is_leaf and p.requires_grad:
             refuse(

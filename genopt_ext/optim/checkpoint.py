@@ -220,6 +220,9 @@ class _Reader:
         on_device = bool(group.get("fused") or group.get("capturable"))
         if value is None:
             return None
+        # Here it may wait for a GPU, which a step does not.
+        if isinstance(value, Tensor) and value.numel() == 1 and tracing.has_number(value) and not value.is_complex():
+            self.optimizer._check_step(refuse, p, {"step": value.detach().to("cpu", torch.float64)})
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
                 refuse(f"state 'step' is {value!r}, expected a number", _WHOLE)

@@ -267,8 +267,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group(i, group)
         # torch's looks for a step in every entry, also where only the average of a parameter is kept.
         entries = state.get("state", {})
-        others = {key: entry for key, entry in entries.items() if not (isinstance(entry, dict) and "step" in entry)}
-        kept = defaultdict(dict, {key: entry for key, entry in entries.items() if key not in others})
+        kept: dict[Any, Any] = defaultdict(dict)
+        others: dict[Any, Any] = {}
+        for key, entry in entries.items():
+            counts = isinstance(key, Tensor) and isinstance(entry, dict) and "step" in entry
+            (kept if counts else others)[key] = entry
         super().__setstate__({**state, "state": kept})
         self.state.update(others)
 
@@ -306,28 +309,36 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient, state or parameter that can not be served; the message names it and
-                says what to do. Parameters, gradients and state are then as they were.
+                says what to do. Parameters, gradients and state are then as they were, but that gradients which
+                stand beside accumulated ones are accumulated too.
         """
-        self._refuse_swapped()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._micro_batches and any(p.grad is not None for _, _, p in self._places()):
-            self._refuse_pieces()
-            self.accumulate()
-        arguments = self._arguments(None)
-        if self._resolved == "reference":
-            places = self._places()
-            rows = [r for r, place in enumerate(places) if self._takes_part(place)]
-            everything = Refusal(rows, list(dict.fromkeys(places[r][0] for r in rows)))
-            self._settle(everything, arguments, places, self._step_natively)
-        else:
-            if self._plan is None:
-                self._plan = self._make_plan(self._places())
-            refusal = self._step_natively((), arguments)
-            if refusal is not None:
-                self._settle(refusal, arguments, self._places(), self._step_natively)
+        try:
+            self._refuse_swapped()
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if self._micro_batches and any(p.grad is not None for _, _, p in self._places()):
+                self._refuse_pieces()
+                self.accumulate()
+            arguments = self._arguments(None)
+            if self._resolved == "reference":
+                places = self._places()
+                rows = [r for r, place in enumerate(places) if self._takes_part(place)]
+                everything = Refusal(rows, list(dict.fromkeys(places[r][0] for r in rows)))
+                self._settle(everything, arguments, places, self._step_natively)
+            else:
+                if self._plan is None:
+                    self._plan = self._make_plan(self._places())
+                refusal = self._step_natively((), arguments)
+                if refusal is not None:
+                    self._settle(refusal, arguments, self._places(), self._step_natively)
+        except BaseException:
+            # torch's GradScaler has set both for this step, and takes them back only where it succeeds.
+            if "found_inf" in self.__dict__:
+                for name in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(name, None)
+            raise
         self._micro_batches = 0
         return loss
 
@@ -349,7 +360,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             result = self.step(*args, **kwargs)
         finally:
-            del self.grad_scale
+            self.__dict__.pop("grad_scale", None)
             self._keeps_scale = self._checks = False
         return result, self._results_on(None)["nonfinite"]
 
@@ -961,6 +972,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"parameter is {p.dtype} and has a gradient",
                 "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
             )
+        native = _backend.native
+        if self._resolved in SERVED and native is not None and native.kernels_for(p) != self._resolved:
+            self._tell_reference(place)
         if storage.is_stochastic(group, p) and tracing.is_subclass(p):
             refuse(
                 f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True"

@@ -26,11 +26,10 @@ _DEQUANTIZE = f"Tensor codes, Tensor scale, Tensor? zero_point, SymInt[] shape, 
 
 def _kernels(t: Tensor) -> Any:
     """The native module where its kernels serve the tensor; else None."""
-    if t.device.type not in ("cpu", "cuda") or _backend.resolve("auto") == "reference":
+    if _backend.resolve("auto") == "reference":
         return None
-    native = _backend.native
-    assert native is not None
-    return native if t.is_cpu or (native.has_cuda and native.has_kernels(t)) else None
+    assert _backend.native is not None
+    return _backend.native if _backend.native.kernels_for(t) else None
 
 
 def _checked(

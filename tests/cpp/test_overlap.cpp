@@ -49,6 +49,12 @@ int main() {
   CHECK(overlap({view(0, {kHuge}, {0}, 0)}), "expanded to 2^36 elements");
   CHECK(!overlap({view(0, {kHuge, 1}, {8, 1}, 0), view(1, {kHuge, 7}, {8, 1}, 1)}), "2^36 rows, columns apart");
   CHECK(overlap({view(0, {kHuge, 2}, {8, 1}, 0), view(1, {kHuge, 7}, {8, 1}, 1)}), "2^36 rows, columns that meet");
+  // Nor is memory taken for a span of 2^42 bytes.
+  std::vector<Region> far;
+  for (int64_t i = 0; i < 90; ++i) far.push_back(view(7 * i, {60}, {kHuge / 4}, i));
+  CHECK(!overlap(far), "few elements far apart");
+  far.push_back(view(7 * 89, {2}, {kHuge / 4}, 90));
+  CHECK(overlap(far), "few elements far apart, of which two meet");
 
   const Regions regions({dense(0, 10, 0), view(20, {10}, {2}, 1), view(21, {10}, {2}, 2), dense(50, 0, 3)});
   const auto met = [&](const Region& other) {
