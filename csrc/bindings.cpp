@@ -6,7 +6,6 @@
 // After pybind11: this declares its namespace without hiding it.
 #include <ATen/record_function.h>
 
-#include "cpu/stream.h"
 #include "torch_hooks.h"
 #include "torch_plan.h"
 #include "torch_quant.h"
@@ -153,13 +152,6 @@ void register_cuda(py::module_& m) {
 void register_cpu(py::module_& m) {
   m.def("cpu_capability", &cpu::capability);
   m.def("cpu_capabilities", &cpu::capabilities);
-  m.def(
-      "stream",
-      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads, bool fresh) {
-        py::gil_scoped_release release;
-        cpu::stream(arrays, bytes, threads, fresh);
-      },
-      py::arg("arrays"), py::arg("bytes"), py::arg("threads"), py::arg("fresh") = false);
 }
 
 }  // namespace

@@ -571,11 +571,13 @@ class TorchPlan {
     const at::Tensor* const grad = find_grad(r);
     Row& row = plan_.rows[r];
     row.used = masks_[row.group];
+    row.only_average = false;
     if (!grad) {
       // What no kernel steps, as a frozen integer weight, has no average.
       if (!(row.used & kWithAverage) || !plain_dtype(param.scalar_type())) return true;
       if (!param.requires_grad() && !find_state(r, state)) return true;
-      row.used = kWithAverage | kRests;
+      row.used = kWithAverage;
+      row.only_average = true;
     }
     has_grad_[r] = grad != nullptr;
     if (watched_ || (grad && storages_[row.group].differentiable)) return false;
@@ -634,7 +636,7 @@ class TorchPlan {
   void choose_storage(Row& row, const at::Tensor& param) const {
     const Storage& storage = storages_[row.group];
     const bool is_half = param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf;
-    const bool narrow = is_half && !(row.used & kRests);
+    const bool narrow = is_half && !row.only_average;
     row.extra = narrow ? storage.extra : Extra::kNone;
     if (row.extra != Extra::kNone) row.used |= kWithExtra;
     row.unbiased = narrow && storage.stochastic ? 1u << kParam : 0;
@@ -665,7 +667,7 @@ class TorchPlan {
     // Rounding turns with the step count.
     constexpr unsigned kStates = (1u << kMaxStates) - 1;
     const bool turns = row.unbiased || (row.used & kStates && states_dtype(row, *handles[kParam]) == at::kChar);
-    const bool has_step = (plan_.rule.has_step || turns) && !(row.used & kRests);
+    const bool has_step = (plan_.rule.has_step || turns) && !row.only_average;
     row.step = nullptr;
     row.scales = {};
     PyObject* const entries = find_state(r, state);
@@ -690,7 +692,7 @@ class TorchPlan {
                             : row.extra == Extra::kMaster ? Form::kMaster
                                                           : Form::kCompensation;
         // What another choice of storage has left behind is taken away first, lest it return when that does.
-        if (handle == kExtra && !(row.used & kRests) && !is_used(row.used, kExtra)) return false;
+        if (handle == kExtra && !row.only_average && !is_used(row.used, kExtra)) return false;
         if (!is_used(row.used, handle)) continue;
         if (found->form != wanted) return false;
       }
@@ -924,7 +926,7 @@ class TorchPlan {
         if (!handles_[r][k]) continue;
         const bool zeroes = plan_.control.gradients == Gradients::kZeroed;
         const bool written =
-            k == kGrad ? may_write_gradients() && (steps || zeroes) : steps && !(k == kParam && (row.used & kRests));
+            k == kGrad ? may_write_gradients() && (steps || zeroes) : steps && !(k == kParam && row.only_average);
         // Tensors made in inference mode have no version.
         if (written && !handles_[r][k]->is_inference()) handles_[r][k]->unsafeGetTensorImpl()->bump_version();
       }

@@ -11,7 +11,7 @@
 #include "quant/run.h"
 #include "torch_devices.h"
 #ifdef GENOPT_CUDA
-#include "cuda/quant.h"
+#include "quant/cuda.h"
 #endif
 
 namespace genopt::quant {

@@ -1,0 +1,54 @@
+// The Python objects and tensors behind the plan's rows, borrowed for one step.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <stdexcept>
+#include <vector>
+
+#include "../plan/row.h"
+
+namespace genopt {
+
+// The tensors of one row: its operands, its step counter, and the scales of its states. Null: none.
+constexpr int kStepHandle = kOperands, kFirstScales = kStepHandle + 1, kHandles = kFirstScales + kMaxStates;
+using Handles = std::array<const at::Tensor*, kHandles>;
+
+// Columns, by row.
+struct Objects {
+  std::vector<PyObject*> params;
+  std::vector<PyObject*> states;  // a parameter's state dict, or null
+  std::vector<Handles> handles;   // of active rows
+  std::vector<char> has_grad;     // of rows that take part: whether they have a gradient
+  PyObject* grads = nullptr;      // a list with a gradient for each row, or None; without it: the parameters' .grad
+
+  size_t rows() const {
+    return params.size();
+  }
+
+  // Makes room for as many rows as there are parameters.
+  void resize() {
+    handles.resize(rows());
+    has_grad.resize(rows());
+  }
+
+  void set_grads(PyObject* list) {
+    grads = list;
+    if (list && (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(rows())))
+      throw std::invalid_argument("grads must be a list with one entry for each parameter");
+  }
+
+  // What a row takes as its gradient, or null.
+  const at::Tensor* grad(size_t r) const {
+    if (grads) {
+      PyObject* const given = PyList_GET_ITEM(grads, r);
+      return given == Py_None ? nullptr : &THPVariable_Unpack(given);
+    }
+    const at::Tensor& grad = THPVariable_Unpack(params[r]).unsafeGetTensorImpl()->grad();
+    return grad.defined() ? &grad : nullptr;
+  }
+};
+
+}  // namespace genopt
