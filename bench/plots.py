@@ -21,7 +21,7 @@ from .method import LIMIT, OURS  # noqa: E402
 from .report import Row  # noqa: E402
 
 if TYPE_CHECKING:
-    from .growth import Curve
+    from .experiments.growth import Curve
 
 # Okabe and Ito's colours, which colour-blind people tell apart; the others in greys and pale tones.
 OURS_COLOR, SECOND, THIRD = "#D55E00", "#E69F00", "#CC79A7"

@@ -1,4 +1,4 @@
-"""How steps grow, on few and small points; see bench/growth.py."""
+"""How steps grow, on few and small points; see bench/experiments/growth.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-growth = pytest.importorskip("bench.growth", reason="run from the repository's root")
+growth = pytest.importorskip("bench.experiments.growth", reason="run from the repository's root")
 
 
 def test_fit_finds_fixed_cost_and_cost_of_a_unit() -> None:

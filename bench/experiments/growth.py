@@ -1,4 +1,4 @@
-"""``python -m bench.growth``: how AdamW's step grows with tensors, elements, parameter groups and threads.
+"""``python -m bench.experiments.growth``: how AdamW's step grows with tensors, elements, groups and threads.
 
 Each curve has its straight line: a fixed cost and a cost per unit, fitted to the curve's own lower points; for elements
 and threads, the time that a native loop takes to move the same bytes. Where ours bends away from its line, the table
@@ -34,9 +34,9 @@ from torch import nn
 
 from genopt_ext import _C, optim
 
-from . import plots
-from .method import LIMIT, NOISY, OURS, Run, device_folder, free_memory, in_turn, machine, noise, quartiles
-from .report import RESULTS, duration
+from .. import plots
+from ..method import LIMIT, NOISY, OURS, Run, device_folder, free_memory, in_turn, machine, noise, quartiles
+from ..report import RESULTS, duration
 
 BENDS = 1.3  # times its line, by the lower quartile: from here on a row is marked
 SMALL = 64  # elements of a tensor where it is their number that counts
@@ -328,7 +328,7 @@ def entries(curves: list[Curve], where: dict[str, Any]) -> list[dict[str, Any]]:
                     {
                         "group": case,
                         "name": f"{case}-{subject}",
-                        "fullname": f"bench/growth.py::{case}-{subject}",
+                        "fullname": f"bench/experiments/growth.py::{case}-{subject}",
                         "params": None,
                         "param": None,
                         "extra_info": info,
@@ -374,7 +374,7 @@ def save(curves: list[Curve], absent: dict[str, dict[int, dict[str, str]]], path
         "benchmarks": entries(curves, {name: where[name] for name in ("commit", "threads", "capability", "clock")}),
         "absent": absent,
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        "version": "bench.growth",
+        "version": "bench.experiments.growth",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(saved, indent=1) + "\n")
@@ -382,7 +382,7 @@ def save(curves: list[Curve], absent: dict[str, dict[int, dict[str, str]]], path
 
 def main(arguments: Sequence[str] | None = None) -> list[Curve]:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.experiments.growth", description=__doc__)
     parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES), help="default: all")
     parser.add_argument("--seconds", type=float, default=3, help="for each point (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="for each point, however long they take (default: 5)")
@@ -401,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Curve]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     clock = "processor time" if args.cpu_time else "time"
-    where = machine() | {"clock": clock, "command": shlex.join(["python", "-m", "bench.growth", *arguments])}
+    command = shlex.join(["python", "-m", "bench.experiments.growth", *arguments])
+    where = machine() | {"clock": clock, "command": command}
     console = Console(width=None if sys.stdout.isatty() else 150)
     everything: list[Curve] = []
     absent: dict[str, dict[int, dict[str, str]]] = {}
