@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../codecs/plain.h"
-#include "../rules/random.h"
+#include "../math/random.h"
 
 namespace genopt::quant {
 
