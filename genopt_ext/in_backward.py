@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from . import _backend, sharding, tracing
 from .optim.optimizer import FusedOptimizer
-from .optim.step import Inputs, Place, describe, places_of
+from .optim.step import NOTHING_ELSE, Place, describe, places_of
 from .optim.stepper import Stepper
 
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
@@ -230,9 +230,6 @@ class _Entrance:
         _backend.native.set_entrance(living, None)  # type: ignore[union-attr]
 
 
-_NOTHING_ELSE = Inputs()
-
-
 class _Hook:
     """Steps the parameter that it is registered on. It holds neither the parameter nor its optimizer."""
 
@@ -266,7 +263,7 @@ class _Hook:
         if self.stepper is None:
             self.stepper = Stepper(type(optimizer).__name__, optimizer.rule, optimizer.backend)
         self.stepper.backend = optimizer.backend
-        self.stepper.step(optimizer.param_groups, optimizer.state, _NOTHING_ELSE, place)
+        self.stepper.step(optimizer.param_groups, optimizer.state, NOTHING_ELSE, place)
         optimizer._opt_called = True  # what learning rate schedulers look at
         p.grad = None
 

@@ -6,6 +6,7 @@ A subclass names its :class:`Rule` and inherits its constructor's defaults from 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +18,7 @@ from . import checkpoint, hooks, options
 from .accumulator import Accumulator
 from .options import Listed, StepOptions
 from .rule import Rule
-from .step import Inputs, places_of
+from .step import NOTHING_ELSE, Inputs, places_of
 from .stepper import Stepper
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     skip_nonfinite: bool = False
     in_backward: InBackward | None = None
     _max_grad_norm: float | None = None
-    _stepper: Stepper | None = None
-    _accumulator: Accumulator | None = None
     _listed: Listed | None = None
     _zeroes = False  # the running step zeroes gradients
     _keeps_scale = False  # the running step leaves the loss scale in gradients
@@ -53,20 +52,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init_subclass__(**kwargs)
         options.document(cls)
 
-    @property
+    @functools.cached_property
     def stepper(self) -> Stepper:
         """What takes the steps: for this package's own use, as is :attr:`accumulator`."""
-        if self._stepper is None:
-            self._stepper = Stepper(type(self).__name__, self.rule, self.backend)
-        self._stepper.backend = self.backend
-        return self._stepper
+        return Stepper(type(self).__name__, self.rule, self.backend)
 
-    @property
+    @functools.cached_property
     def accumulator(self) -> Accumulator:
         """What holds sums of gradients."""
-        if self._accumulator is None:
-            self._accumulator = Accumulator()
-        return self._accumulator
+        return Accumulator()
 
     # Asked by GradScaler: with fused=True it hands over its scale and what it found, and neither unscales nor skips.
     @property
@@ -213,7 +207,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 stand beside accumulated ones are accumulated too.
         """
         try:
-            self.refuse_swapped()
+            if self._swapped:
+                self.refuse_swapped()
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -222,6 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if accumulator.micro_batches and any(p.grad is not None for _, _, p in places_of(self.param_groups)):
                 self.stepper.refuse_pieces(self.param_groups, self._inputs())
                 self.accumulate()
+            self.stepper.backend = self.backend
             self.stepper.step(self.param_groups, self.state, self._inputs())
         except BaseException:
             # torch's GradScaler has set both for this step, and takes them back only where it succeeds.
@@ -234,6 +230,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _inputs(self) -> Inputs:
         accumulator, own = self.accumulator, self.__dict__
+        asked = self._max_grad_norm is not None or self.skip_nonfinite or self._checks or self._zeroes
+        if not (asked or accumulator.micro_batches or "grad_scale" in own or "found_inf" in own):
+            return NOTHING_ELSE
         scale = own.get("grad_scale")
         sums = accumulator.sums if accumulator.micro_batches else None
         unscales = scale is not None and not self._keeps_scale

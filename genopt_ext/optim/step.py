@@ -27,9 +27,9 @@ def describe(groups: list[Group], place: Place) -> str:
     return f"group {i} parameter {k} ({name}shape {list(p.shape)})"
 
 
-@dataclass(slots=True)
+@dataclass
 class Inputs:
-    """What is asked of one step beside the groups' options.
+    """What is asked of one step beside the groups' options. Mostly nothing: that is :data:`NOTHING_ELSE`.
 
     Attributes:
         sums: gradients that were accumulated over ``micro_batches``, in the place of ``.grad``; None: none were.
@@ -48,6 +48,9 @@ class Inputs:
     grad_scale: Any = None
     found_inf: Any = None
     gradients: str | None = None
+
+
+NOTHING_ELSE = Inputs()
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from . import state as states
 from .options import NORM_CLIPS, clips_alone
 from .refusals import Pairs
 from .rule import Group, Rule
-from .step import Inputs, Place, Step, describe, places_of
+from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
 
 
 class Refusal(NamedTuple):
@@ -102,13 +102,18 @@ class Stepper:
             RuntimeError: something that can not be served; nothing is changed then.
             TypeError, ValueError: an option out of its range.
         """
-        arguments = self._arguments(groups, inputs, None) if only is None else {}
+        plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
+        arguments = {} if plain else self._arguments(groups, inputs, None)
         if self.resolved != "reference":
             if self.plan is None:
                 self._check_all(self._described(groups, state, inputs, only))
                 assert _backend.native is not None
                 self.plan = _backend.native.Plan(self.rule.name, self.resolved)
-            refusal = self._step_natively(groups, state, only, (), arguments)
+            if only is None:  # spelled out, as most steps end here
+                refused = self.plan.step(groups, state, (), **arguments)
+                refusal = None if refused is None else Refusal(*refused)
+            else:
+                refusal = self._step_natively(groups, state, only, (), arguments)
             if refusal is not None:
                 self._resolve(refusal, self._described(groups, state, inputs, only), only, arguments)
             return
@@ -126,7 +131,7 @@ class Stepper:
 
     def refuse_repeats(self, groups: list[Group], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Raises where a parameter that has a gradient is listed twice, which sums of gradients can not go with."""
-        repeats.turns(self._described(groups, state, Inputs(), None), ("grads",))
+        repeats.turns(self._described(groups, state, NOTHING_ELSE, None), ("grads",))
 
     def _check_all(self, step: Step) -> None:
         """Looks at everything in Python, once: later only at what the plan can not take."""
