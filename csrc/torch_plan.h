@@ -4,7 +4,7 @@
 //
 // A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device,
 // a tensor subclass, ...) is "odd": the step then changes nothing and names the odd rows.
-// Python (optim/optimizer.py) makes the state, raises the error or lets the reference serve the row.
+// Python (optim/stepper.py) makes the state, raises the error or lets the reference serve the row.
 #pragma once
 
 #include <ATen/Parallel.h>

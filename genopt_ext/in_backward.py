@@ -2,7 +2,7 @@
 
 After torch's tutorial "How to save memory by fusing the optimizer step into the backward pass"
 (https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html), with one optimizer
-instead of one for each parameter. The step itself is in ``optim/optimizer.py``.
+instead of one for each parameter. The step itself is in ``optim/stepper.py``.
 """
 
 from __future__ import annotations

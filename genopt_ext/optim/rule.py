@@ -60,7 +60,7 @@ class Rule:
         }
 
     def initial_value(self, group: Group, p: Tensor, name: str) -> complex:
-        """With what the state ``name`` of ``p`` begins. -0.0 says "not yet set": see ``csrc/rules/math.h``."""
+        """With what the state ``name`` of ``p`` begins. -0.0 says "not yet set": see ``csrc/math/numbers.h``."""
         option = (self.initial or {}).get(name)
         value = float(group[option]) if option else -0.0 if name == "ema" or name in self.begins_unset else 0.0
         return complex(value, value) if p.is_complex() else value

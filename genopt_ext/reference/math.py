@@ -1,4 +1,4 @@
-"""The scalar operations that rules share, spelled in torch operations: ``csrc/math/math.h``.
+"""The scalar operations that rules share, spelled in torch operations: ``csrc/math/numbers.h``.
 
 Only operations that torch computes exactly rounded are used, on scalars rounded to the compute dtype
 beforehand: no ``alpha=``, ``addcmul`` or ``lerp``, which contract on some machines. Numbers such as the learning rate
@@ -53,7 +53,7 @@ def average_square(average: Tensor, g: Tensor, weight: Number) -> Tensor:
 
 
 def is_unset(x: Tensor) -> Tensor:
-    """Where a state waits for its first value: -0.0, see ``csrc/rules/math.h``."""
+    """Where a state waits for its first value: -0.0, see ``csrc/math/numbers.h``."""
     return (x == 0) & (x.real if x.is_complex() else x).signbit()
 
 
