@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,6 +15,10 @@ SOURCES = sorted(str(path.relative_to(ROOT)) for kind in ("cpp", "cu") for path 
 # One rounding an operation, on every machine: see "Numbers" in csrc/README.md.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wno-psabi"]  # vectors wider than the default has are passed nowhere: what takes them is inlined
+# Python's own flags ask for debug symbols, which would be nine tenths of the file. The last -g counts.
+DEBUG = os.environ.get("GENOPT_DEBUG") == "1"
+FLAGS += ["-g" if DEBUG else "-g0"]
+LINK_FLAGS = [] if DEBUG or sys.platform != "linux" else ["-Wl,--strip-debug"]  # what libraries bring along
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
 # Registers that spill to memory are an error too.
 NVCC_STRICT = ["-Werror=all-warnings", "-Xptxas=-Werror,--warn-on-spills,--warn-on-local-memory-usage"]
@@ -90,6 +95,7 @@ def build_command() -> type[build_ext]:
                 "CUDA_REASON": CUDA_REASON,
                 "CUDA_ARCHITECTURES": os.environ["TORCH_CUDA_ARCH_LIST"] if BUILDS_CUDA else "",
                 "COMPILER": version.stdout.splitlines()[0],
+                "DEBUG": DEBUG,
                 "MACHINE": platform.machine(),
             }
             target = Path(self.get_ext_fullpath("genopt_ext._C")).parent / "_build_info.py"
@@ -109,7 +115,7 @@ def extension() -> Extension:
     # -fopenmp only compiles: its runtime is the one that torch has loaded, so both share one thread pool.
     if not BUILDS_CUDA:
         sources = [name for name in SOURCES if not name.endswith(".cu")]
-        return CppExtension("genopt_ext._C", sources, extra_compile_args=flags)
+        return CppExtension("genopt_ext._C", sources, extra_compile_args=flags, extra_link_args=LINK_FLAGS)
     # torch's own default asks for a GPU to look at.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     return CUDAExtension(
@@ -118,6 +124,7 @@ def extension() -> Extension:
         include_dirs=[str(ROOT / "csrc" / "cuda")],
         define_macros=[("GENOPT_CUDA", None)],
         extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS + (NVCC_STRICT if strict else [])},
+        extra_link_args=LINK_FLAGS,
     )
 
 

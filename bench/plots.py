@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -13,15 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patheffects import withStroke  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from . import report  # noqa: E402
 from .method import LIMIT, OURS  # noqa: E402
 from .report import Row  # noqa: E402
-
-if TYPE_CHECKING:
-    from .growth import Curve
 
 # Okabe and Ito's colours, which colour-blind people tell apart; the others in greys and pale tones.
 OURS_COLOR, SECOND, THIRD = "#D55E00", "#E69F00", "#CC79A7"
@@ -62,12 +57,12 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return written
 
 
-def _order(subjects: Any) -> list[str]:
+def ordered(subjects: Any) -> list[str]:
     known = list(COLORS)
     return sorted(subjects, key=lambda s: (not s.startswith(OURS), known.index(s) if s in known else 99, s))
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
 
@@ -114,7 +109,7 @@ def bandwidth(data: dict[str, Any], path: Path) -> list[Path]:
     axes.set_yticklabels(names, fontsize=8)
     axes.set_title("How near to the limit of memory each optimizer comes (longer is better)", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    order = _order(seen)
+    order = ordered(seen)
     figure.legend([seen[s] for s in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return save(figure, path)
 
@@ -123,7 +118,7 @@ def memory(data: dict[str, Any], path: Path) -> list[Path]:
     """Stacked: what one parameter takes, with each optimizer, while it steps."""
     bars: list[tuple[str, str, list[float]]] = []
     for case, entries in report.by_case(data).items():
-        for subject in _order(entries):
+        for subject in ordered(entries):
             info = entries[subject]["extra_info"]
             if info["kind"] == "step" and info["main"] and "peak_bytes" in info and case.startswith("AdamW"):
                 parts = [info["weight_bytes"], info["weight_bytes"], info["state_bytes"], info["peak_bytes"]]
@@ -170,7 +165,7 @@ def loss(data: dict[str, Any], path: Path) -> list[Path]:
     if OURS not in curves:
         return []
     bare = statistics.median(curves[LIMIT][0])
-    names = [name for name in _order(curves) if name != LIMIT]
+    names = [name for name in ordered(curves) if name != LIMIT]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9.5, 4.2), layout="constrained", gridspec_kw={"width_ratios": (2.2, 1)}
     )
@@ -195,53 +190,7 @@ def loss(data: dict[str, Any], path: Path) -> list[Path]:
     left.set_title("The same training with each optimizer: demo GPT, AdamW", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, left)
-    return save(figure, path)
-
-
-def growth(curves: list[Curve], path: Path, clock: str) -> list[Path]:
-    """Of one axis: medians with bands between quartiles; dashed, what ours is expected to take."""
-    axis = curves[0].axis
-    columns = min(2, len(curves))
-    rows = -(-len(curves) // columns)
-    size = (7.5, 5.0) if len(curves) == 1 else (5.2 * columns, 3.8 * rows)
-    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True)
-    for curve, panel in zip(curves, panels.flat, strict=False):
-        for subject in _order(curve.rounds):
-            xs = sorted(curve.rounds[subject])
-            low, middle, high = zip(*(curve.quartiles(subject, x) for x in xs), strict=True)
-            look = {"color": color(subject), "zorder": 3 if subject == OURS else 2}
-            label = "limit: the same bytes moved, nothing computed" if subject == LIMIT else subject
-            width, line = 2.4 if subject == OURS else 1.4, ":" if subject == LIMIT else "o-"
-            panel.plot(xs, middle, line, label=label, linewidth=width, markersize=1.8 * width, **look)
-            panel.fill_between(xs, low, high, alpha=0.25, linewidth=0, **look)
-        if OURS in curve.expected:
-            xs, expected = zip(*curve.expected[OURS].items(), strict=True)
-            panel.plot(xs, expected, "--", color="black", linewidth=1, zorder=4, label=f"{OURS} expected: {axis.line}")
-        for x in curve.xs:
-            if (bend := curve.bend(x)) is not None:
-                at = (x, curve.quartiles(OURS, x)[1])
-                said = panel.annotate(
-                    f"{bend:.1f}x expected", at, (-6, 6), textcoords="offset points", ha="right", fontsize=8
-                )
-                said.set(color=OURS_COLOR, path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5)
-        panel.set(xscale="log", yscale="log", title=f"AdamW: {curve.title}")
-        if axis.name in ("elements", "threads"):
-            panel.set_xscale("log", base=2)
-        if axis.name == "threads":
-            panel.set_xticks(curve.xs, [str(x) for x in curve.xs])
-        elif axis.name != "elements":
-            panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        panel.yaxis.set_major_formatter(lambda seconds, _: report.duration(seconds))
-        panel.yaxis.set_minor_formatter(NullFormatter())
-        panel.grid(True, which="major", linewidth=0.4, alpha=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[-1]:
-        panel.set_xlabel(f"number of {axis.unit} (log scale)")
-    for row in panels:
-        row[0].set_ylabel(f"{clock}: median and quartiles (log scale)")
-    _legend(figure, panels[0][0], columns=2)
+    legend(figure, left)
     return save(figure, path)
 
 

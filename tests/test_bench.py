@@ -254,11 +254,11 @@ def test_section_and_figures(tmp_path: Path) -> None:
     assert "number of tensors" not in text
     grown = tmp_path / "bench" / "results" / "growth" / "abacus.json"
     grown.parent.mkdir()
-    grown.write_text('{"machine_info": {"command": "python -m bench.growth --seconds 1"}}')
+    grown.write_text('{"machine_info": {"command": "python -m bench.experiments.growth --seconds 1"}}')
     grown.with_name("abacus-tensors.png").write_bytes(b"")
     text = report.markdown([path], tmp_path)
     assert "![Time against the number of tensors](bench/results/growth/abacus-tensors.png)" in text
-    assert "python -m bench.growth --seconds 1\n" in text
+    assert "python -m bench.experiments.growth --seconds 1\n" in text
     old = path.with_name("2025-12-31-old.json")
     old.write_text(json.dumps(made_up()))
     path.with_name("2027-01-01-other.json").write_text('{"results": []}')

@@ -1,4 +1,4 @@
-"""How steps grow, on few and small points; see bench/growth.py."""
+"""How steps grow, on few and small points; see bench/experiments/growth.py."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-growth = pytest.importorskip("bench.growth", reason="run from the repository's root")
+growth = pytest.importorskip("bench.experiments.growth", reason="run from the repository's root")
+from bench.experiments import growth_report  # noqa: E402
 
 
 def test_fit_finds_fixed_cost_and_cost_of_a_unit() -> None:
     xs = [1, 10, 100, 1000]
-    assert growth.fit(xs, [5 + 0.25 * x for x in xs]) == pytest.approx((5, 0.25))
-    assert growth.fit(xs, [2.0 * x for x in xs]) == pytest.approx((0, 2))
-    assert growth.fit(xs, [3.0] * 4) == pytest.approx((3, 0))
-    assert growth.fit([4], [8.0]) == (8, 0)
+    assert growth_report.fit(xs, [5 + 0.25 * x for x in xs]) == pytest.approx((5, 0.25))
+    assert growth_report.fit(xs, [2.0 * x for x in xs]) == pytest.approx((0, 2))
+    assert growth_report.fit(xs, [3.0] * 4) == pytest.approx((3, 0))
+    assert growth_report.fit([4], [8.0]) == (8, 0)
     # Neither is below 0.
-    a, b = growth.fit([1, 2, 4], [1.0, 4.0, 16.0])
+    a, b = growth_report.fit([1, 2, 4], [1.0, 4.0, 16.0])
     assert a == 0 and b > 0
-    a, b = growth.fit([1, 2, 4], [4.0, 2.0, 1.0])
+    a, b = growth_report.fit([1, 2, 4], [4.0, 2.0, 1.0])
     assert a > 0 and b == 0
 
 
@@ -27,7 +28,7 @@ def test_a_curve_that_bends_is_marked_where_it_does() -> None:
     xs = growth.steps_of(10_000, 10**0.5)
     assert xs[:4] == [1, 3, 10, 32] and xs[-1] == 10_000
     seconds = {x: 1e-4 + 1e-6 * x * (4 if x > 1000 else 1) for x in xs}
-    curve = growth.Curve(growth.AXES["tensors"], "", {growth.OURS: {x: [seconds[x]] * 5 for x in xs}})
+    curve = growth_report.Curve(growth.AXES["tensors"], "", {growth.OURS: {x: [seconds[x]] * 5 for x in xs}})
     assert curve.xs == xs
     bends = {x: bend for x in xs if (bend := curve.bend(x)) is not None}
     assert list(bends) == [3162, 10_000] and 3.5 < bends[10_000] < 4.5
@@ -36,9 +37,9 @@ def test_a_curve_that_bends_is_marked_where_it_does() -> None:
 def test_bytes_and_threads_have_the_limit_as_their_line() -> None:
     ours, limit = {1: 2.0, 4: 2.5, 16: 9.0}, {1: 0.5, 4: 2.0, 16: 8.0}
     medians = {growth.OURS: ours, growth.LIMIT: limit}
-    assert growth.expectation("elements", medians) == {growth.OURS: {1: 2.5, 4: 4.0, 16: 10.0}}
+    assert growth_report.expectation("elements", medians) == {growth.OURS: {1: 2.5, 4: 4.0, 16: 10.0}}
     medians = {growth.OURS: {1: 8.0, 2: 4.5, 4: 4.0}, growth.LIMIT: {1: 6.0, 2: 3.5, 4: 3.0}}
-    assert growth.expectation("threads", medians) == {growth.OURS: {1: 8.0, 2: 4.0, 4: 3.0}}
+    assert growth_report.expectation("threads", medians) == {growth.OURS: {1: 8.0, 2: 4.0, 4: 3.0}}
 
 
 def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

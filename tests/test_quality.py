@@ -1,4 +1,4 @@
-"""The experiments with 8-bit state run from their command lines, on a few steps; see bench/quality.py, mappings.py."""
+"""The experiments with 8-bit state run from their command lines, on a few steps; see bench/experiments."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="scikit-learn's digits are what the models learn")
-mappings = pytest.importorskip("bench.mappings", reason="run from the repository's root")
-quality = pytest.importorskip("bench.quality")
+mappings = pytest.importorskip("bench.experiments.mappings", reason="run from the repository's root")
+quality = pytest.importorskip("bench.experiments.quality")
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="the experiments run on a CPU")
 
 

@@ -13,7 +13,7 @@
 // a tenth or a thousandth of itself at a step, codes stand 4 to 25 % apart, and what is rounded to the nearest stays
 // where it was. bench/mappings.py compares this map with others on real gradients. A scale that is not positive is the
 // value of all, and all codes are 0: 0, -0 ("not yet set": math/numbers.h), NaN (one was not finite). The format is a
-// contract with checkpoints: README.md, "8-bit state".
+// contract with checkpoints: docs/8-bit-format.md.
 #pragma once
 
 #include <type_traits>

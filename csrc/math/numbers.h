@@ -1,6 +1,6 @@
 // The operations on numbers that rules and codecs share, written once for CPU and CUDA.
 // Each is a fixed sequence of IEEE operations (the build forbids contraction: what is fused says so), so that every
-// backend and the plain-torch reference (genopt_ext/reference.py spells the same sequences) give the same bits.
+// backend and the plain-torch reference (genopt_ext/reference spells the same sequences) give the same bits.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
 // What quantization does to one number: scale of a range, number to code, code to number. The formulas stand in
-// genopt_ext/quant/reference.py, which gives the same bits. Host and device alike; what is walked where:
+// genopt_ext/reference/quantize.py, which gives the same bits. Host and device alike; what is walked where:
 // quantization.h.
 #pragma once
 

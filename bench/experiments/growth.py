@@ -1,9 +1,9 @@
-"""``python -m bench.growth``: how AdamW's step grows with tensors, elements, parameter groups and threads.
+"""``python -m bench.experiments.growth``: how AdamW's step grows with tensors, elements, groups and threads.
 
 Each curve has its straight line: a fixed cost and a cost per unit, fitted to the curve's own lower points; for elements
 and threads, the time that a native loop takes to move the same bytes. Where ours bends away from its line, the table
 says by what factor. "once" is what happens once in a training, by the number of tensors: construction, the first step,
-checkpoints.
+checkpoints. growth_report.py has the lines, tables and figures.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +26,15 @@ import torch
 from pytest_benchmark.stats import Stats
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 from genopt_ext import optim
 
-from . import plots
-from .method import LIMIT, NOISY, OURS, Run, device_folder, free_memory, in_turn, machine, noise, quartiles
-from .native import Stream
-from .report import RESULTS, duration
+from ..method import LIMIT, OURS, Run, device_folder, free_memory, in_turn, machine, noise
+from ..native import Stream
+from ..report import RESULTS
+from .growth_report import Axis, Curve, Point, figure, table
 
-BENDS = 1.3  # times its line, by the lower quartile: from here on a row is marked
 SMALL = 64  # elements of a tensor where it is their number that counts
 GROUPED = 1000  # tensors that parameter groups share
 SHARED = 1 << 16  # elements from which on ours too wakes a second thread
@@ -53,52 +48,6 @@ SUBJECTS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 # Bytes an element beside parameter and gradient: two moments, and foreach makes tensors of its own in passing.
 STATE_BYTES = {OURS: 8, "torch fused": 8, "torch foreach": 16}
 ACTS = ("construct", "construct and first step", "state_dict", "load_state_dict")
-
-# x, what runs there, and who does not and why.
-Point = tuple[int, dict[str, Run], dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """``points`` takes the subjects' names and the last x. ``line``: what the expectation is made of."""
-
-    name: str
-    unit: str
-    title: str
-    points: Callable[[Sequence[str], int], Iterator[Point]]
-    up_to: int
-    acts: tuple[str, ...] = ("step",)
-    line: str = "a fixed cost and a cost of each"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """``rounds``: seconds, by subject and x."""
-
-    axis: Axis
-    title: str
-    rounds: dict[str, dict[int, list[float]]]
-
-    @property
-    def xs(self) -> list[int]:
-        return sorted({x for by_x in self.rounds.values() for x in by_x})
-
-    @cached_property
-    def expected(self) -> dict[str, dict[int, float]]:
-        """What each subject's own line says."""
-        medians = {s: {x: statistics.median(times) for x, times in by_x.items()} for s, by_x in self.rounds.items()}
-        return expectation(self.axis.name, medians)
-
-    def quartiles(self, subject: str, x: int) -> tuple[float, float, float]:
-        return quartiles(self.rounds[subject][x])
-
-    def bend(self, x: int) -> float | None:
-        """Ours over its line where it bends away from it, else None."""
-        expected = self.expected.get(OURS, {}).get(x)
-        if expected is None:
-            return None
-        low, median, _ = self.quartiles(OURS, x)
-        return median / expected if low > BENDS * expected else None
 
 
 def steps_of(last: int, factor: float) -> list[int]:
@@ -233,48 +182,6 @@ AXES = {
 }
 
 
-def fit(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """The fixed cost a and the cost b of a unit, neither below 0, with the least squares of (a + b x) / y - 1."""
-    u = [1 / y for y in ys]
-    v = [x / y for x, y in zip(xs, ys, strict=True)]
-    uu, uv, vv = sum(i * i for i in u), sum(i * j for i, j in zip(u, v, strict=True)), sum(j * j for j in v)
-    determinant = uu * vv - uv * uv
-    if determinant > 1e-12 * uu * vv:
-        a = (sum(u) * vv - sum(v) * uv) / determinant
-        b = (sum(v) * uu - sum(u) * uv) / determinant
-        if a >= 0 and b >= 0:
-            return a, b
-        if a < 0:
-            return 0.0, sum(v) / vv
-    return sum(u) / uu, 0.0
-
-
-def expectation(axis: str, medians: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
-    """What each subject's own line says: {subject: {x: seconds}}."""
-    expected: dict[str, dict[int, float]] = {}
-    for subject, curve in medians.items():
-        xs = sorted(curve)
-        if subject == LIMIT or len(xs) < 2:
-            continue
-        if axis == "elements":  # what a step costs at all, and the bytes
-            fixed = min(curve[x] for x in xs[:4])
-            expected[subject] = {x: fixed + medians[LIMIT][x] for x in xs}
-        elif axis == "threads":  # the threads share the work, until memory is the limit
-            expected[subject] = {x: max(curve[xs[0]] * xs[0] / x, medians[LIMIT][x]) for x in xs}
-        else:
-            lower = xs[: max(2, round(len(xs) * 0.75))]
-            a, b = fit(lower, [curve[x] for x in lower])
-            expected[subject] = {x: a + b * x for x in xs}
-    return expected
-
-
-def stats_of(seconds: list[float]) -> Stats:
-    stats = Stats()
-    for each in seconds:
-        stats.update(each)
-    return stats
-
-
 def processor_time(run: Run, spent: list[float]) -> Run:
     def timed() -> None:
         start = time.process_time()
@@ -329,7 +236,7 @@ def entries(curves: list[Curve], where: dict[str, Any]) -> list[dict[str, Any]]:
                     {
                         "group": case,
                         "name": f"{case}-{subject}",
-                        "fullname": f"bench/growth.py::{case}-{subject}",
+                        "fullname": f"bench/experiments/growth.py::{case}-{subject}",
                         "params": None,
                         "param": None,
                         "extra_info": info,
@@ -340,34 +247,6 @@ def entries(curves: list[Curve], where: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def table(curve: Curve) -> Table:
-    shown = Table(title=f"{curve.title}: medians of rounds taken in turn")
-    others = [name for name in curve.rounds if name != OURS]
-    titles = ["ours", "quartiles", "ours a unit", "its line", "bends", *others, "torch / ours", "noisy"]
-    for title in (curve.axis.unit, *titles):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for x in curve.xs:
-        low, ours, high = curve.quartiles(OURS, x)
-        medians = {name: curve.quartiles(name, x)[1] for name in others if x in curve.rounds[name]}
-        theirs = [median for name, median in medians.items() if name != LIMIT]
-        expected = curve.expected.get(OURS, {}).get(x)
-        bend = curve.bend(x)
-        noisy = max(noise(times[x]) for times in curve.rounds.values() if x in times)
-        shown.add_row(
-            f"{x:,}",
-            duration(ours),
-            f"{duration(low)} - {duration(high)}",
-            duration(ours / x) if curve.axis.name != "elements" else f"{ours / x * 1e9:.3g} ns",
-            duration(expected) if expected is not None else "",
-            f"{bend:.2f}" if bend else "",
-            *(duration(medians[name]) if name in medians else "" for name in others),
-            f"{min(theirs) / ours:.2f}" if theirs else "",
-            f"{noisy:.0%}" if noisy > NOISY else "",
-            style="bold red" if bend else None,
-        )
-    return shown
-
-
 def save(curves: list[Curve], absent: dict[str, dict[int, dict[str, str]]], path: Path, where: dict[str, Any]) -> None:
     saved = {
         "machine_info": {"machine": platform.machine(), "python_version": platform.python_version(), **where},
@@ -375,7 +254,7 @@ def save(curves: list[Curve], absent: dict[str, dict[int, dict[str, str]]], path
         "benchmarks": entries(curves, {name: where[name] for name in ("commit", "threads", "capability", "clock")}),
         "absent": absent,
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        "version": "bench.growth",
+        "version": "bench.experiments.growth",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(saved, indent=1) + "\n")
@@ -383,7 +262,7 @@ def save(curves: list[Curve], absent: dict[str, dict[int, dict[str, str]]], path
 
 def main(arguments: Sequence[str] | None = None) -> list[Curve]:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.experiments.growth", description=__doc__)
     parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES), help="default: all")
     parser.add_argument("--seconds", type=float, default=3, help="for each point (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="for each point, however long they take (default: 5)")
@@ -402,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Curve]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     clock = "processor time" if args.cpu_time else "time"
-    where = machine() | {"clock": clock, "command": shlex.join(["python", "-m", "bench.growth", *arguments])}
+    command = shlex.join(["python", "-m", "bench.experiments.growth", *arguments])
+    where = machine() | {"clock": clock, "command": command}
     console = Console(width=None if sys.stdout.isatty() else 150)
     everything: list[Curve] = []
     absent: dict[str, dict[int, dict[str, str]]] = {}
@@ -420,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Curve]:
                     console.print(f"{x:,} {axis.unit}: {who}: not measured: {why}")
             everything += curves
             save(everything, absent, args.json, where)
-            plots.growth(curves, args.json.with_name(f"{args.json.stem}-{name}"), clock)
+            figure(curves, args.json.with_name(f"{args.json.stem}-{name}"), clock)
     finally:
         torch.set_num_threads(threads)
     console.print(f"results and figures: {args.json}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``python -m bench.mappings``: which map of an optimizer's moments to 8 bits, and which rounding, loses least.
+"""``python -m bench.experiments.mappings``: which map of moments to 8 bits, and which rounding, loses least.
 
 Each candidate keeps shadow states beside fp32 ones, fed the same gradients of real trainings and quantized at every
 step in blocks of 256. What counts is the update m / (sqrt(v) + eps) that comes of them: its mean squared error over
@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.models import TASKS
+from ..report import RESULTS
+from .models import TASKS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 BLOCK = 256
 EPS = 1e-8
-RESULTS = Path(__file__).parent / "results" / "mappings"
 ROUNDINGS = ("nearest", "random", "sequence")
 Map = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -409,7 +409,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench.mappings", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.experiments.mappings", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--steps", type=int, default=200, help="steps whose gradients are recorded (default: 200)")
     parser.add_argument("--blocks", type=int, default=64, help="blocks of gradients that are looked at (default: 64)")
@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--train-steps", type=int, help="default: each task's own")
     parser.add_argument("--optimizers", nargs="+", default=["AdamW", "RMSprop"], choices=["AdamW", "RMSprop"])
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder for JSON and plot")
+    parser.add_argument("--results", type=Path, default=RESULTS / "mappings", help="a folder for JSON and plot")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
 

@@ -1,8 +1,9 @@
-"""``python -m bench.in_backward``: peak memory and step time of a stack of Linear layers, stepped in backward or after.
+"""``python -m bench.experiments.in_backward``: peak memory and step time of a model stepped in backward or after.
 
-Each subject runs in processes of its own, taken in turn. Memory is the largest resident set of the process on a CPU,
-what torch allocated at most on a GPU; "above rest" is that without what is there between two steps (on a CPU
-Python and torch too): gradients, activations and workspaces. A step is forward, backward and the optimizer's.
+The model is a stack of Linear layers. Each subject runs in processes of its own, taken in turn. Memory is the largest
+resident set of the process on a CPU, what torch allocated at most on a GPU; "above rest" is that without what is there
+between two steps (on a CPU Python and torch too): gradients, activations and workspaces. A step is forward, backward
+and the optimizer's.
 
 glibc's malloc is told to return large blocks when they are freed (``--mmap-threshold``). Left to itself it puts them
 into its heap, where the state that the first backward makes between the gradients keeps their holes from being
@@ -84,7 +85,11 @@ def measure(subject: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.experiments.in_backward",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=64)
@@ -107,7 +112,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {subject: [] for subject in SUBJECTS}
     for _ in range(args.rounds):
         for subject, rounds in results.items():
-            command = [sys.executable, "-m", "bench.in_backward", *sys.argv[1:], "--subject", subject]
+            command = [sys.executable, "-m", "bench.experiments.in_backward", *sys.argv[1:], "--subject", subject]
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             rounds.append(json.loads(run.stdout.splitlines()[-1]))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -208,9 +208,3 @@ class GANTask:
 
 
 TASKS = {task.name: task for task in (GPTTask, VAETask, GANTask)}
-
-
-def moments_of(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of all state tensors."""
-    tensors = (t for opt in optimizers for s in opt.state.values() for t in s.values() if torch.is_tensor(t))
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,4 +1,4 @@
-"""``python -m bench.quality``: final losses with 8-bit optimizer state against fp32 state, ours and others'.
+"""``python -m bench.experiments.quality``: final losses with 8-bit state against fp32 state, ours and others'.
 
 Every subject starts from the same weights and sees the same batches and noise, for each seed. Losses are compared
 with those of our fp32 state. Two subjects show how much of a difference is noise: torch's fp32 optimizer, which rounds
@@ -27,16 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import report
-from bench.models import TASKS
 from genopt_ext import optim
+
+from .. import report
+from ..method import ROOT
+from ..report import RESULTS
+from .models import TASKS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results" / "quality"
-BEGIN, END = "<!-- python -m bench.quality --readme: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- python -m bench.experiments.quality --readme: begin -->", "<!-- end -->"
 GOAL = 0.3  # per cent
 SMALLEST = 4096  # smaller parameters keep fp32 state, with every subject
 BASE = "genopt_ext fp32"
@@ -340,15 +341,15 @@ def save(results: list[Result], args: argparse.Namespace, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.experiments.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--optimizers", nargs="+", default=["AdamW", "RMSprop"], choices=["AdamW", "RMSprop"])
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
     parser.add_argument("--steps", type=int, help="of a training (default: 400 for the GPT, 1000 for the others)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "quality.png")
+    parser.add_argument("--json", type=Path, default=RESULTS / "quality" / "quality.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "quality" / "quality.png")
     parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()

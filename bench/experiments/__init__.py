@@ -1,0 +1,1 @@
+"""What was tried on optimizers, beside the microbenchmarks: ``python -m bench.experiments.growth`` and others."""
