@@ -1,12 +1,20 @@
 """The native kernels of genopt_ext: csrc/bindings.cpp."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 _Pairs = list[tuple[int, int]]
-_Refusal = tuple[list[int], list[int], _Pairs, _Pairs, list[int], bool]
 
-class Plan:
+class _Refusal(TypedDict):
+    rows: list[int]
+    problems: list[tuple[str, str]]
+    groups: list[int]
+    overlaps: _Pairs
+    grad_overlaps: _Pairs
+    devices: list[int]
+    gradients_overlap: bool
+
+class Stepper:
     def __init__(self, rule: str, backend: str) -> None: ...
     @property
     def launches(self) -> int: ...

@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../plan/plan.h"
 #include "tensors.h"
 
 namespace genopt {
@@ -26,7 +27,7 @@ inline void write_number(const DeviceTensor& tensor, double x) {
 
 // Whether a step counter can be one: a whole number, and one that a float64 holds exactly.
 inline bool is_step_count(double t) {
-  return t >= 0 && t <= 9007199254740992.0 && t == std::floor(t);
+  return t >= 0 && t <= 9007199254740992.0 && t == static_cast<double>(static_cast<int64_t>(t));
 }
 
 // The tensors that a caller gave for a device, if all that were given for any are there.

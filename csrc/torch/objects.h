@@ -21,7 +21,7 @@ struct Objects {
   std::vector<PyObject*> params;
   std::vector<PyObject*> states;  // a parameter's state dict, or null
   std::vector<Handles> handles;   // of active rows
-  std::vector<char> has_grad;     // of rows that take part: whether they have a gradient
+  std::vector<char> has_grad;     // of rows that take part
   PyObject* grads = nullptr;      // a list with a gradient for each row, or None; without it: the parameters' .grad
 
   size_t rows() const {
@@ -38,6 +38,22 @@ struct Objects {
     grads = list;
     if (list && (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(rows())))
       throw std::invalid_argument("grads must be a list with one entry for each parameter");
+  }
+
+  // Visits a row's parameter and the tensors of its state.
+  template <class Visit>
+  void for_each_own(size_t r, Visit visit) const {
+    visit(THPVariable_Unpack(params[r]));
+    PyObject *entries = states[r], *key, *value;
+    if (!entries || !PyDict_Check(entries)) return;
+    for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);)
+      if (THPVariable_Check(value)) visit(THPVariable_Unpack(value));
+  }
+
+  // False: what a row was given as its gradient can not be one.
+  bool gives_tensor_or_none(size_t r) const {
+    PyObject* const given = grads ? PyList_GET_ITEM(grads, r) : Py_None;
+    return given == Py_None || THPVariable_Check(given);
   }
 
   // What a row takes as its gradient, or null.

@@ -33,6 +33,15 @@ class StateKeys {
     add("master", kExtra, Form::kMaster);
   }
 
+  // What stands for a handle in messages: "parameter", "gradient" or a key of the state dict.
+  std::string name(int handle) const {
+    if (handle == kParam) return "parameter";
+    if (handle == kGrad) return "gradient";
+    for (const StateKey& key : keys_)
+      if (key.handle == handle) return PyUnicode_AsUTF8(key.name);
+    return "state";
+  }
+
   // What `key` names, or null. Keys are mostly the interned ones.
   const StateKey* find(PyObject* key) const {
     for (const bool by_value : {false, true})
