@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .cases import Case, Move
 from .method import Run
+from .native import ARRAYS, Stream
 
-STREAMS = 8  # arrays that the native loop takes
 LARGEST = 4 << 30  # bytes of a device copy, which does not get faster from there on
 
 
@@ -38,7 +38,7 @@ def passes(moves: tuple[Move, ...]) -> list[Pass]:
         return first + alone + passes(tuple(move for move in moves if move.read))[len(first) :]
     unit = min(int(move.width) for move in moves)
     together = tuple(bool(move.written) for move in moves for _ in range(int(move.width) // unit))
-    if len(together) <= STREAMS:
+    if len(together) <= ARRAYS:
         return [*first, Pass(unit, together, bool(fresh))]
     widths = sorted({int(move.width) for move in moves}, reverse=True)
     flags = {w: tuple(bool(move.written) for move in moves if int(move.width) == w) for w in widths}
@@ -52,8 +52,6 @@ def limit(case: Case, device: str) -> tuple[Run, float]:
         source = torch.zeros(n, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source), 2.0 * source.numel()
-    from genopt_ext import _C
-
     calls, moved = [], 0.0
     threads = torch.get_num_threads()
     kept: list[Tensor] = []
@@ -62,11 +60,11 @@ def limit(case: Case, device: str) -> tuple[Run, float]:
         buffers = [torch.zeros(n + 64, dtype=torch.uint8) for _ in each.written]
         kept += buffers
         arrays = [(-(-b.data_ptr() // 64) * 64, written) for b, written in zip(buffers, each.written, strict=True)]
-        calls.append((arrays, n, threads, each.fresh))
+        calls.append(Stream(arrays, n, threads, each.fresh))
         moved += n / each.width * each.bytes
 
     def run(kept: list[Tensor] = kept) -> None:  # keeps the memory that the addresses are of
         for call in calls:
-            _C.stream(*call)
+            call()
 
     return run, moved

@@ -6,58 +6,87 @@
 // After pybind11: this declares its namespace without hiding it.
 #include <ATen/record_function.h>
 
-#include "cpu/stream.h"
-#include "torch_hooks.h"
-#include "torch_plan.h"
-#include "torch_quant.h"
+#include <algorithm>
+#include <iterator>
+
+#include "torch/hooks.h"
+#include "torch/quant.h"
+#include "torch/stepper.h"
 
 namespace py = pybind11;
 
 namespace genopt {
 namespace {
 
-Gradients gradients_of(const std::optional<std::string>& left) {
-  if (!left) return Gradients::kKept;
-  if (*left == "zeroed") return Gradients::kZeroed;
-  if (*left == "unscaled") return Gradients::kUnscaled;
-  throw std::invalid_argument("gradients must be 'zeroed', 'unscaled' or None, got '" + *left + "'");
+Gradients gradients_of(const std::string& left) {
+  if (left == "zeroed") return Gradients::kZeroed;
+  if (left == "unscaled") return Gradients::kUnscaled;
+  throw std::invalid_argument("gradients must be 'zeroed', 'unscaled' or None, got '" + left + "'");
 }
 
-// Throws pybind11's form of a Python error that torch_plan.h found.
-py::object step(TorchPlan& plan, const py::object& param_groups, const py::object& state,
-                const std::vector<int64_t>& skipped, const std::optional<py::list>& grads, double max_norm,
-                double scale, int norm, bool measure, bool guard, const std::optional<std::string>& gradients,
-                bool only_measure, const std::optional<py::list>& grad_scale, const std::optional<py::list>& found_inf,
-                const std::optional<py::list>& group_scales, const std::optional<py::list>& grad_norm,
-                const std::optional<py::list>& nonfinite, const std::optional<py::list>& skipped_steps) {
-  const auto pointer = [](const std::optional<py::list>& list) { return list ? list->ptr() : nullptr; };
+// The names that Python has for what a step is told; lists with a tensor for each device as in DeviceTensorKind.
+constexpr const char* kTensorNames[] = {"grad_scale", "found_inf", "group_scales",
+                                        "grad_norm",  "nonfinite", "skipped_steps"};
+static_assert(std::size(kTensorNames) == kDeviceTensors);
+
+StepArguments arguments_of(const py::kwargs& given) {
   StepArguments arguments;
-  arguments.control = {max_norm, scale, static_cast<Norm>(norm), measure,
-                       guard,    false, gradients_of(gradients), only_measure};
-  arguments.grads = pointer(grads);
-  arguments.tensors = {pointer(grad_scale), pointer(found_inf), pointer(group_scales),
-                       pointer(grad_norm),  pointer(nonfinite), pointer(skipped_steps)};
+  Control& control = arguments.control;
+  for (const auto& [key, value] : given) {
+    const std::string name = key.cast<std::string>();
+    const auto tensors = std::find(std::begin(kTensorNames), std::end(kTensorNames), name);
+    if (value.is_none()) continue;
+    if (tensors != std::end(kTensorNames)) {
+      arguments.tensors[tensors - kTensorNames] = value.cast<py::list>().ptr();
+    } else if (name == "grads") {
+      arguments.grads = value.ptr();
+    } else if (name == "max_norm") {
+      control.max_norm = value.cast<double>();
+    } else if (name == "scale") {
+      control.scale = value.cast<double>();
+    } else if (name == "norm") {
+      control.norm = static_cast<Norm>(value.cast<int>());
+    } else if (name == "measure") {
+      control.measure = value.cast<bool>();
+    } else if (name == "guard") {
+      control.guard = value.cast<bool>();
+    } else if (name == "gradients") {
+      control.gradients = gradients_of(value.cast<std::string>());
+    } else if (name == "only_measure") {
+      control.only_measure = value.cast<bool>();
+    } else {
+      throw py::type_error("step() got an unexpected keyword argument '" + name + "'");
+    }
+  }
+  return arguments;
+}
+
+// None, or why the step was not taken. Throws pybind11's form of a Python error that the stepper met.
+py::object step(Stepper& stepper, const py::object& param_groups, const py::object& state, std::vector<int64_t> skipped,
+                const py::kwargs& given) {
+  StepArguments arguments = arguments_of(given);
+  arguments.skipped = std::move(skipped);
   std::optional<Refusal> refusal;
   try {
-    refusal = plan.step(param_groups.ptr(), state.ptr(), skipped, arguments);
+    refusal = stepper.step(param_groups.ptr(), state.ptr(), arguments);
   } catch (const PythonError&) {
     throw py::error_already_set();
   }
   if (!refusal) return py::none();
-  return py::make_tuple(refusal->rows, refusal->groups, refusal->overlaps, refusal->grad_overlaps, refusal->devices,
-                        refusal->gradients_overlap);
+  py::list problems;
+  for (const Problem& problem : refusal->problems)
+    problems.append(py::make_tuple(stepper.name(problem.handle), kReasonNames[static_cast<int>(problem.reason)]));
+  using namespace py::literals;
+  return py::dict("rows"_a = refusal->rows, "problems"_a = problems, "groups"_a = refusal->groups,
+                  "overlaps"_a = refusal->overlaps, "grad_overlaps"_a = refusal->grad_overlaps,
+                  "devices"_a = refusal->devices, "gradients_overlap"_a = refusal->gradients_overlap);
 }
 
-void register_plan(py::module_& m) {
-  py::class_<TorchPlan>(m, "Plan")
+void register_stepper(py::module_& m) {
+  py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, const std::string&>(), py::arg("rule"), py::arg("backend"))
-      .def_property_readonly("launches", &TorchPlan::launches)
-      .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("skipped"), py::kw_only(),
-           py::arg("grads") = py::none(), py::arg("max_norm") = kUnset, py::arg("scale") = 1.0, py::arg("norm") = 0,
-           py::arg("measure") = false, py::arg("guard") = false, py::arg("gradients") = py::none(),
-           py::arg("only_measure") = false, py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none(),
-           py::arg("group_scales") = py::none(), py::arg("grad_norm") = py::none(), py::arg("nonfinite") = py::none(),
-           py::arg("skipped_steps") = py::none());
+      .def_property_readonly("launches", &Stepper::launches)
+      .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("skipped"));
   // Whether a profiler or another observer wants to hear of regions such as an optimizer's step.
   m.def("is_observed", [] { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); });
   m.def("is_watched", &is_watched);
@@ -153,13 +182,6 @@ void register_cuda(py::module_& m) {
 void register_cpu(py::module_& m) {
   m.def("cpu_capability", &cpu::capability);
   m.def("cpu_capabilities", &cpu::capabilities);
-  m.def(
-      "stream",
-      [](const std::vector<std::pair<uintptr_t, bool>>& arrays, int64_t bytes, int threads, bool fresh) {
-        py::gil_scoped_release release;
-        cpu::stream(arrays, bytes, threads, fresh);
-      },
-      py::arg("arrays"), py::arg("bytes"), py::arg("threads"), py::arg("fresh") = false);
 }
 
 }  // namespace
@@ -167,7 +189,7 @@ void register_cpu(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native kernels of genopt_ext.";
-  genopt::register_plan(m);
+  genopt::register_stepper(m);
   genopt::register_cpu(m);
   genopt::register_cuda(m);
   genopt::register_hooks(m);

@@ -1,12 +1,20 @@
 """The native kernels of genopt_ext: csrc/bindings.cpp."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 _Pairs = list[tuple[int, int]]
-_Refusal = tuple[list[int], list[int], _Pairs, _Pairs, list[int], bool]
 
-class Plan:
+class _Refusal(TypedDict):
+    rows: list[int]
+    problems: list[tuple[str, str]]
+    groups: list[int]
+    overlaps: _Pairs
+    grad_overlaps: _Pairs
+    devices: list[int]
+    gradients_overlap: bool
+
+class Stepper:
     def __init__(self, rule: str, backend: str) -> None: ...
     @property
     def launches(self) -> int: ...
@@ -45,4 +53,3 @@ def quantize_blocks(x: Any, codes: Any, scale: Any, zero_point: Any, seed: Any, 
 def find_scales(x: Any, scale: Any, zero_point: Any, ranges: Any, *, bits: int, run: int) -> None: ...
 def encode(x: Any, codes: Any, scale: Any, zero_point: Any, seed: Any, *, bits: int, run: int) -> None: ...
 def decode(codes: Any, scale: Any, zero_point: Any, out: Any, *, bits: int, run: int) -> None: ...
-def stream(arrays: Sequence[tuple[int, bool]], bytes: int, threads: int, fresh: bool = False) -> None: ...

@@ -20,7 +20,7 @@ from torch.nn import utils as _torch
 from . import _backend, overlap, reference, sharding, tracing
 from .tracing import Number, opaque
 
-NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/rules/around.h
+NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/plan/norm.h
 
 _TensorOrTensors = Tensor | Iterable[Tensor]
 _NARROW = (torch.float16, torch.bfloat16)
@@ -32,7 +32,7 @@ def _plan() -> Any:
     """A plan of this thread's own: a step in another thread must not disturb what it keeps."""
     if not hasattr(_of_this_thread, "plan"):
         assert _backend.native is not None
-        _of_this_thread.plan = _backend.native.Plan("none", "auto")
+        _of_this_thread.plan = _backend.native.Stepper("none", "auto")
     return _of_this_thread.plan
 
 
@@ -73,12 +73,12 @@ def _order(where: str, norm_type: Any) -> float:
 
 
 def coefficient(bound: float, norm: Tensor) -> Tensor:
-    """What clipping to ``bound`` multiplies with: ``clip_coefficient`` in ``csrc/rules/around.h``."""
+    """What clipping to ``bound`` multiplies with: ``clip_coefficient`` in ``csrc/plan/norm.h``."""
     return torch.ones_like(norm) if math.isinf(bound) else (bound / (norm + 1e-6)).clamp(max=1.0)
 
 
 def tensor_coefficient(group: dict[str, Any], norm: Tensor, weight_norm: Tensor) -> Number:
-    """For a group that clips each tensor: ``tensor_coefficient`` in ``csrc/rules/around.h``."""
+    """For a group that clips each tensor: ``tensor_coefficient`` in ``csrc/plan/norm.h``."""
     if group.get("clip_per_param") is not None:
         return tracing.number(coefficient(float(group["clip_per_param"]), norm))
     bound = float(group["agc"]) * torch.where(weight_norm > 1e-3, weight_norm, 1e-3)  # NaN gives 1e-3

@@ -1,4 +1,4 @@
-"""What a step leaves in the gradients, in torch operations: ``Gradients`` in ``csrc/plan.h``."""
+"""What a step leaves in the gradients, in torch operations: ``Gradients`` in ``csrc/plan/plan.h``."""
 
 from __future__ import annotations
 

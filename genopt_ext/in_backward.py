@@ -219,7 +219,7 @@ class _Leave:
 
 
 class _Entrance:
-    """The handle of a native hook: see csrc/torch_hooks.h."""
+    """The handle of a native hook: see csrc/torch/hooks.h."""
 
     def __init__(self, params: list[Tensor], enter: Callable[[int], None]) -> None:
         self.params = [weakref.ref(p) for p in params]

@@ -138,7 +138,7 @@ def test_bytes_are_the_published_ones() -> None:
 def test_limit_moves_the_bytes(case: Case) -> None:
     """All but the scales, one part in 64 of the codes."""
     an_element = sum(each.bytes for each in limit.passes(case.moves))
-    assert all(len(each.written) <= limit.STREAMS for each in limit.passes(case.moves))
+    assert all(len(each.written) <= limit.ARRAYS for each in limit.passes(case.moves))
     whole = sum(int(move.width) * (move.read + move.written) for move in case.moves)
     assert an_element == whole and an_element >= 0.98 * case.bytes_an_element
     run, moved = limit.limit(case, "cpu")

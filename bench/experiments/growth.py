@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from genopt_ext import _C, optim
+from genopt_ext import optim
 
 from ..method import LIMIT, OURS, Run, device_folder, free_memory, in_turn, machine, noise
+from ..native import Stream
 from ..report import RESULTS
 from .growth_report import Axis, Curve, Point, figure, table
 
@@ -82,7 +83,7 @@ def moving(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> Run:
     arrays = [(t.data_ptr(), True) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
     arrays.append((p.grad.data_ptr(), False))
     size, threads = p.numel() * 4, torch.get_num_threads() if p.numel() >= SHARED else 1
-    return lambda: _C.stream(arrays, size, threads)
+    return Stream(arrays, size, threads)
 
 
 def tensor_points(names: Sequence[str], up_to: int) -> Iterator[Point]:

@@ -7,7 +7,7 @@
 #include <array>
 #include <cstring>
 
-#include "../plan.h"
+#include "../plan/row.h"
 #include "vectors.h"
 
 namespace genopt::GENOPT_CAPABILITY {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "../plan/lane_sums.h"
 #include "threads.h"
 
 namespace genopt {
@@ -152,18 +153,22 @@ void measure(Plan& plan, int threads) {
 }
 
 void run(const Plan& plan, int threads) {
-  const GradientKernel leave_gradient = kernel_table().leave_gradient;
+  const KernelTable& table = kernel_table();
+  const GradientKernel leave_gradient = table.leave_gradient;
+  std::vector<TileKernel> kernels;
+  for (const Prepared& each : plan.prepared())
+    kernels.push_back(each.only_average ? table.only_average[plan.rule.index][each.in_double]
+                                        : table.tiles[plan.rule.index][each.used & ~kWithExtra][each.in_double]);
   in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
     for_range(plan, &Row::first_tile, host_tiles, ~0u, begin, end, [&](int64_t r, int64_t first, int64_t last) {
       const Row& row = plan.rows[r];
-      const bool writes = plan.control.writes_gradients() && !(row.used & kRests);
+      const bool writes = plan.control.writes_gradients() && !row.only_average;
       // The gradient that is written is still in the cache.
       const int64_t block = writes ? kSpan : last - first;
       for (int64_t at = first; at < last; at += block) {
         const int64_t stop = std::min(at + block, last);
         if (!plan.control.skip) {
-          const Prepared& prepared = plan.prepared()[row.prepared];
-          prepared.kernel(prepared.scalars, row, at, stop);
+          kernels[row.prepared](plan.prepared()[row.prepared].scalars, row, at, stop);
         }
         if (writes) leave_gradient(row, plan.control, at, stop);
       }
@@ -183,7 +188,7 @@ void step(Plan& plan, int threads) {
     control.skip = !plan.decide() || control.skip;
   if (control.only_measure || (control.skip && !control.writes_gradients())) return;
   if (plan.is_clipping()) plan.number();
-  if (!control.skip) plan.prepare(kernel_table());
+  if (!control.skip) plan.prepare();
   run(plan, threads);
 }
 

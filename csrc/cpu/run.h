@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../plan.h"
+#include "kernels.h"
 
 namespace genopt::cpu {
 

@@ -34,9 +34,10 @@ class FloatMode {
 };
 #endif
 
-// Whether results that nobody has read go past the caches, so that memory need not be read before. One core writes more
-// slowly so (6 GB/s, 8 with the lines asked for in time, where this was measured); many wait for memory either way.
-inline bool writes_past_caches(int64_t bytes, int threads) {
+// Whether results that nobody has read are written non-temporally, so that memory need not be read before. One core
+// writes more slowly so (6 GB/s, 8 with lines prefetched in time, where this was measured); many wait for memory either
+// way.
+inline bool writes_non_temporally(int64_t bytes, int threads) {
   constexpr int64_t kLarge = 4 << 20;
   constexpr int kMany = 8;
   return bytes >= kLarge && threads >= kMany;

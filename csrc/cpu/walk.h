@@ -7,8 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../plan.h"
-#include "lines.h"
+#include "kernels.h"
 #include "whole.h"
 
 namespace genopt::GENOPT_CAPABILITY {
@@ -46,12 +45,10 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   scalars.around.factor *= static_cast<T>(row.factor);
   const int64_t stop = std::min(end * kTile, row.numel);
   int64_t start = begin * kTile;
-  if constexpr (!(kUsed & kRests)) {
-    // The usual cases first: what lies dense in whole tiles, and what else is stored in the compute type.
-    if constexpr (sizeof(T) == 4) start = run_whole<Rule, kUsed>(scalars, row, start, stop);
-    if (row.extra == Extra::kNone && !row.unbiased) start = run_direct<T, kUsed>(scalars, row, start, stop);
-    if (start == stop) return;
-  }
+  // The fast paths first: contiguous whole tiles, and what else is stored in the compute type.
+  if constexpr (sizeof(T) == 4) start = run_whole<Rule, kUsed>(scalars, row, start, stop);
+  if (row.extra == Extra::kNone && !row.unbiased) start = run_direct<T, kUsed>(scalars, row, start, stop);
+  if (start == stop) return;
 
   TileOperand<T> operands[kOperands];
   const int param = row.param();
@@ -66,27 +63,42 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
     load(param);
     T* const p = values[param];
     for (int k = kGrad; k < kExtra; ++k)
-      if (is_used(kUsed, k) && !(kUsed & kRests && k == kGrad)) load(k);
-    if constexpr (!(kUsed & kRests)) {
-      if (row.extra == Extra::kCompensation) {
-        load(kExtra);
-        join_rest(values[kExtra], count, p);
-      }
-      apply<T, kUsed % kWithAverage>(scalars, p, values[kGrad], values[kState], values[kState + 1], values[kState + 2],
-                                     static_cast<T*>(nullptr), padded);
-      if (row.extra == Extra::kCompensation) part_rest(row.dtype[kParam], count, p, values[kExtra]);
-      if (row.extra == Extra::kMaster)
-        std::copy(p, p + count, operands[kParam].place(row, kParam, start, count, padded));
-      for (int k = 0; k < kOperands; ++k)
-        if (k == kParam || (k != kGrad && k != kAverage && values[k])) operands[k].store(scalars);
+      if (is_used(kUsed, k)) load(k);
+    if (row.extra == Extra::kCompensation) {
+      load(kExtra);
+      join_rest(values[kExtra], count, p);
     }
+    apply<T, kUsed % kWithAverage>(scalars, p, values[kGrad], values[kState], values[kState + 1], values[kState + 2],
+                                   static_cast<T*>(nullptr), padded);
+    if (row.extra == Extra::kCompensation) part_rest(row.dtype[kParam], count, p, values[kExtra]);
+    if (row.extra == Extra::kMaster) std::copy(p, p + count, operands[kParam].place(row, kParam, start, count, padded));
+    for (int k = 0; k < kOperands; ++k)
+      if (k == kParam || (k != kGrad && k != kAverage && values[k])) operands[k].store(scalars);
     if constexpr (is_used(kUsed, kAverage)) {
       // Of the parameter as it is stored.
-      if (!(kUsed & kRests) && param == kParam)
-        values[kParam] = operands[kParam].load(row, kParam, start, count, padded);
+      if (param == kParam) values[kParam] = operands[kParam].load(row, kParam, start, count, padded);
       apply_average(scalars.around, values[param], values[kAverage], padded);
       operands[kAverage].store(scalars);
     }
+  }
+}
+
+// An EMA-only row.
+template <class Rule, class T>
+void walk_only_average(const void* storage, const Row& row, int64_t begin, int64_t end) {
+  const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
+  const int64_t stop = std::min(end * kTile, row.numel);
+  TileOperand<T> param, average;
+  for (int64_t start = begin * kTile; start < stop; start += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
+    const int padded = (count + kLanes - 1) & -kLanes;
+    const auto load = [&](TileOperand<T>& operand, int k) {
+      if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
+      return operand.load(row, k, start, count, padded);
+    };
+    const T* const p = load(param, row.param());
+    apply_average(scalars.around, p, load(average, kAverage), padded);
+    average.store(scalars);
   }
 }
 
@@ -190,7 +202,7 @@ void fill(KernelTable& table, int rule, StateMasks<kMasks...>) {
   };
   (set(StateMasks<kMasks>{}), ...);
   (set(StateMasks<kMasks | kWithAverage>{}), ...);
-  set(StateMasks<kWithAverage | kRests>{});
+  table.only_average[rule] = {walk_only_average<Rule, float>, walk_only_average<Rule, double>};
 }
 
 const KernelTable& kernel_table() {
@@ -201,7 +213,6 @@ const KernelTable& kernel_table() {
       with_measure(
           norm, [&]<class M>(M) { kernels.spans[static_cast<int>(norm)] = {measure<M, float>, measure<M, double>}; });
     kernels.leave_gradient = leave_gradient;
-    kernels.stream = stream_lines<>;
     return kernels;
   }();
   return table;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -18,9 +17,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include "../codecs/int8_block.h"
+#include "../plan/norm.h"
 #include "../rules/all.h"
 #pragma GCC pop_options
-#include "../plan.h"
+#include "kernels.h"
 #pragma GCC target("avx2,fma")
 #define GENOPT_CAPABILITY avx2
 #define GENOPT_VECTOR_BYTES 32

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -18,9 +17,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #include "../codecs/int8_block.h"
+#include "../plan/norm.h"
 #include "../rules/all.h"
 #pragma GCC pop_options
-#include "../plan.h"
+#include "kernels.h"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define GENOPT_CAPABILITY avx512
 #define GENOPT_VECTOR_BYTES 64

@@ -55,7 +55,7 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options) {
   bool halves = true;
   for (int k = 0; k < kOperands; ++k) {
     made.dtype[k] = row.dtype[k];
-    if (!is_used(row.used, k) || (k == kGrad && row.used & kRests)) continue;
+    if (!is_used(row.used, k) || (k == kGrad && row.only_average)) continue;
     if (k != kGrad) made.data[k] = row.data[k];
     halves = halves && size_of(row.dtype[k]) <= 2;
     if (row.layout && !row.layout->strides[k].empty()) made.strided |= 1 << k;
@@ -65,6 +65,7 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options) {
   made.step_dtype = row.step_dtype;
   made.group = row.group;
   made.used = static_cast<uint8_t>(row.used);
+  made.only_average = row.only_average;
   made.clips_alone = clips_alone(options.data());
   made.by_tensor = clips_by_tensor(options.data());
   made.weighs = options[kAgc] >= 0;
@@ -109,7 +110,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     measures[in_double] = true;
   }
   if (!active[0] && !active[1]) return;
-  // Of rows that rest or are elsewhere too, as the device knows them.
+  // Of inactive rows and those elsewhere too, as the device knows them.
   for (int r = 0; control.measure && r < wanted.rows; ++r) {
     DeviceRow known{};
     if (memory_ && r < table_.rows) std::memcpy(&known, &image_[table_.row(r)], sizeof known);
@@ -133,7 +134,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group]);
     put(table_.first_tile(r), tiles);
     put(table_.first_span(r), spans);
-    DeviceRow known;  // of a row that rests too, as it will return
+    DeviceRow known;  // of an inactive row too, as it will return
     std::memcpy(&known, &image_[table_.row(r)], sizeof known);
     tiles += tiles_of(known.numel);
     spans += spans_of(known.numel);
@@ -167,7 +168,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   for (int k = 0; k < kDeviceTensors; ++k) put(table_.tensor(k), word_of(tensors[k].address, tensors[k].dtype));
   for (int r = 0; r < wanted.rows; ++r) {
     const Row& row = rows[r];
-    const bool has_elements = row.numel && !(row.used & kRests);
+    const bool has_elements = row.numel && !row.only_average;
     const uint64_t address = has_elements ? reinterpret_cast<uintptr_t>(row.data[kGrad]) : kEmpty;
     put(table_.grad(r), is_here(row) ? address : 0);
   }

@@ -29,7 +29,7 @@ class DevicePlan {
 
   // Enqueues one step of the active rows on this device: a prologue, again where more changed than one launch can
   // carry, then one launch for float rows and one for double, after one each to measure gradients, if asked. Nothing
-  // that is passed needs to live on after it. Row r of one step is row r of the next: what rests keeps its place.
+  // that is passed needs to live on after it. Row r of one step is row r of the next: an inactive row keeps its place.
   // Throws std::runtime_error.
   void step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors, const Queue& queue);
 

@@ -1,6 +1,6 @@
 // The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
-// that of cpu/walk.h and LaneSums (plan.h): places of a tile in turn, then by halves; spans of a row, and then rows, in
-// 32 sums in turn, then by halves. Whoever is last adds up, so one launch does it all.
+// that of cpu/walk.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one launch
+// does it all.
 #include "walk.cuh"
 
 namespace genopt::cuda {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   const int r = find_row(table.words + table.first_span(0), table.rows, span, lane);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
-  if (!grad || row.used & kRests || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
+  if (!grad || row.only_average || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
 
   const NormColumns norms(table);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);

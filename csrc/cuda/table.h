@@ -12,7 +12,7 @@
 //   spans    [row]             spans of all rows before this one
 //   rows     [row]             DeviceRow
 //   firsts   [group]           the group's first row, and after the last group the number of rows
-//   layouts                    of rows that do not lie dense: dims, sizes[dims], strides[operand][dims]
+//   layouts                    of rows that are not contiguous: dims, sizes[dims], strides[operand][dims]
 //   norms                      where gradients are measured, written by kernels alone: see NormColumns
 //
 // What changes at every step (options, control, grads) stands together: it travels in one launch's arguments.
@@ -20,7 +20,7 @@
 
 #include <cstdint>
 
-#include "../plan.h"
+#include "../plan/plan.h"
 
 namespace genopt::cuda {
 
@@ -41,7 +41,8 @@ struct DeviceRow {
   uint8_t weighs;       // and by the parameter's norm
   uint8_t unbiased;     // as Row::unbiased
   Extra extra;
-  uint8_t unused[4];
+  uint8_t only_average;  // as Row::only_average
+  uint8_t unused[3];
 
   GENOPT_INLINE int param() const {
     return extra == Extra::kMaster ? kExtra : kParam;

@@ -2,7 +2,7 @@
 // Load, rule, store, as cpu/walk.h, with the same rules and codecs. Included once by each rule's .cu.
 //
 // A lane holds pieces of 2, 4 or 8 elements that lie side by side, as many as make 16 bytes of the row's
-// widest operand, and the warp's pieces lie side by side too: so every access of a warp is one dense
+// widest operand, and the warp's pieces lie side by side too: so every access of a warp is one contiguous
 // range. What can not be accessed so (a short last tile, odd addresses, strides) is loaded element by
 // element, an operand at a time; the arithmetic knows nothing of it.
 #pragma once
@@ -428,8 +428,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
   if (!grad || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
-  const bool skips = table.may_skip && table.words[Table::kSkip] != 0, rests = (row.used & kRests) != 0;
-  if (skips && (rests || table.gradients != Gradients::kZeroed)) return;
+  const bool skips = table.may_skip && table.words[Table::kSkip] != 0, only_average = row.only_average;
+  if (skips && (only_average || table.gradients != Gradients::kZeroed)) return;
   auto scalars = *reinterpret_cast<const Scalars<Rule, T>*>(table.words + table.scalars(r));
   if (table.measures) {
     const NormColumns norms(table);
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
   const int64_t rest = row.numel - start;
   const Tile here{row, table.words + table.layouts() + row.layout, start, rest < kTile ? static_cast<int>(rest) : kTile,
                   lane};
-  const auto loads = [&](int k) { return k == kParam || (!rests && is_used(row.used, k)); };
+  const auto loads = [&](int k) { return k == kParam || (!only_average && is_used(row.used, k)); };
   // What is loaded as operand k: the parameter is its master, where it has one.
   const auto source = [&](int k) { return k == kParam ? row.param() : k; };
   const bool has_master = row.extra == Extra::kMaster;
@@ -468,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
     if (loads(k)) x[k].decode(slots.values[k]);
-  if (!rests) {
+  if (!only_average) {
     if (row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
     [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
       ((row.used % kWithAverage == kMasks ? apply<kMasks>(scalars, x) : void()), ...);
@@ -497,7 +497,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
       if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], phase);
   }
   if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
-  if (!rests && table.gradients != Gradients::kKept)
+  if (!only_average && table.gradients != Gradients::kKept)
     leave_gradient(table, table.gradients, x[kGrad], here, slots.values[kGrad]);
 }
 
@@ -565,7 +565,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (!word(table.grad(r))) return;
 
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
-  // A step that the norm turns out to skip takes this back: see norm.cuh.
+  // A step that the norm turns out to skip takes this back: see norm.cu.
   const double t = advance(row, skips ? 0 : 1);
 
   const double factor = table.measures ? 1.0 : group_scale(table, word, row.group);

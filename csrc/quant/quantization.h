@@ -1,5 +1,5 @@
 // One tensor and its codes, as kernels see them: pointers and sizes. The element's arithmetic: code.h; walks: walk.h on
-// CPU, cuda/quant.cu.
+// CPU, cuda.cu.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ struct Encoders {
 };
 
 // What one instruction set offers, over pieces [begin, end). `reaches` are Reaches<T>, which what is measured is joined
-// to; `encoders` are Encoders<T>; with `streams` results go past the caches.
+// to; `encoders` are Encoders<T>; with `streams` results are written non-temporally.
 struct Kernels {
   void (*quantize_blocks)(const Quantization& q, bool streams, int64_t begin, int64_t end);
   void (*measure)(const Quantization& q, const void* reaches, int64_t begin, int64_t end);

@@ -35,7 +35,7 @@ const Kernels& kernels() {
 }
 
 bool streams_codes(const Quantization& q, int threads) {
-  return genopt::cpu::writes_past_caches(q.numel * q.bits / 8, threads);
+  return genopt::cpu::writes_non_temporally(q.numel * q.bits / 8, threads);
 }
 
 // Calls work(begin, end) with pieces of `q`, on several threads.
@@ -100,7 +100,7 @@ void encode(const Quantization& q, int threads) {
 }
 
 void decode(const Quantization& q, int threads) {
-  const bool streams = genopt::cpu::writes_past_caches(q.numel * size_of(q.dtype), threads);
+  const bool streams = genopt::cpu::writes_non_temporally(q.numel * size_of(q.dtype), threads);
   for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().decode(q, streams, begin, end); });
 }
 

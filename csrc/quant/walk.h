@@ -49,7 +49,7 @@ inline void stream_bytes(char* to, const char* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
-// Of what was written past the caches by the thread that leaves the scope.
+// Of what was written non-temporally by the thread that leaves the scope.
 struct Fence {
   ~Fence() {
 #if defined(__x86_64__)
@@ -58,7 +58,7 @@ struct Fence {
   }
 };
 
-// to[i] = make(i); whole lines past the caches, if `streams`. Indices are 64-bit: with -fwrapv, sums of narrower ones
+// to[i] = make(i); whole lines non-temporally, if `streams`. Indices are 64-bit: with -fwrapv, sums of narrower ones
 // do not vectorize.
 template <class Stored, class Make>
 GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
@@ -195,7 +195,7 @@ void with_types(const Quantization& q, Work work) {
   });
 }
 
-// Calls encode(first element, their number, where their codes go, whether past the caches, random key) for each piece.
+// Calls encode(first element, their number, where their codes go, whether non-temporally, random key) for each piece.
 template <class Encode>
 void for_codes(const Quantization& q, bool streams, int64_t begin, int64_t end, Encode encode) {
   const Fence fence;

@@ -174,7 +174,7 @@ def tell_reference(step: Step, place: Place) -> None:
 
 
 def find_overlaps(step: Step, rows: Sequence[int]) -> tuple[Pairs, Pairs]:
-    """What ``check_overlaps`` in ``csrc/torch_plan.h`` finds, where ``rows`` take part."""
+    """What ``Overlaps`` in ``csrc/torch/overlaps.h`` finds, where ``rows`` take part."""
     writes, takes_part = step.inputs.gradients is not None, set(rows)
     owned: list[Tensor] = []
     owners: list[int] = []

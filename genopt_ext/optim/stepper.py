@@ -1,6 +1,6 @@
 """Takes the steps of one optimizer, of which it knows a rule and a backend: natively in one call, where that can be.
 
-What the native plan (``csrc/torch_plan.h``) can not take as it is, it names and leaves as it was. Then this makes the
+What the native plan (``csrc/torch/stepper.h``) can not take as it is, it names and leaves as it was. Then this makes the
 missing state, raises the error, or has the rows stepped by the reference (``apart.py``) or by torch's own code
 (``by_torch.py``).
 """
@@ -24,9 +24,10 @@ from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
 
 
 class Refusal(NamedTuple):
-    """What the native plan could not take: see csrc/torch_plan.h."""
+    """What the native stepper could not take: ``csrc/torch/refusal.h``."""
 
     rows: Sequence[int] = ()
+    problems: Sequence[tuple[str, str]] = ()  # of each row: an operand, and the reason why kernels can not take it
     groups: Sequence[int] = ()
     overlaps: Pairs = ()
     grad_overlaps: Pairs = ()
@@ -108,10 +109,10 @@ class Stepper:
             if self.plan is None:
                 self._check_all(self._described(groups, state, inputs, only))
                 assert _backend.native is not None
-                self.plan = _backend.native.Plan(self.rule.name, self.resolved)
+                self.plan = _backend.native.Stepper(self.rule.name, self.resolved)
             if only is None:  # spelled out, as most steps end here
                 refused = self.plan.step(groups, state, (), **arguments)
-                refusal = None if refused is None else Refusal(*refused)
+                refusal = None if refused is None else Refusal(**refused)
             else:
                 refusal = self._step_natively(groups, state, only, (), arguments)
             if refusal is not None:
@@ -119,7 +120,7 @@ class Stepper:
             return
         step = self._described(groups, state, inputs, only)
         rows = [r for r, place in enumerate(step.places) if step.takes_part(place)]
-        everything = Refusal(rows, list(dict.fromkeys(step.places[r][0] for r in rows)))
+        everything = Refusal(rows, groups=list(dict.fromkeys(step.places[r][0] for r in rows)))
         self._resolve(everything, step, only, arguments)
 
     def _described(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> Step:
@@ -146,11 +147,11 @@ class Stepper:
     ) -> Refusal | None:
         if only is None:
             refused = self.plan.step(groups, state, skipped, **arguments)
-            return None if refused is None else Refusal(*refused)
+            return None if refused is None else Refusal(**refused)
         # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
         i, _, p = only
         refused = self.plan.step([{**groups[i], "params": [p]}], {p: state.get(p)}, skipped, **arguments)
-        return None if refused is None else Refusal(*refused)._replace(groups=(i,) if refused[1] else ())
+        return None if refused is None else Refusal(**refused)._replace(groups=(i,) if refused["groups"] else ())
 
     # What the native plan is told beside the groups
 

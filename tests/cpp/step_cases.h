@@ -9,7 +9,7 @@
 #include <random>
 
 #include "check.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 using namespace genopt;
 

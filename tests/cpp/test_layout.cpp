@@ -3,7 +3,7 @@
 #include <set>
 
 #include "check.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 using namespace genopt;
 using Dims = std::vector<int64_t>;

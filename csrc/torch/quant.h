@@ -8,10 +8,10 @@
 #include <optional>
 #include <stdexcept>
 
-#include "quant/run.h"
-#include "torch_devices.h"
+#include "../quant/run.h"
+#include "devices.h"
 #ifdef GENOPT_CUDA
-#include "cuda/quant.h"
+#include "../quant/cuda.h"
 #endif
 
 namespace genopt::quant {

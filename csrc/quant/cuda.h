@@ -1,14 +1,14 @@
-// Quantization on CUDA: launches on a queue. The kernels: quant.cu.
+// Quantization on CUDA: launches on a queue. The kernels: cuda.cu.
 #pragma once
 
-#include "../quant/quantization.h"
-#include "device_plan.h"
+#include "../cuda/device_plan.h"
+#include "quantization.h"
 
 namespace genopt::quant::cuda {
 
 using genopt::cuda::Queue;
 
-// As quant/run.h, on the current device. Nothing is waited for; all throw std::runtime_error where a launch fails.
+// As run.h, on the current device. Nothing is waited for; all throw std::runtime_error where a launch fails.
 void quantize_blocks(const Quantization& q, const Queue& queue);
 // `ranges`: two words of zero for each unit.
 void find_scales(const Quantization& q, void* ranges, const Queue& queue);

@@ -6,7 +6,7 @@
 #include <map>
 #include <vector>
 
-#include "plan.h"
+#include "../plan/plan.h"
 #ifdef GENOPT_CUDA
 #include <torch_queue.h>
 #endif

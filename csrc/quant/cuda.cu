@@ -1,5 +1,5 @@
 // Quantization on CUDA: one warp, one tile of 256 elements, 8 of them in each lane's registers, with the arithmetic of
-// quant/code.h. Blocks are read once: a block of up to 256 lies in registers between its maximum and its codes, a
+// code.h. Blocks are read once: a block of up to 256 lies in registers between its maximum and its codes, a
 // larger one is read again from the cache. Tensors and channels take a pass for their ranges, joined by integer maxima,
 // which no order changes, and one for their codes.
 #include <cuda_runtime.h>
@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "quant.h"
-#include "walk.cuh"
+#include "../cuda/walk.cuh"
+#include "cuda.h"
 
 namespace genopt::quant::cuda {
 namespace {

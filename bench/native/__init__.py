@@ -1,0 +1,80 @@
+"""The benchmarks' own C++: a loop that moves bytes and computes nothing, built on first use into ``build/bench``."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from genopt_ext import _C
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent.parent / "build" / "bench"
+ARRAYS = 8  # that the loop takes
+
+
+def build() -> Path:
+    """The library, compiled anew where its sources, the compiler or torch have changed."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if not shutil.which(compiler[0]):
+        raise SystemExit(
+            f"bench: the limit needs a C++ compiler, and there is no {compiler[0]}; install g++ or set CXX"
+        )
+    torch_folder = Path(torch.__file__).parent / "lib"
+    # OpenMP's threads are those of torch, as with the kernels: -fopenmp compiles, and linking leaves its runtime out.
+    compile_flags = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    link_flags = ["-shared", "-Wl,--no-as-needed", f"-L{torch_folder}", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}"]
+    made_of = [*(path.read_bytes() for path in sorted(HERE.glob("*.[ch]*"))), repr([compiler, torch_folder]).encode()]
+    library = BUILD / f"stream-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own, and then moved : another process may be building it too.
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            made, object_file = Path(folder) / library.name, str(Path(folder) / "stream.o")
+            for command in (
+                [*compiler, *compile_flags, "-c", str(HERE / "stream.cpp"), "-o", object_file],
+                [*compiler, object_file, *link_flags, "-o", str(made)],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"bench: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+            made.replace(library)
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build()))
+    addresses, flag = ctypes.POINTER(ctypes.c_size_t), ctypes.c_bool
+    numbers = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    library.stream.argtypes = [ctypes.c_char_p, addresses, *numbers, flag]
+    library.stream.restype = None
+    return library
+
+
+class Stream:
+    """Reads ``bytes`` (a multiple of 64) of every array together, front to back, and writes back some, when called.
+
+    ``arrays``: an address, aligned to 64, and whether it is written, for each. ``fresh``: those written are not read,
+    and written non-temporally where that is faster.
+    """
+
+    def __init__(self, arrays: Sequence[tuple[int, bool]], bytes: int, threads: int, fresh: bool = False) -> None:
+        if len(arrays) > ARRAYS:
+            raise ValueError(f"the loop takes {ARRAYS} arrays, got {len(arrays)}")
+        addresses = [address for address, _ in sorted(arrays, key=lambda array: not array[1])]
+        kept = (ctypes.c_size_t * len(addresses))(*addresses)
+        written = sum(written for _, written in arrays)
+        self._arguments = (_C.cpu_capability().encode(), kept, len(arrays), written, bytes, threads, fresh)
+        self._call = _library().stream
+
+    def __call__(self) -> None:
+        self._call(*self._arguments)

@@ -1,0 +1,24 @@
+// What each instruction set offers: the kernels of the CPU backend, as function pointers.
+#pragma once
+
+#include <array>
+
+#include "../plan/plan.h"
+
+namespace genopt {
+
+// Runs tiles [begin, end) of a row with a rule's Scalars.
+using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, int64_t end);
+// Measures one span of an operand.
+using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
+// Writes what Control::gradients leaves in tiles [begin, end) of a row's gradient.
+using GradientKernel = void (*)(const Row& row, const Control& control, int64_t begin, int64_t end);
+struct KernelTable {
+  // By rule, set of operands in use but for kWithExtra, and whether rows compute in double.
+  std::array<std::array<std::array<TileKernel, 2>, kWithExtra>, kRules> tiles{};
+  std::array<std::array<TileKernel, 2>, kRules> only_average{};  // EMA-only rows
+  std::array<std::array<SpanKernel, 2>, 3> spans{};
+  GradientKernel leave_gradient = nullptr;
+};
+
+}  // namespace genopt

@@ -1,0 +1,67 @@
+// Norms, and what they decide: how numbers are joined, and the coefficients that clip gradients. For CPU and CUDA
+// alike.
+#pragma once
+
+#include "../rules/around.h"
+
+namespace genopt {
+
+// How the elements of a tensor make one number, in double. torch.nn.utils' p-norms for p of 2, 1 and infinity.
+enum class Norm : uint8_t { kTwo, kOne, kMax };
+
+template <Norm kNorm>
+struct Measure {
+  static GENOPT_INLINE double of(double x) {
+    return kNorm == Norm::kTwo ? x * x : x < 0 ? -x : x;
+  }
+  static GENOPT_INLINE double join(double a, double b) {
+    return kNorm == Norm::kMax ? maximum(a, b) : a + b;
+  }
+};
+
+template <class Visit>
+GENOPT_INLINE auto with_measure(Norm norm, Visit&& visit) {
+  return norm == Norm::kTwo   ? visit(Measure<Norm::kTwo>{})
+         : norm == Norm::kOne ? visit(Measure<Norm::kOne>{})
+                              : visit(Measure<Norm::kMax>{});
+}
+
+GENOPT_INLINE double norm_of(Norm norm, double sum) {
+  return norm == Norm::kTwo ? square_root(sum) : sum;
+}
+
+// x - x is NaN for infinity and NaN.
+GENOPT_INLINE bool is_finite(double x) {
+  return x - x == 0;
+}
+
+// What clipping to `bound` multiplies with, as torch.nn.utils.clip_grad_norm_; a NaN norm gives NaN.
+GENOPT_INLINE double clip_coefficient(double bound, double norm) {
+  if (bound < 0 || bound > std::numeric_limits<double>::max()) return 1;
+  const double coefficient = bound / (norm + 1e-6);
+  return coefficient > 1 ? 1 : coefficient;
+}
+
+// Whether a group's tensors are clipped by a norm of their own, and so left out of the optimizer's.
+GENOPT_INLINE bool clips_alone(const double* options) {
+  return options[kMaxGradNorm] >= 0 || options[kClipPerParam] >= 0 || options[kAgc] >= 0;
+}
+GENOPT_INLINE bool clips_by_tensor(const double* options) {
+  return options[kClipPerParam] >= 0 || options[kAgc] >= 0;
+}
+
+// A group's coefficient. `own`: its norm; `shared`: that of all groups which do not clip alone.
+GENOPT_INLINE double group_coefficient(const double* options, double max_norm, double own, double shared) {
+  return clips_by_tensor(options)     ? 1
+         : options[kMaxGradNorm] >= 0 ? clip_coefficient(options[kMaxGradNorm], own)
+                                      : clip_coefficient(max_norm, shared);
+}
+
+// A tensor's coefficient in a group that clips by tensor. Adaptive clipping: Brock et al., arXiv 2102.06171.
+GENOPT_INLINE double tensor_coefficient(const double* options, double norm, double weight_norm) {
+  if (options[kClipPerParam] >= 0) return clip_coefficient(options[kClipPerParam], norm);
+  const double bound = options[kAgc] * (weight_norm > 1e-3 ? weight_norm : 1e-3);
+  return norm > bound ? bound / norm : 1;
+}
+
+}  // namespace genopt

@@ -1,0 +1,62 @@
+// A row of the plan: one tensor, what belongs to it, and what the step does with it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "../codecs/int8_block.h"
+#include "layout.h"
+#include "tiles.h"
+
+namespace genopt {
+
+// Bits of a set of operands in use, beside the rule's own states: see is_used.
+constexpr unsigned kWithAverage = 1u << (kAverage - kState);
+constexpr unsigned kWithExtra = 1u << (kExtra - kState);
+
+// How a parameter of 16 bits is kept more precisely. kCompensation (Kahan): the parameter is the rounded sum of itself
+// and an operand of its own dtype, the rest. kMaster: the operand is the parameter in float, which is rounded from it.
+enum class Extra : uint8_t { kNone, kCompensation, kMaster };
+
+GENOPT_INLINE constexpr bool is_used(unsigned used, int operand) {
+  return operand < kState || (used >> (operand - kState) & 1);
+}
+
+constexpr int kHost = -1;  // the device number of the CPU
+
+struct Row {
+  int device = kHost;
+  int64_t numel = 0;
+  int64_t first_tile = 0;  // tiles of all rows before this one
+  int64_t first_span = 0;  // spans of all rows before this one
+  std::array<void*, kOperands> data{};
+  std::array<DType, kOperands> dtype{};
+  std::array<float*, kMaxStates> scales{};  // of states that are stored in codes, one for each tile
+  const Layout* layout = nullptr;           // null: every operand is contiguous, in one order
+  void* step = nullptr;                     // the step counter, where the rule has one
+  DType step_dtype = DType::kFloat32;
+  bool active = false;        // takes part in this step
+  bool only_average = false;  // without gradient: only the weights' average moves
+  unsigned used = 0;          // states in use, kWithAverage and kWithExtra, as a mask
+  unsigned unbiased = 0;      // operands of 16 bits that are not rounded to the nearest, as a mask; codes never are
+  Extra extra = Extra::kNone;
+  int group = 0;
+  int prepared = 0;              // index into Plan::prepared
+  double norm = 0, weights = 0;  // of gradient and parameter, where measured
+  double factor = 1;             // of the gradient
+
+  // Tiles to step on `device`.
+  int64_t tiles(int on_device) const {
+    return active && device == on_device ? tiles_of(numel) : 0;
+  }
+  // Spans to measure there.
+  int64_t spans(int on_device) const {
+    return active && device == on_device && !only_average ? spans_of(numel) : 0;
+  }
+  // The operand that holds the parameter as the rule sees it.
+  int param() const {
+    return extra == Extra::kMaster ? kExtra : kParam;
+  }
+};
+
+}  // namespace genopt

@@ -1,0 +1,44 @@
+// Rules as data: what Python and the plan need to know of them.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../rules/all.h"
+
+namespace genopt {
+
+// A rule's own options, then the common ones.
+using Options = std::array<double, kAllOptions>;
+
+// Options of which none is set.
+constexpr Options kNoOptions = [] {
+  Options options{};
+  for (int k = kMaxOptions; k < kAllOptions; ++k) options[k] = kUnset;
+  options[kSeed] = 0;
+  return options;
+}();
+
+// Room for any rule's Scalars.
+constexpr int kScalarsBytes = 112;
+
+struct RuleInfo {
+  const char* name;
+  int index;
+  bool has_step;
+  std::vector<const char*> states;
+  std::vector<OptionName> options;
+  unsigned squares;     // states that are never negative, as a mask
+  unsigned structural;  // options that used_states depends on, as a mask
+  unsigned (*used_states)(const Options&);
+  // Builds the rule's Scalars for step count t in `storage`.
+  void (*make_scalars)(const Options&, double t, bool in_double, void* storage);
+};
+
+// Throws std::invalid_argument for a name that is no rule's.
+const RuleInfo& rule_info(const std::string& name);
+const std::vector<RuleInfo>& rule_infos();
+
+}  // namespace genopt

@@ -1,0 +1,167 @@
+// An optimizer's param_groups, read into the plan: options, how states are kept, and on which devices rows are.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "refusal.h"
+#include "storage.h"
+
+namespace genopt {
+
+constexpr int kNoDevice = -2, kSeveralDevices = -3;  // beside the numbers of devices
+
+class Groups {
+ public:
+  explicit Groups(const RuleInfo& rule) {
+    for (const OptionName& option : rule.options) option_keys_.push_back(PyUnicode_InternFromString(option.key));
+    for (const OptionName& option : kCommonOptions) common_keys_.push_back(PyUnicode_InternFromString(option.key));
+  }
+
+  // Reads every group's options into `plan`, and makes it a row for each parameter. `watched`: as is_watched().
+  void read(PyObject* param_groups, bool watched, Plan& plan, std::vector<PyObject*>& params, Refusal& refusal) {
+    params.clear();
+    const Py_ssize_t count = PyList_Size(param_groups);
+    if (count < 0) throw PythonError();
+    plan.groups.assign(count, kNoOptions);
+    sources_.assign(count, Sources{});
+    options_on_devices_.clear();
+    devices_.clear();
+    group_devices_.assign(count, kNoDevice);
+    used_.assign(count, 0);
+    storages_.assign(count, Storage{});
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* group = PyList_GET_ITEM(param_groups, i);
+      static PyObject* const params_key = PyUnicode_InternFromString("params");
+      PyObject* list = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
+      if (!list || !PyList_Check(list)) throw std::invalid_argument("a param group has no list of 'params'");
+      Options& options = plan.groups[i];
+      if (!read_options(group, static_cast<int>(i), plan.rule, watched, options) ||
+          !storage_reader_.read(group, storages_[i]))
+        refusal.groups.push_back(i);
+      used_[i] = plan.rule.used_states(options) | (options[kEmaDecay] >= 0 ? kWithAverage : 0);
+      if (clips_alone(options.data())) plan.control.measure = true;
+      const size_t first = params.size(), last = first + PyList_GET_SIZE(list);
+      params.resize(last);
+      if (plan.rows.size() < last) plan.rows.resize(last);
+      for (size_t r = first; r < last; ++r) {
+        params[r] = PyList_GET_ITEM(list, r - first);
+        plan.rows[r].group = static_cast<int>(i);
+      }
+    }
+    plan.rows.resize(params.size());
+  }
+
+  // The operands that a group's rows use: its states, and the average.
+  unsigned used(int group) const {
+    return used_[group];
+  }
+  const Storage& storage(int group) const {
+    return storages_[group];
+  }
+  const std::vector<Sources>& sources() const {
+    return sources_;
+  }
+  // With active rows.
+  const std::vector<int>& devices() const {
+    return devices_;
+  }
+
+  // Of an active row.
+  void note_device(const Row& row) {
+    int& of_group = group_devices_[row.group];
+    of_group = of_group == kNoDevice || of_group == row.device ? row.device : kSeveralDevices;
+    if (std::find(devices_.begin(), devices_.end(), row.device) == devices_.end()) devices_.push_back(row.device);
+  }
+
+  // All below once the devices of all rows are noted.
+
+  // Options of a group without a row to step do no harm, whatever they are.
+  void forget_idle(const std::vector<Row>& rows, Refusal& refusal) const {
+    std::erase_if(refusal.groups, [&](int64_t group) {
+      const auto is_in_group = [&](int64_t r) { return rows[r].group == group; };
+      return group_devices_[group] == kNoDevice && std::none_of(refusal.rows.begin(), refusal.rows.end(), is_in_group);
+    });
+  }
+
+  // A tensor option on the device of all its group's rows is read there, by the kernels; else its value is
+  // fetched, which waits for the device.
+  void read_options_on_devices(Plan& plan, Refusal& refusal) {
+    for (const auto& [group, option, tensor] : options_on_devices_) {
+      if (group_devices_[group] == kNoDevice) continue;
+      if (group_devices_[group] == option_device(*tensor)) {
+        sources_[group][option] = {tensor->const_data_ptr(), *plain_dtype(tensor->scalar_type())};
+        continue;
+      }
+      const double value = plan.groups[group][option] = tensor->item().toDouble();
+      if (!std::isfinite(value)) refusal.groups.push_back(group);
+    }
+  }
+
+ private:
+  struct OptionOnDevice {
+    int group, option;
+    const at::Tensor* tensor;
+  };
+
+  // False: an option is no number, or not one that it may be.
+  bool read_options(PyObject* group, int index, const RuleInfo& rule, bool watched, Options& options) {
+    for (size_t i = 0; i < option_keys_.size(); ++i) {
+      PyObject* value = PyDict_GetItemWithError(group, option_keys_[i]);
+      const int item = rule.options[i].item;
+      if (value && item >= 0)
+        value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
+                : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
+                                                                       : nullptr;
+      if (!value || PyUnicode_Check(value)) return false;
+      if (PyFloat_CheckExact(value)) {
+        options[i] = PyFloat_AS_DOUBLE(value);
+      } else if (THPVariable_Check(value)) {
+        const at::Tensor& tensor = THPVariable_Unpack(value);
+        if (tensor.numel() != 1 || tensor.is_complex()) return false;
+        if (watched) continue;  // no row is stepped
+        const bool structural = rule.structural >> i & 1;
+        if (!structural && is_plain(tensor) && option_device(tensor) != kHost) {
+          options_on_devices_.push_back({index, static_cast<int>(i), &tensor});
+          continue;
+        }
+        options[i] = tensor.item().toDouble();
+      } else {
+        options[i] = PyFloat_AsDouble(value);
+        if (PyErr_Occurred()) {
+          PyErr_Clear();
+          return false;
+        }
+      }
+      if (!std::isfinite(options[i])) return false;
+    }
+    for (int k = kMaxOptions; k < kAllOptions; ++k) {
+      PyObject* value = PyDict_GetItemWithError(group, common_keys_[k - kMaxOptions]);
+      if (!value || value == Py_None) continue;
+      options[k] = PyUnicode_Check(value) ? kUnset : PyFloat_AsDouble(value);
+      PyErr_Clear();
+      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1) || (k == kSeed && options[k] > 0xffffffff))
+        return false;
+    }
+    return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
+  }
+
+  // Keys are interned and never freed.
+  std::vector<PyObject*> option_keys_, common_keys_;
+  StorageReader storage_reader_;
+  // By group.
+  std::vector<unsigned> used_;
+  std::vector<Storage> storages_;
+  std::vector<Sources> sources_;
+  std::vector<int> group_devices_;  // of its active rows
+
+  std::vector<OptionOnDevice> options_on_devices_;
+  std::vector<int> devices_;
+};
+
+}  // namespace genopt

@@ -1,0 +1,70 @@
+// The Python objects and tensors behind the plan's rows, borrowed for one step.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <stdexcept>
+#include <vector>
+
+#include "../plan/row.h"
+
+namespace genopt {
+
+// The tensors of one row: its operands, its step counter, and the scales of its states. Null: none.
+constexpr int kStepHandle = kOperands, kFirstScales = kStepHandle + 1, kHandles = kFirstScales + kMaxStates;
+using Handles = std::array<const at::Tensor*, kHandles>;
+
+// Columns, by row.
+struct Objects {
+  std::vector<PyObject*> params;
+  std::vector<PyObject*> states;  // a parameter's state dict, or null
+  std::vector<Handles> handles;   // of active rows
+  std::vector<char> has_grad;     // of rows that take part
+  PyObject* grads = nullptr;      // a list with a gradient for each row, or None; without it: the parameters' .grad
+
+  size_t rows() const {
+    return params.size();
+  }
+
+  // Makes room for as many rows as there are parameters.
+  void resize() {
+    handles.resize(rows());
+    has_grad.resize(rows());
+  }
+
+  void set_grads(PyObject* list) {
+    grads = list;
+    if (list && (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(rows())))
+      throw std::invalid_argument("grads must be a list with one entry for each parameter");
+  }
+
+  // Visits a row's parameter and the tensors of its state.
+  template <class Visit>
+  void for_each_own(size_t r, Visit visit) const {
+    visit(THPVariable_Unpack(params[r]));
+    PyObject *entries = states[r], *key, *value;
+    if (!entries || !PyDict_Check(entries)) return;
+    for (Py_ssize_t position = 0; PyDict_Next(entries, &position, &key, &value);)
+      if (THPVariable_Check(value)) visit(THPVariable_Unpack(value));
+  }
+
+  // False: what a row was given as its gradient can not be one.
+  bool gives_tensor_or_none(size_t r) const {
+    PyObject* const given = grads ? PyList_GET_ITEM(grads, r) : Py_None;
+    return given == Py_None || THPVariable_Check(given);
+  }
+
+  // What a row takes as its gradient, or null.
+  const at::Tensor* grad(size_t r) const {
+    if (grads) {
+      PyObject* const given = PyList_GET_ITEM(grads, r);
+      return given == Py_None ? nullptr : &THPVariable_Unpack(given);
+    }
+    const at::Tensor& grad = THPVariable_Unpack(params[r]).unsafeGetTensorImpl()->grad();
+    return grad.defined() ? &grad : nullptr;
+  }
+};
+
+}  // namespace genopt

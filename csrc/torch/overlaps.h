@@ -1,0 +1,186 @@
+// Looks for rows that share memory: with one another, or a gradient with what a step writes. Only where memory has
+// moved since it was last looked at.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstring>
+#include <vector>
+
+#include "../overlap.h"
+#include "objects.h"
+#include "refusal.h"
+#include "tensors.h"
+
+namespace genopt {
+
+class Overlaps {
+ public:
+  // Before the rows of a step are noted. `writes_gradients`: as Control::may_write_gradients().
+  void begin(size_t rows, bool writes_gradients) {
+    places_.resize(rows);
+    grad_places_.resize(rows);
+    writes_gradients_ = writes_gradients;
+    moved_ = recheck_;
+    grads_moved_ = false;
+  }
+
+  // Notes where an active row's tensors are.
+  void note(size_t r, const Row& row, const Objects& objects) {
+    const uint64_t place = fingerprint(row);
+    moved_ |= place != places_[r];
+    places_[r] = place;
+    grads_moved_ |= has_moved_grad(r, objects);
+  }
+
+  // Once all active rows are noted.
+  void check(const std::vector<Row>& rows, const Objects& objects, Refusal& refusal) {
+    // With unsupported rows too: their state must not be made for a step that will be refused.
+    if (moved_ || !refusal.rows.empty()) {
+      check_all(rows, objects, refusal);
+    } else if (grads_moved_) {
+      check_grads(rows, objects, refusal);
+    }
+  }
+
+  // Whether gradients that are written share memory among themselves, as far as check() has looked.
+  bool gradients_overlap() const {
+    return writes_gradients_ && gradients_overlap_;
+  }
+
+ private:
+  static uint64_t mixed(uint64_t hash, uint64_t value) {
+    return (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29);
+  }
+
+  // Where a row writes, as one number.
+  uint64_t fingerprint(const Row& row) const {
+    uint64_t hash = kSeedOfHash;
+    const auto mix = [&hash](uint64_t value) { hash = mixed(hash, value); };
+    for (int k = 0; k < kOperands; ++k)
+      if (k != kGrad || writes_gradients_) mix(reinterpret_cast<uintptr_t>(row.data[k]));
+    uint64_t kinds = 0;
+    static_assert(sizeof row.dtype < sizeof kinds);
+    std::memcpy(&kinds, row.dtype.data(), sizeof row.dtype);
+    mix(kinds << 8 | writes_gradients_);
+    for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
+    mix(reinterpret_cast<uintptr_t>(row.step));
+    mix(row.numel);
+    if (row.layout) {
+      for (const int64_t size : row.layout->sizes) mix(size);
+      for (const auto& operand : row.layout->strides)
+        for (const int64_t stride : operand) mix(stride);
+    }
+    return hash;
+  }
+
+  // Whether the gradient of an active row has to be looked at again.
+  bool has_moved_grad(size_t r, const Objects& objects) {
+    uint64_t place = 0;
+    if (const at::Tensor* const grad = objects.handles[r][kGrad]; grad && (objects.grads || !is_alone(*grad))) {
+      place = mixed(kSeedOfHash, reinterpret_cast<uintptr_t>(grad->const_data_ptr()));
+      for (const int64_t size : grad->sizes()) place = mixed(place, size);
+      for (const int64_t stride : grad->strides()) place = mixed(place, stride);
+      place = mixed(place, static_cast<uint64_t>(grad->scalar_type()));
+    }
+    const bool moved = place && place != grad_places_[r];
+    grad_places_[r] = place;
+    return moved;
+  }
+
+  static Region region_of(const at::Tensor& t, size_t r) {
+    Region region{
+        static_cast<const char*>(t.const_data_ptr()), t.element_size(), t.numel(), {}, {}, static_cast<int64_t>(r)};
+    if (!t.is_non_overlapping_and_dense()) {
+      region.sizes = t.sizes().vec();
+      region.strides = t.strides().vec();
+    }
+    return region;
+  }
+
+  // Looks at what all rows write, with or without a gradient now, so that it need not be done again
+  // when a gradient comes. A pair of which one has none does no harm yet: it is looked at every time.
+  void check_all(const std::vector<Row>& rows, const Objects& objects, Refusal& refusal) {
+    std::vector<Region> regions, gradients;
+    for (size_t r = 0; r < objects.rows(); ++r) {
+      if (!THPVariable_Check(objects.params[r])) continue;
+      if (writes_gradients_ && objects.has_grad[r] && rows[r].active)
+        gradients.push_back(region_of(*objects.handles[r][kGrad], r));
+      objects.for_each_own(r, [&](const at::Tensor& t) {
+        if (is_in_memory(t)) regions.push_back(region_of(t, r));
+      });
+    }
+    written_ = Regions(std::move(regions));
+    gradients_overlap_ = !Regions(std::move(gradients)).find_overlaps().empty();
+    recheck_ = gradients_overlap_;
+    for (const auto& [a, b] : written_.find_overlaps()) {
+      if (takes_part(a, rows, objects) && takes_part(b, rows, objects)) refusal.overlaps.emplace_back(a, b);
+      recheck_ = true;
+    }
+    check_grads(rows, objects, refusal);
+  }
+
+  // Whether gradients share memory with what the step writes, or what is written to them with anything of the
+  // optimizer's.
+  void check_grads(const std::vector<Row>& rows, const Objects& objects, Refusal& refusal) {
+    for (size_t r = 0; r < objects.rows(); ++r) {
+      const at::Tensor* const grad = objects.has_grad[r] ? objects.grad(r) : nullptr;
+      if (!grad || !is_in_memory(*grad) || (!objects.grads && is_alone(*grad))) continue;
+      for (const Region* met : written_.find_met(region_of(*grad, r))) {
+        const size_t owner = static_cast<size_t>(met->owner);
+        if (!writes_gradients_ && owner == r && is_own(*grad, r, objects)) continue;
+        recheck_ = true;
+        if (writes_gradients_ || takes_part(owner, rows, objects)) refusal.grad_overlaps.emplace_back(r, owner);
+      }
+    }
+  }
+
+  static bool takes_part(size_t r, const std::vector<Row>& rows, const Objects& objects) {
+    return objects.has_grad[r] || rows[r].active;
+  }
+
+  // Whether no other tensor can share its memory, as with most gradients that backward() makes: nobody else holds it or
+  // its storage, and that is torch's own.
+  static bool is_alone(const at::Tensor& t) {
+    const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+    static const c10::DeleterFnPtr host_deleter = c10::GetAllocator(c10::kCPU)->raw_deleter();
+    const c10::DeleterFnPtr deleter = storage.data_ptr().get_deleter();
+    const bool owned =
+        t.is_cpu() ? deleter == host_deleter : deleter == c10::GetAllocator(t.device().type())->raw_deleter();
+    if (!owned || storage.use_count() != 1) return false;
+    // Its own Python object counts as one.
+    return t.use_count() == 1 ||
+           (t.use_count() == 2 && is_held_by_tensor_alone(*t.unsafeGetTensorImpl()->pyobj_slot()));
+  }
+  template <class Slot>
+  static bool is_held_by_tensor_alone(const Slot& slot) {
+    if constexpr (requires { slot.load_pyobj(); }) {
+      PyObject* const object = slot.load_pyobj();
+      return object && Py_REFCNT(object) == 1;
+    } else {
+      return false;
+    }
+  }
+
+  // Whether it is the very same elements, in the same order, as the row's parameter or one of its states: then each
+  // element is read before it is written.
+  static bool is_own(const at::Tensor& grad, size_t r, const Objects& objects) {
+    bool found = false;
+    objects.for_each_own(r, [&](const at::Tensor& t) {
+      found = found ||
+              (is_in_memory(t) && t.const_data_ptr() == grad.const_data_ptr() &&
+               t.scalar_type() == grad.scalar_type() && t.sizes() == grad.sizes() && t.strides() == grad.strides());
+    });
+    return found;
+  }
+
+  static constexpr uint64_t kSeedOfHash = 0x9e3779b97f4a7c15u;
+
+  bool writes_gradients_ = false, moved_ = false, grads_moved_ = false;  // in the step that is read now
+  bool recheck_ = false, gradients_overlap_ = false;
+  Regions written_;                    // of the last check
+  std::vector<uint64_t> places_;       // fingerprints of rows at the last check
+  std::vector<uint64_t> grad_places_;  // and of gradients that may share memory with others
+};
+
+}  // namespace genopt

@@ -1,0 +1,63 @@
+// The keys of a state dict: which of a row's tensors each one names, and in which form.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../plan/rule_info.h"
+#include "objects.h"
+
+namespace genopt {
+
+// A form that an entry may have: it counts where the group asks for it.
+enum class Form : uint8_t { kAny, kNumbers, kCodes, kCompensation, kMaster };
+
+struct StateKey {
+  PyObject* name;
+  int handle;
+  Form form;
+};
+
+class StateKeys {
+ public:
+  explicit StateKeys(const RuleInfo& rule) {
+    const int states = static_cast<int>(rule.states.size());
+    for (int i = 0; i < states; ++i) add(rule.states[i], kState + i, Form::kNumbers);
+    add("step", kStepHandle, Form::kAny);
+    add("ema", kAverage, Form::kNumbers);
+    for (int i = 0; i < states; ++i) {
+      add(std::string(rule.states[i]) + "_codes", kState + i, Form::kCodes);
+      add(std::string(rule.states[i]) + "_scales", kFirstScales + i, Form::kAny);
+    }
+    add("compensation", kExtra, Form::kCompensation);
+    add("master", kExtra, Form::kMaster);
+  }
+
+  // What stands for a handle in messages: "parameter", "gradient" or a key of the state dict.
+  std::string name(int handle) const {
+    if (handle == kParam) return "parameter";
+    if (handle == kGrad) return "gradient";
+    for (const StateKey& key : keys_)
+      if (key.handle == handle) return PyUnicode_AsUTF8(key.name);
+    return "state";
+  }
+
+  // What `key` names, or null. Keys are mostly the interned ones.
+  const StateKey* find(PyObject* key) const {
+    for (const bool by_value : {false, true})
+      for (const StateKey& wanted : keys_)
+        if (by_value ? PyUnicode_Check(key) && PyUnicode_Compare(key, wanted.name) == 0 : key == wanted.name)
+          return &wanted;
+    return nullptr;
+  }
+
+ private:
+  // Names are interned and never freed.
+  void add(const std::string& name, int handle, Form form) {
+    keys_.push_back({PyUnicode_InternFromString(name.c_str()), handle, form});
+  }
+
+  std::vector<StateKey> keys_;
+};
+
+}  // namespace genopt

@@ -1,0 +1,177 @@
+// One step of one optimizer, from its Python objects: reads param_groups, state and gradients afresh into plan rows,
+// and has the backends take them. No pointer is kept from one step to the next, so nothing can be stale; what is kept
+// only says where to look first and whether memory has moved.
+//
+// A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device, a tensor
+// subclass, ...) is unsupported: the step then changes nothing and says of each such row what is wrong with it.
+// Python (optim/stepper.py) makes the state, raises the error or lets the reference serve the row.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cpu/run.h"
+#include "hints.h"
+#include "overlaps.h"
+#include "rows.h"
+#include "scope.h"
+
+namespace genopt {
+
+// What a caller says of one step, beside the groups' options.
+struct StepArguments {
+  Control control;
+  std::vector<int64_t> skipped;  // rows that are served elsewhere
+  PyObject* grads = nullptr;     // a list with a gradient for each row, or None; without it: the parameters' .grad
+  TensorLists tensors{};         // inputs that are read, and results that are written, as the step runs on their device
+};
+
+class Stepper {
+ public:
+  // backend: as RowReader's.
+  Stepper(const std::string& rule, const std::string& backend)
+      : plan_(rule_info(rule)), cuda_(plan_.rule), groups_(plan_.rule), reader_(plan_.rule, backend) {
+  }
+
+  // Takes one step, or changes nothing and says why. Called with the GIL; a Python error is thrown as such.
+  std::optional<Refusal> step(PyObject* param_groups, PyObject* state, const StepArguments& arguments) {
+    if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    const Scope busy([this] { busy_ = true; }, [this] { busy_ = false; });
+    Refusal refusal;
+    Control& control = plan_.control;
+    control = arguments.control;
+    control.measure = control.measure || control.max_norm >= 0 || control.guard;
+    const bool watched = is_watched();
+    groups_.read(param_groups, watched, plan_, objects_.params, refusal);
+    objects_.resize();
+    objects_.set_grads(arguments.grads);
+    states_.find_all(state, objects_);
+    const int64_t host_elements = read_rows(watched, arguments.skipped, refusal);
+    groups_.forget_idle(plan_.rows, refusal);
+    groups_.read_options_on_devices(plan_, refusal);
+    if (!control.only_measure) overlaps_.check(plan_.rows, objects_, refusal);
+    refusal.gradients_overlap = overlaps_.gradients_overlap();
+
+    const std::vector<int>& devices = groups_.devices();
+    std::vector<DeviceTensors> tensors;
+    for (const int device : devices)
+      if (const auto found = tensors_on(device, arguments.tensors)) tensors.push_back(*found);
+    // Unless the factors are given.
+    const bool meets = control.measure && devices.size() > 1 && !arguments.tensors[kGroupScales];
+    if (meets || tensors.size() < devices.size()) refusal.devices = devices;
+    if (devices.empty() && arguments.tensors[kGradNorm]) refusal.devices = {kNoDevice};  // nothing to write it
+    if (!refusal.is_empty()) return refusal;
+
+    std::vector<at::Tensor> held;  // what handles then point to
+    for (size_t i = 0; i < devices.size(); ++i)
+      if (devices[i] != kHost) cuda_.step(devices[i], plan_, groups_.sources(), tensors[i]);
+    for (size_t i = 0; i < devices.size(); ++i) {  // last: it changes the plan's control
+      if (devices[i] != kHost) continue;
+      read_host_tensors(tensors[i], plan_);
+      run(host_elements, held);
+      write_host_tensors(tensors[i], plan_);
+    }
+    bump_versions();
+    return std::nullopt;
+  }
+
+  // What stands for a problem's handle in messages.
+  std::string name(int handle) const {
+    return reader_.keys().name(handle);
+  }
+
+  // CUDA kernels launched so far.
+  int64_t launches() const {
+    return cuda_.launches();
+  }
+
+ private:
+  // Returns the number of elements to step on the CPU.
+  int64_t read_rows(bool watched, const std::vector<int64_t>& skipped, Refusal& refusal) {
+    const size_t rows = objects_.rows();
+    const bool writes_gradients = plan_.control.may_write_gradients();
+    std::vector<bool> skip(rows);
+    for (const int64_t row : skipped) skip.at(row) = true;
+    hints_.resize(rows);
+    reader_.begin(watched, writes_gradients);
+    overlaps_.begin(rows, writes_gradients);
+    int64_t host_elements = 0;
+    for (size_t r = 0; r < rows; ++r) {
+      hints_.prefetch(r, objects_);
+      Row& row = plan_.rows[r];
+      row.active = false;
+      objects_.has_grad[r] = false;
+      if (skip[r]) continue;
+      if (const Problem problem = reader_.read(r, row, groups_, states_, objects_)) {
+        refusal.rows.push_back(static_cast<int64_t>(r));
+        refusal.problems.push_back(problem);
+        continue;
+      }
+      if (!row.active) continue;
+      hints_.note(r, objects_.handles[r], reader_.owners());
+      if (!plan_.control.only_measure) overlaps_.note(r, row, objects_);
+      if (row.device == kHost) host_elements += row.numel;
+      groups_.note_device(row);
+    }
+    return host_elements;
+  }
+
+  // Steps the rows on the CPU.
+  void run(int64_t elements, std::vector<at::Tensor>& held) {
+    const int threads = at::get_num_threads();
+    // A long run lets other Python threads work, and so holds what they could take away: worth it where
+    // rows are large, as holding one costs about as much as stepping a thousand elements.
+    constexpr int64_t kLong = 1 << 20, kLongRow = 1 << 14;
+    if (elements < kLong || elements < kLongRow * static_cast<int64_t>(objects_.rows())) {
+      cpu::step(plan_, threads);
+      return;
+    }
+    for (size_t r = 0; r < objects_.rows(); ++r)
+      if (plan_.rows[r].active)
+        for (const at::Tensor* t : objects_.handles[r])
+          if (t) held.push_back(*t);
+    for (size_t r = 0, i = 0; r < objects_.rows(); ++r)
+      if (plan_.rows[r].active)
+        for (const at::Tensor*& t : objects_.handles[r])
+          if (t) t = &held[i++];
+    PyThreadState* thread = nullptr;
+    const Scope without_gil([&thread] { thread = PyEval_SaveThread(); }, [&thread] { PyEval_RestoreThread(thread); });
+    cpu::step(plan_, threads);
+  }
+
+  // Autograd then knows that these changed; torch's own fused kernels leave this out.
+  void bump_versions() const {
+    const Control& control = plan_.control;
+    for (size_t r = 0; r < objects_.rows(); ++r) {
+      hints_.prefetch_versions(r);
+      const Row& row = plan_.rows[r];
+      if (!row.active) continue;
+      const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;
+      const bool zeroes = control.gradients == Gradients::kZeroed;
+      for (int k = 0; k < kHandles; ++k) {
+        const at::Tensor* const t = objects_.handles[r][k];
+        if (!t) continue;
+        const bool written = k == kGrad ? control.may_write_gradients() && (steps || zeroes)
+                                        : steps && !(k == kParam && row.only_average);
+        // Tensors made in inference mode have no version.
+        if (written && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+      }
+    }
+  }
+
+  Plan plan_;
+  CudaDevices cuda_;
+  bool busy_ = false;
+  Objects objects_;
+  Groups groups_;
+  StateDicts states_;
+  RowReader reader_;
+  Hints hints_;
+  Overlaps overlaps_;
+};
+
+}  // namespace genopt
