@@ -16,7 +16,7 @@ import torch
 report = pytest.importorskip("bench.report", reason="run from the repository's root")
 from bench import __main__ as command_line  # noqa: E402
 from bench import cases as tables  # noqa: E402
-from bench import limit, method, plots, session, subjects  # noqa: E402
+from bench import checks, limit, memory, method, packages, plots, rounds, session, subjects  # noqa: E402
 from bench.cases import Case  # noqa: E402
 
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="gpu-check times on a GPU")
@@ -109,11 +109,11 @@ def test_shapes_are_the_models() -> None:
 def test_bytes_are_those_of_real_state(case: Case) -> None:
     """On one tensor of whole blocks: counters of steps are less than a thousandth."""
     few = tables.Case(**{**vars(case), "shapes": ((256 * 256,),)})
-    params = subjects.parameters(few)
+    params = rounds.parameters(few)
     opt = subjects.ours(few, params)
     opt.step()
-    assert subjects.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=1e-3)
-    subjects.forget()
+    assert memory.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=1e-3)
+    rounds.forget()
     if case.kind == "step":
         width = case.dtype.itemsize
         reads = 1 + (case.clip is not None or case.amp)
@@ -148,27 +148,27 @@ def test_limit_moves_the_bytes(case: Case) -> None:
 
 def test_wrong_results_are_seen() -> None:
     case = tables.Case("SGD", "SGD", ((300,),), kwargs={"momentum": 0.9})
-    truth = subjects.expected(case, "cpu")
-    made = subjects.make("torch fused", case, "cpu")
-    assert made is not None and subjects.wrong_by(made, *truth) == pytest.approx(1.0)  # has not moved
+    truth = checks.expected(case, "cpu")
+    made = rounds.make("torch fused", case, "cpu")
+    assert made is not None and checks.wrong_by(made, *truth) == pytest.approx(1.0)  # has not moved
     made.run()
     made.run()
-    assert subjects.wrong_by(made, *truth) < 1e-4
+    assert checks.wrong_by(made, *truth) < 1e-4
     made.run()
-    assert subjects.wrong_by(made, *truth) > 0.3
+    assert checks.wrong_by(made, *truth) > 0.3
 
 
 def test_who_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tables.Case("AdamW int8", "AdamW", ((4096,),), state=torch.int8)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    subjects.package.cache_clear()
-    with pytest.raises(subjects.Absent, match="."):
-        subjects.make("bitsandbytes", case, "cpu")
-    subjects.package.cache_clear()
+    packages.package.cache_clear()
+    with pytest.raises(packages.Absent, match="."):
+        rounds.make("bitsandbytes", case, "cpu")
+    packages.package.cache_clear()
     many = tables.Case("many", "AdamW", ((1,),) * (subjects.MANY + 1))
-    with pytest.raises(subjects.Absent, match="too slow with 5001 tensors"):
-        subjects.make("torch for-loop", many, "cpu")
-    assert subjects.make("torch for-loop", case, "cpu") is None  # torch has no 8-bit state
+    with pytest.raises(packages.Absent, match="too slow with 5001 tensors"):
+        rounds.make("torch for-loop", many, "cpu")
+    assert rounds.make("torch for-loop", case, "cpu") is None  # torch has no 8-bit state
 
 
 def test_what_a_subject_does_otherwise_is_said() -> None:

@@ -9,9 +9,7 @@ Packages that are not installed are told as absent: ``pip install torchao bitsan
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import logging
 import statistics
 import sys
 import time
@@ -25,12 +23,13 @@ import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from genopt_ext import optim
 
 from .. import report
+from ..memory import storage
 from ..method import ROOT
+from ..packages import Absent, installed, package
 from ..report import RESULTS
 from .models import TASKS
 
@@ -42,12 +41,9 @@ GOAL = 0.3  # per cent
 SMALLEST = 4096  # smaller parameters keep fp32 state, with every subject
 BASE = "genopt_ext fp32"
 NUDGED = "genopt_ext fp32, lr +1 %"
+PACKAGES = ("torch", "torchao", "bitsandbytes")
 OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {"weight_decay": 0.1}}
 Make = Callable[..., torch.optim.Optimizer]
-
-
-class Absent(Exception):
-    """Why a subject can not take part."""
 
 
 def plain(rule: str) -> Make:
@@ -78,32 +74,26 @@ def ours_with(state_dtype: torch.dtype) -> Callable[[str], Make]:
     return subject
 
 
+def eight_bit(module: str, rule: str) -> Make:
+    """
+    Raises:
+        Absent: the package can not be imported, or has no such class.
+    """
+    make = getattr(package(module), rule + "8bit", None)
+    if make is None:
+        raise Absent(f"{module} has no {rule}8bit")
+    return make
+
+
 def torchao(rule: str) -> Make:
     """Stores in 8 bits what has at least 4096 elements and a multiple of 256. Compiles for every shape: minutes."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torchao.optim as package
-    except ImportError as error:
-        raise Absent(f"torchao is not installed ({error})") from None
-    base = getattr(package, rule + "8bit", None)
-    if base is None:
-        raise Absent(f"torchao has no {rule}8bit")
+    make = eight_bit("torchao.optim", rule)
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
-    return base
+    return make
 
 
 def bitsandbytes(rule: str) -> Make:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import bitsandbytes.optim as package
-    except ImportError as error:
-        raise Absent(f"bitsandbytes is not installed ({error})") from None
-    make = getattr(package, rule + "8bit", None)
-    if make is None:
-        raise Absent(f"bitsandbytes has no {rule}8bit")
+    make = eight_bit("bitsandbytes.optim", rule)
     return lambda params, **kwargs: make(params, **kwargs, min_8bit_size=SMALLEST)
 
 
@@ -135,13 +125,6 @@ class Result:
     def change(self, base: Result) -> list[float]:
         """Per cent, by seed."""
         return [100 * (a / b - 1) for a, b in zip(self.finals, base.finals, strict=True)]
-
-
-def storage(value: Tensor) -> list[Tensor]:
-    """The plain tensors that a state tensor is made of: torchao's are subclasses."""
-    if hasattr(value, "__tensor_flatten__"):
-        return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
-    return [value]
 
 
 def measure_state(optimizers: list[torch.optim.Optimizer]) -> tuple[float, float]:
@@ -267,23 +250,13 @@ def table(results: list[Result]) -> Table:
 def markdown(results: list[Result], seeds: int) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "--:|" * (len(HEADER) - 3)]
     lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
-    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed(PACKAGES).items())
     note = (
         f'Mean of {seeds} seeds; "in 8 bits": the share of elements whose moments are (parameters of less than '
         f"{SMALLEST} elements are not; torchao's also not where the size is no multiple of 256); bytes of state an "
         f"element. {versions}."
     )
     return "\n".join([*lines, "", note, "", *verdicts(results)])
-
-
-def installed() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "torchao", "bitsandbytes"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_readme(text: str, path: Path) -> None:
@@ -337,7 +310,7 @@ def save(results: list[Result], args: argparse.Namespace, path: Path) -> None:
     entries = [asdict(r) | {"losses": [[round(x, 6) for x in smoothed(s)[::10]] for s in r.losses]} for r in results]
     given = {"seeds": args.seeds, "steps": args.steps, "threads": args.threads, "smallest": SMALLEST}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"versions": installed(), **given, "results": entries}, indent=1) + "\n")
+    path.write_text(json.dumps({"versions": installed(PACKAGES), **given, "results": entries}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
