@@ -45,16 +45,13 @@ def color(subject: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """As PNG and as SVG."""
+    """As PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A device's name may have a dot, which with_suffix would cut at.
-    written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    figure.savefig(written[0], dpi=110)
-    # Neither date nor random ids: the same numbers give the same file.
-    with plt.rc_context({"svg.hashsalt": "genopt_ext"}):
-        figure.savefig(written[1], metadata={"Date": None})
+    written = path.with_name(path.name + ".png")
+    figure.savefig(written, dpi=110)
     plt.close(figure)
-    return written
+    return [written]
 
 
 def ordered(subjects: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_section_and_figures(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(made_up()))
     written = plots.draw(path)
-    assert {p.name for p in written} >= {"2026-01-02-abc-bandwidth.png", "2026-01-02-abc-bandwidth.svg"}
+    assert path.with_name("2026-01-02-abc-bandwidth.png") in written
     assert all(p.stat().st_size > 1000 for p in written)
     text = report.markdown([path], tmp_path)
     assert "| one | 1.25 s | 22.4 | 80% | torch fused | 1.20x |  |" in text
@@ -286,6 +287,23 @@ def test_figures_of_the_readme_are_there() -> None:
     assert pictures and all((ROOT / picture).exists() for picture in pictures)
 
 
+def test_each_result_is_linked() -> None:
+    """By its path, or by a pattern of bench/results/README.md; dated ones by path alone, as newer ones replace them."""
+    results = report.RESULTS
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    named = [words for words in (results / "README.md").read_text().split("`")[1::2] if "<date>" not in words]
+    patterns = [re.sub("<[a-z]+>", "[^/]+", re.escape(words)) for words in named]
+    files = [path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file()]
+    lost = [
+        file
+        for file in files
+        if not file.startswith("local/") and file != "README.md" and f"results/{file}" not in text
+        if not any(re.fullmatch(pattern, file) for pattern in patterns)
+    ]
+    assert files and not lost
+
+
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +331,7 @@ def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
             assert each["stats"]["median"] > 0 and math.isfinite(each["extra_info"]["noise"]), (case, subject)
     losses = grouped["training step of the demo's GPT"]["genopt_ext"]["extra_info"]["losses"]
     assert len(losses) == 5 and all(math.isfinite(loss) for loss in losses)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png", ".svg"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
     again = path.with_name("again.json")
     again.write_text(path.read_text())
     assert command_line.main(["compare", str(path), str(again), "--times"]) == 0
