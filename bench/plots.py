@@ -64,6 +64,12 @@ def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
 
 
+def smoothed(values: list[float], windows: int = 20) -> list[float]:
+    """Each with the mean of those before it, a ``windows``th of all."""
+    window = max(1, len(values) // windows)
+    return [statistics.fmean(values[max(0, k - window) : k + 1]) for k in range(len(values))]
+
+
 def bandwidth(data: dict[str, Any], path: Path) -> list[Path]:
     """Bars: the speed of each main case's subjects, of the limit's."""
     rows = [row for row in report.rows(data) if row.info["main"] and row.speed and row.of_limit is not None]
@@ -169,8 +175,7 @@ def loss(data: dict[str, Any], path: Path) -> list[Path]:
     for name in names:
         seconds, losses, _ = curves[name]
         # Every step counts as the median one, as a single one that was interrupted would shift all that follow.
-        step, window = statistics.median(seconds), max(1, len(losses) // 20)
-        smooth = [statistics.fmean(losses[max(0, k - window) : k + 1]) for k in range(len(losses))]
+        step, smooth = statistics.median(seconds), smoothed(losses)
         at = [step * (k + 1) for k in range(len(losses))]
         style = {"linewidth": 2.4 if report.is_ours(name) else 1.4, "linestyle": "-" if name == OURS else "--"}
         left.plot(at, smooth, color=color(name), label=name, **style)

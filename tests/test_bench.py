@@ -17,7 +17,7 @@ import torch
 report = pytest.importorskip("bench.report", reason="run from the repository's root")
 from bench import __main__ as command_line  # noqa: E402
 from bench import cases as tables  # noqa: E402
-from bench import checks, limit, memory, method, packages, plots, rounds, session, subjects  # noqa: E402
+from bench import checks, limit, memory, method, packages, plots, readme, rounds, session, subjects  # noqa: E402
 from bench.cases import Case  # noqa: E402
 
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="gpu-check times on a GPU")
@@ -246,7 +246,7 @@ def test_section_and_figures(tmp_path: Path) -> None:
     written = plots.draw(path)
     assert path.with_name("2026-01-02-abc-bandwidth.png") in written
     assert all(p.stat().st_size > 1000 for p in written)
-    text = report.markdown([path], tmp_path)
+    text = readme.markdown([path], tmp_path)
     assert "| one | 1.25 s | 22.4 | 80% | torch fused | 1.20x |  |" in text
     assert "| two | 4 s | 7 | 50% | optimi | 0.50x | noisy |" in text
     assert "![Bandwidth of each case against the limit](bench/results/abacus/2026-01-02-abc-bandwidth.png)" in text
@@ -257,14 +257,14 @@ def test_section_and_figures(tmp_path: Path) -> None:
     grown.parent.mkdir()
     grown.write_text('{"machine_info": {"command": "python -m bench.experiments.growth --seconds 1"}}')
     grown.with_name("abacus-tensors.png").write_bytes(b"")
-    text = report.markdown([path], tmp_path)
+    text = readme.markdown([path], tmp_path)
     assert "![Time against the number of tensors](bench/results/growth/abacus-tensors.png)" in text
     assert "python -m bench.experiments.growth --seconds 1\n" in text
     old = path.with_name("2025-12-31-old.json")
     old.write_text(json.dumps(made_up()))
     path.with_name("2027-01-01-other.json").write_text('{"results": []}')
     (tmp_path / "bench" / "results" / "local").mkdir()
-    assert report.newest(tmp_path / "bench" / "results") == [path]
+    assert readme.newest(tmp_path / "bench" / "results") == [path]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -276,13 +276,13 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_readme_is_not_stale() -> None:
     """`python -m bench readme --write` mends it."""
-    paths = report.newest()
+    paths = readme.newest()
     assert paths, "no result is committed"
-    assert report.between((ROOT / "README.md").read_text(), report.BEGIN) == report.markdown(paths).strip("\n")
+    assert readme.between((ROOT / "README.md").read_text(), readme.BEGIN) == readme.markdown(paths).strip("\n")
 
 
 def test_figures_of_the_readme_are_there() -> None:
-    text = report.between((ROOT / "README.md").read_text(), report.BEGIN)
+    text = readme.between((ROOT / "README.md").read_text(), readme.BEGIN)
     pictures = [line.split("](", 1)[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert pictures and all((ROOT / picture).exists() for picture in pictures)
 
