@@ -62,7 +62,7 @@ $(TOOLS): requirements-dev.txt | $(VENV)/bin/pip
 	touch $@
 
 # The extension; again when a source changes. A first build takes minutes: each file is told when it is compiled.
-$(STAMP): $(TOOLS) setup.py pyproject.toml $(shell find csrc genopt_ext -name '*.h' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.txt' -o -name '*.py' | grep -v _build_info)
+$(STAMP): $(TOOLS) setup.py pyproject.toml $(shell find csrc genopt_ext -name '*.h' -o -name '*.cu*' -o -name '*.cpp' -o -name '*.py' | grep -v _build_info)
 	@mkdir -p build
 	@echo "compiling genopt_ext; all of its output goes to build/install.log"
 	@$(BIN)/pip install -v --no-build-isolation --no-deps --editable . 2>&1 | tee build/install.log \

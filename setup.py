@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-SOURCES = [line for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and not line.startswith("#")]
+SOURCES = sorted(str(path.relative_to(ROOT)) for kind in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{kind}"))
 # One rounding an operation, on every machine: see "Numbers" in csrc/README.md.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wno-psabi"]  # vectors wider than the default has are passed nowhere: what takes them is inlined

@@ -4,7 +4,7 @@
 //
 // A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device,
 // a tensor subclass, ...) is "odd": the step then changes nothing and names the odd rows.
-// Python (optim/optimizer.py) makes the state, raises the error or lets the reference serve the row.
+// Python (optim/stepper.py) makes the state, raises the error or lets the reference serve the row.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <deque>
 #include <limits>
 #include <optional>
@@ -125,7 +126,7 @@ inline bool is_plain(const at::Tensor& t) {
 
 // Whether a step counter can be one: a whole number, and one that a float64 holds exactly.
 inline bool is_step_count(double t) {
-  return t >= 0 && t <= 9007199254740992.0 && t == std::floor(t);
+  return t >= 0 && t <= 9007199254740992.0 && t == static_cast<double>(static_cast<int64_t>(t));
 }
 
 class TorchPlan {
@@ -762,9 +763,10 @@ class TorchPlan {
     const auto mix = [&hash](uint64_t value) { hash = mixed(hash, value); };
     for (int k = 0; k < kOperands; ++k)
       if (k != kGrad || may_write_gradients()) mix(reinterpret_cast<uintptr_t>(row.data[k]));
-    uint64_t kinds = may_write_gradients();
-    for (int k = 0; k < kOperands; ++k) kinds = kinds << 3 | static_cast<uint64_t>(row.dtype[k]);
-    mix(kinds);
+    uint64_t kinds = 0;
+    static_assert(sizeof row.dtype < sizeof kinds);
+    std::memcpy(&kinds, row.dtype.data(), sizeof row.dtype);
+    mix(kinds << 8 | may_write_gradients());
     for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
     mix(reinterpret_cast<uintptr_t>(row.step));
     mix(row.numel);

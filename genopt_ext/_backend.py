@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("auto", "cpu", "cuda", "reference")
+DEVICES = {"cpu", "cuda"}  # device types that have kernels
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from .optim.optimizer import FusedOptimizer
+from .optim.step import Inputs
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -48,12 +49,13 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not (isinstance(optimizer, FusedOptimizer) and self._enabled) or "closure" in kwargs:
             return super().step(optimizer, *args, **kwargs)
-        if optimizer._in_backward is not None:
-            optimizer._in_backward._refuse_grad_scaler()
-        optimizer._refuse_pieces("genopt_ext.GradScaler")
+        if optimizer.in_backward is not None:
+            optimizer.in_backward.refuse_grad_scaler()
+        asked = Inputs(max_grad_norm=optimizer.max_grad_norm, skip_nonfinite=optimizer.skip_nonfinite)
+        optimizer.stepper.refuse_pieces(optimizer.param_groups, asked, "genopt_ext.GradScaler")
         state = self._per_optimizer_states[id(optimizer)]
         params = (p for group in optimizer.param_groups for p in group["params"])
-        has_gradients = optimizer._micro_batches > 0 or any(p.grad is not None for p in params)
+        has_gradients = optimizer.accumulator.micro_batches > 0 or any(p.grad is not None for p in params)
         if state["stage"] is not OptState.READY or not has_gradients:
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
@@ -61,7 +63,7 @@ class GradScaler(torch.amp.GradScaler):
         assert scale is not None
         # As torch: a scale that the user has set counts too.
         scale = scale * getattr(optimizer, "grad_scale", 1)
-        result, found = optimizer._step_scaled(scale, not self._unscale_grads, *args, **kwargs)
+        result, found = optimizer.step_scaled(scale, not self._unscale_grads, *args, **kwargs)
         state["found_inf_per_device"] = {found.device: found}
         state["stage"] = OptState.STEPPED
         return result

@@ -2,7 +2,7 @@
 
 After torch's tutorial "How to save memory by fusing the optimizer step into the backward pass"
 (https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html), with one optimizer
-instead of one for each parameter. The step itself is in ``optim/optimizer.py``.
+instead of one for each parameter. The step itself is in ``optim/stepper.py``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from . import _backend, sharding, tracing
-from .optim.optimizer import FusedOptimizer, Place, Refusal
+from .optim.optimizer import FusedOptimizer
+from .optim.step import NOTHING_ELSE, Place, describe, places_of
+from .optim.stepper import Stepper
 
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
 
@@ -83,19 +84,19 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
             f"step_in_backward: expected an optimizer of genopt_ext.optim, got {kind}; take the class of the same name "
             f"from there, or follow torch's recipe with one optimizer for each parameter: {TUTORIAL}"
         )
-    if optimizer._in_backward is not None:
+    if optimizer.in_backward is not None:
         raise RuntimeError(
             f"step_in_backward: this {type(optimizer).__name__} is stepped in backward already; call remove() on the "
             "first handle before"
         )
-    if optimizer._micro_batches:
+    if optimizer.accumulator.micro_batches:
         raise RuntimeError(
             "step_in_backward: gradients are accumulated and wait for a step; call step() or "
             "discard_accumulated() before"
         )
     handle = InBackward(optimizer)
-    handle._add_groups(range(len(optimizer.param_groups)))
-    optimizer._in_backward = handle
+    handle.add_groups(range(len(optimizer.param_groups)))
+    optimizer.in_backward = handle
     return handle
 
 
@@ -116,8 +117,8 @@ class InBackward:
             handle.remove()
         self._handles.clear()
         optimizer = self._optimizer()
-        if optimizer is not None and optimizer._in_backward is self:
-            optimizer._in_backward = None
+        if optimizer is not None and optimizer.in_backward is self:
+            optimizer.in_backward = None
 
     def __enter__(self) -> InBackward:
         return self
@@ -125,17 +126,17 @@ class InBackward:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _add_groups(self, groups: Collection[int]) -> None:
+    def add_groups(self, groups: Collection[int]) -> None:
         """Hooks the parameters of ``groups`` (indices), or raises before the first."""
         optimizer = self._optimizer()
         assert optimizer is not None
         for i in groups:
             _refuse_options(optimizer, i)
-        places = [place for place in optimizer._places() if place[0] in groups and place[2].requires_grad]
+        places = [place for place in places_of(optimizer.param_groups) if place[0] in groups and place[2].requires_grad]
         seen: set[Tensor] = set()
         for place in places:
             p = place[2]
-            where = f"step_in_backward: {optimizer._name(place)}"
+            where = f"step_in_backward: {describe(optimizer.param_groups, place)}"
             if not p.is_leaf:
                 raise ValueError(
                     f"{where} is no leaf but the result of {p.grad_fn}, so its gradient is not accumulated; give the "
@@ -197,7 +198,8 @@ class InBackward:
         torch.autograd.Variable._execution_engine.queue_callback(leave)
 
     @staticmethod
-    def _refuse_grad_scaler() -> None:
+    def refuse_grad_scaler() -> None:
+        """Raises: there is no scaler that could go with it."""
         raise RuntimeError(
             "step_in_backward: GradScaler can not go with it: backward() has stepped with gradients that were scaled "
             "already; start again without a scaler, in bfloat16, or without step_in_backward"
@@ -231,13 +233,13 @@ class _Entrance:
 class _Hook:
     """Steps the parameter that it is registered on. It holds neither the parameter nor its optimizer."""
 
-    __slots__ = ("at", "owner", "plan", "watched")
+    __slots__ = ("at", "owner", "stepper", "watched")
 
     def __init__(self, owner: InBackward, i: int, k: int, p: Tensor) -> None:
         self.owner = owner
         self.watched = p._backward_hooks is not None
         self.at = i, k
-        self.plan: Any = None
+        self.stepper: Stepper | None = None
 
     @tracing.opaque
     def __call__(self, p: Tensor) -> None:
@@ -256,38 +258,21 @@ class _Hook:
         if not self.watched and p._backward_hooks is not None:  # torch clears native hooks with the first of these
             self.watched = True
             self.owner._watch([p])
-        optimizer._refuse_swapped()
+        optimizer.refuse_swapped()
         _refuse_options(optimizer, place[0])
-        self._step(optimizer, place)
+        if self.stepper is None:
+            self.stepper = Stepper(type(optimizer).__name__, optimizer.rule, optimizer.backend)
+        self.stepper.backend = optimizer.backend
+        self.stepper.step(optimizer.param_groups, optimizer.state, NOTHING_ELSE, place)
         optimizer._opt_called = True  # what learning rate schedulers look at
         p.grad = None
-
-    def _step(self, optimizer: FusedOptimizer, place: Place) -> None:
-        i, _, p = place
-
-        # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
-        def natively(skipped: Sequence[int], arguments: dict[str, Any]) -> Refusal | None:
-            group = {**optimizer.param_groups[i], "params": [p]}
-            refused = self.plan.step([group], {p: optimizer.state.get(p)}, skipped, **arguments)
-            # The plan's only group is the optimizer's i-th.
-            return None if refused is None else Refusal(*refused)._replace(groups=(i,) if refused[1] else ())
-
-        # Resolved once: it takes as long as the step of a small parameter, and GENOPT_BACKEND is for a whole run.
-        if (optimizer._resolved if self.plan is None else optimizer.backend) == "reference":
-            optimizer._settle(Refusal((0,), (i,)), {}, [place], natively)
-            return
-        if self.plan is None:
-            self.plan = optimizer._make_plan([place])
-        refusal = natively((), {})
-        if refusal is not None:
-            optimizer._settle(refusal, {}, [place], natively)
 
     def _find(self, optimizer: FusedOptimizer, p: Tensor) -> Place | None:
         """Where ``p`` stands now; None: no more in the optimizer, which leaves it alone."""
         i, k = self.at
         groups = optimizer.param_groups
         if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
-            places = (place for place in optimizer._places() if place[2] is p)
+            places = (place for place in places_of(groups) if place[2] is p)
             i, k, _ = next(places, (-1, -1, p))
             if i < 0:
                 return None

@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import genopt_ext
 from genopt_ext import _backend, optim, reference, step_in_backward
+from genopt_ext.optim.options import StepOptions
 
 OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.OURS}
 
@@ -32,7 +34,7 @@ def test_signatures_are_torchs(name):
         (p.name, p.kind, p.default) for p in theirs.values()
     ]
     # What is ours alone is given by keyword: backend=, and StepOptions.
-    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in ours.values() if p.name not in theirs)
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours.values() if p.name not in theirs)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_norm'"):
         getattr(optim, name)(parameters([(1,)]), max_norm=1.0)
 
@@ -59,24 +61,35 @@ def test_classes_are_torchs_subclasses():
     assert issubclass(optim.AdamW, optim.Adam)
 
 
+def test_signatures_spell_out_the_step_options():
+    """As ``help`` shows them, with the defaults that they have; 8-bit classes inherit their constructor."""
+    for name in (*optim.OURS, *optim.EIGHT_BIT):
+        cls = getattr(optim, name)
+        parameters_ = inspect.signature(cls).parameters
+        assert not any(each.kind is each.VAR_KEYWORD for each in parameters_.values())
+        given = {option: parameters_[option].default for option in StepOptions.__annotations__}
+        explicit, implicit = cls(parameters([(1,)]), **given).defaults, cls(parameters([(1,)])).defaults
+        assert explicit == {"min_int8_size": 4096, **implicit}
+        assert given["param_rounding"] == "nearest" and "max_grad_norm" in pydoc.render_doc(cls)
+
+
 def test_every_rule_has_its_parts():
     """A rule has a reference, a class and entries in the table; Python and C++ agree on states and options."""
     classes = {getattr(optim, name) for name in optim.OURS}
-    assert {c.rule for c in classes} == set(reference.RULES)
+    assert {c.rule.name for c in classes} == set(reference.RULES)
     assert {case.name for case in CASES} == set(optim.OURS)
     if _backend.native is None:
         return
     rules = _backend.native.rules()
     assert set(rules) == {*reference.RULES, "none"}
     for cls in classes:
-        has_step, states, options = rules[cls.rule]
-        assert has_step == cls.has_step
+        counts_steps, states, options = rules[cls.rule.name]
+        assert counts_steps == cls.rule.counts_steps
         group = cls(parameters([(1,)])).param_groups[0]
         everything = {**group, "amsgrad": True, "centered": True, "momentum": 0.9}
-        assert set(cls.state_names(everything)) == set(states)
+        assert cls.rule.state_names(everything) == list(cls.rule.states) and set(cls.rule.states) == set(states)
         assert {key for key, _ in options} <= set(group)
-        given = set(inspect.signature(reference.RULES[cls.rule]).parameters) - {"p", "g", "state", "t"}
-        assert set(cls.rule_options(group)) == given and len(given) == len(options)
+        assert len(cls.rule.options(group)) == len(options)
 
 
 @pytest.mark.parametrize("name", sorted(OURS))

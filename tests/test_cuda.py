@@ -30,9 +30,9 @@ gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: GENOPT_TEST_DEVI
 
 
 def launches(opt, step):
-    before = opt._plan.launches
+    before = opt.stepper.plan.launches
     step()
-    return opt._plan.launches - before
+    return opt.stepper.plan.launches - before
 
 
 # All that goes around a step in its own launches.
@@ -64,7 +64,7 @@ def test_a_step_without_gradients_launches_nothing():
     params = parameters([(5,), (0,)])
     opt = optim.AdamW(params)
     opt.step()
-    assert opt._plan.launches == 0
+    assert opt.stepper.plan.launches == 0
     params[1].grad = torch.zeros(0)
     opt.step()
     assert opt.state[params[1]]["step"].item() == 1

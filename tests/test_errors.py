@@ -354,7 +354,7 @@ def test_accumulate_takes_all_gradients_or_none(backend):
     opt = optim.SGD(params, lr=0.1, backend=backend)
     set_grads(params, 0)
     opt.accumulate()
-    sums = [opt._gathered[p].clone() for p in params]
+    sums = [opt.accumulator.sums[p].clone() for p in params]
     set_grads(params, 1)
     kept = params[1].grad
     params[1].data = torch.zeros(2, 2)
@@ -365,8 +365,8 @@ def test_accumulate_takes_all_gradients_or_none(backend):
     params[1].grad = torch._efficientzerotensor(4) if torch.get_default_device().type == "cpu" else kept[:3]
     with pytest.raises(RuntimeError, match="accumulate: group 0 parameter 1 .*gradient is"):
         opt.accumulate()
-    assert_same_bits([opt._gathered[p] for p in params], sums)
-    assert params[0].grad is not None and opt._micro_batches == 1
+    assert_same_bits([opt.accumulator.sums[p] for p in params], sums)
+    assert params[0].grad is not None and opt.accumulator.micro_batches == 1
     params[1].grad = kept
     opt.accumulate()
     opt.step()

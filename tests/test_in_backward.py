@@ -193,20 +193,20 @@ def test_a_closure_steps_once():
 def test_remove():
     (usual, params), (opt, stepped) = both(FIRST["AdamW"])
     handle = step_in_backward(opt)
-    assert opt._in_backward is handle
+    assert opt.in_backward is handle
     backward(stepped, 1)
     handle.remove()
     handle.remove()
-    assert opt._in_backward is None and not any(p._post_accumulate_grad_hooks for p in stepped)
+    assert opt.in_backward is None and not any(p._post_accumulate_grad_hooks for p in stepped)
     loss(stepped, 1).backward()
     assert all(p.grad is not None for p in stepped)
     opt.step()
     opt.zero_grad()
     with step_in_backward(opt) as again:
         handle.remove()
-        assert opt._in_backward is again
+        assert opt.in_backward is again
         backward(stepped, 1, 2)
-    assert opt._in_backward is None
+    assert opt.in_backward is None
     backward_and_step(opt, stepped, 1, 3)
     backward_and_step(usual, params, 4)
     assert_same_state(usual, opt)
@@ -386,7 +386,7 @@ def test_a_copy_has_no_hooks(case, how):
     step_in_backward(opt)
     backward(stepped, 1)
     twin, copied = how((opt, stepped))
-    assert twin._in_backward is None
+    assert twin.in_backward is None
     backward(stepped, 1, 1)
     backward_and_step(twin, copied, 1, 1)
     assert_same_state(opt, twin, case)
@@ -451,7 +451,7 @@ def test_wrong_parameters_are_refused_before_any_hook():
     ):
         with pytest.raises(ValueError, match=message):
             step_in_backward(opt)
-        assert not fine._post_accumulate_grad_hooks and opt._in_backward is None
+        assert not fine._post_accumulate_grad_hooks and opt.in_backward is None
 
 
 @pytest.mark.parametrize("where", ["optimizer", "group"])
@@ -469,7 +469,7 @@ def test_a_global_norm_is_refused(where):
     message = "AdamW: group [01]: max_grad_norm is 1.0, and a norm over all.*clip_per_param, agc, clip_grad_value"
     with pytest.raises(ValueError, match=message):
         step_in_backward(opt)
-    assert opt._in_backward is None and not any(p._post_accumulate_grad_hooks for p in params)
+    assert opt.in_backward is None and not any(p._post_accumulate_grad_hooks for p in params)
     set_norm(None)
     step_in_backward(opt)
     set_norm(1.0)
@@ -519,7 +519,7 @@ def test_an_error_leaves_the_parameter_and_its_state(case, backend):
         opt.param_groups[1]["lr"] = before[0]["param_groups"][1]["lr"]
         params[1].grad = None
         if started:
-            name = opt.state_names(opt.param_groups[1])[0]
+            name = opt.rule.state_names(opt.param_groups[1])[0]
             kept = opt.state[params[1]][name]
             opt.state[params[1]][name] = kept[:2]
             with pytest.raises(RuntimeError, match=rf"group 1 parameter 0 .*state '{name}' has shape \[2\]"):

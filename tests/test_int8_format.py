@@ -6,7 +6,8 @@ import pytest
 import torch
 from cases import DEVICE, assert_same_bits
 
-from genopt_ext import optim, storage
+from genopt_ext import optim
+from genopt_ext.reference import codecs
 
 SIGNED = [-127, -112, -31, -1, 0, 1, 2, 30, 31, 32, 96, 111, 112, 126, 127]
 UNSIGNED = [0, 1, 2, 62, 63, 64, 191, 240, 254, 255]
@@ -23,7 +24,7 @@ UNSIGNED_VALUES += [0.0003204345703125, 0.078125, 0.65625, 1.1875, 1.25]
     ids=["signed", "unsigned"],
 )
 def test_golden_values(codes, values, dtype):
-    found = storage.decode(torch.tensor(codes, dtype=dtype), torch.tensor([1.25]))
+    found = codecs.decode(torch.tensor(codes, dtype=dtype), torch.tensor([1.25]))
     assert_same_bits(found, torch.tensor(values), codes)
 
 
@@ -32,10 +33,10 @@ def test_every_code_is_one_number(signed):
     """Codes rise with their values; what was read is written as the same code, whichever way it is rounded."""
     codes = torch.arange(-127, 128).to(torch.int8) if signed else torch.arange(256).to(torch.uint8)
     for scale in (1.0, 1.25, 1.5, 1.75, 2.0**-112 if signed else 2.0**-98, 1.75 * 2.0**126):
-        values = storage.decode(codes, torch.tensor([scale]))
+        values = codecs.decode(codes, torch.tensor([scale]))
         assert (values.diff() > 0).all() and values[-1] == scale, scale
         for turn in (0, 1, 1 << 31, (1 << 32) - 1):
-            again, scales = storage.encode(values, signed, torch.full((len(codes),), turn))
+            again, scales = codecs.encode(values, signed, torch.full((len(codes),), turn))
             assert torch.equal(again, codes) and scales.tolist() == [scale], (scale, turn)
 
 

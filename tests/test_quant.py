@@ -17,8 +17,9 @@ from cases import DEVICE, INF, NAN, NATIVE, SIZES, assert_same_bits, randn
 from hypothesis import given, settings
 
 from genopt_ext import _backend, quant
-from genopt_ext.quant import ops, reference
+from genopt_ext.quant import ops
 from genopt_ext.quant.form import Form
+from genopt_ext.reference import quantize as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEEDS_KERNELS = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")

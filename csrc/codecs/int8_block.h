@@ -9,16 +9,16 @@
 //   UInt8        255   12                              15.75
 //
 // Both ways are integer shifts. What was read is stored as the same code again, and between two codes a value is linear
-// in its bits, so that rounding by evenly spread numbers (rules/random.h) is unbiased. It has to be: a moment moves by
+// in its bits, so that rounding by evenly spread numbers (math/random.h) is unbiased. It has to be: a moment moves by
 // a tenth or a thousandth of itself at a step, codes stand 4 to 25 % apart, and what is rounded to the nearest stays
 // where it was. bench/mappings.py compares this map with others on real gradients. A scale that is not positive is the
-// value of all, and all codes are 0: 0, -0 ("not yet set": rules/math.h), NaN (one was not finite). The format is a
-// contract with checkpoints: README.md, "8-bit state".
+// value of all, and all codes are 0: 0, -0 ("not yet set": math/numbers.h), NaN (one was not finite). The format is a
+// contract with checkpoints: docs/8-bit-format.md.
 #pragma once
 
 #include <type_traits>
 
-#include "../rules/random.h"
+#include "../math/random.h"
 #include "plain.h"
 
 namespace genopt {
@@ -67,13 +67,13 @@ struct Int8Block {
     return float_of(choose(code == 0, I(fill), bits));
   }
 
-  // `turn`: 32 bits that decide which way to round. An average of squares that is not zero stays so.
+  // `threshold`: 32 bits that decide which way to round. An average of squares that is not zero stays so.
   template <class V, class U>
-  GENOPT_INLINE auto encode(V x, U turn) const {
+  GENOPT_INLINE auto encode(V x, U threshold) const {
     const auto size = magnitude(x);
     using I = std::remove_cv_t<decltype(size)>;
     const I fine = size - I(border), coarse = fine >> 2;
-    I code = ((larger(fine, coarse) + as_signed(turn >> (32 - kFine))) >> kFine) + kBorder;
+    I code = ((larger(fine, coarse) + as_signed(threshold >> (32 - kFine))) >> kFine) + kBorder;
     code = larger(code, kSigned ? I(0) : smaller(size, I(1)));
     code = smaller(code, I(limit));
     return kSigned ? choose(signed_bits(x) < 0, -code, code) : code;

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../rules/math.h"
+#include "../math/numbers.h"
 
 namespace genopt {
 

@@ -76,9 +76,9 @@ GENOPT_INLINE Words count_up() {
   return load<Words>(kFirst.data());
 }
 
-// The turns of a tile's elements from i on.
-GENOPT_INLINE Words turns_from(uint32_t tile_turn, uint32_t i) {
-  return turn_of(turn_of(tile_turn, i), count_up());
+// The rounding thresholds of a tile's elements from i on.
+GENOPT_INLINE Words thresholds_from(uint32_t tile_phase, uint32_t i) {
+  return threshold_of(threshold_of(tile_phase, i), count_up());
 }
 
 // `count` values; `to` has room for whole vectors, and codes are copied where they have not.
@@ -91,9 +91,9 @@ __attribute__((noinline)) void decode_block(const Block& shared, const typename 
   for (int i = 0; i < count; i += kWidth) store(to + i, block.decode(load_ints(codes + i)));
 }
 
-// Stores values, zeros up to a whole vector, as codes and returns their scale. `turn`: the tile's.
+// Stores values, zeros up to a whole vector, as codes and returns their scale. `phase`: the tile's.
 template <class Block>
-__attribute__((noinline)) float encode_block(const float* from, int count, uint32_t turn,
+__attribute__((noinline)) float encode_block(const float* from, int count, uint32_t phase,
                                              typename Block::Stored* codes) {
   Words most(0);
   for (int i = 0; i < count; i += kWidth) most = larger(most, as_unsigned(Block::magnitude(load<Floats>(from + i))));
@@ -101,7 +101,8 @@ __attribute__((noinline)) float encode_block(const float* from, int count, uint3
   const Block block(scale);
   typename Block::Stored padded[kTile];
   auto* const to = count % kWidth ? padded : codes;
-  for (int i = 0; i < count; i += kWidth) store_ints(to + i, block.encode(load<Floats>(from + i), turns_from(turn, i)));
+  for (int i = 0; i < count; i += kWidth)
+    store_ints(to + i, block.encode(load<Floats>(from + i), thresholds_from(phase, i)));
   if (to != codes) std::copy(to, to + count, codes);
   return scale;
 }
@@ -158,9 +159,9 @@ class TileOperand {
   template <class Keys>
   void store(const Keys& keys) {
     if (in_place_) return;
-    const uint32_t key = tile_key(keys.random, start_), turn = tile_turn(keys.turn, start_);
+    const uint32_t key = tile_key(keys.random, start_), phase = tile_phase(keys.phase, start_);
     if (operand_ >= kState && is_block(dtype_)) {
-      store_block(turn);
+      store_block(phase);
       return;
     }
     with_codec(dtype_, [&]<class Codec>(Codec) {
@@ -169,7 +170,7 @@ class TileOperand {
         if (unbiased && operand_ == kParam)
           round_by<Codec>([key](uint32_t i) { return random_bits(key, i); }, count_, buffer_);
         if (unbiased && operand_ != kParam)
-          round_by<Codec>([turn](uint32_t i) { return turn_of(turn, i); }, count_, buffer_);
+          round_by<Codec>([phase](uint32_t i) { return threshold_of(phase, i); }, count_, buffer_);
       }
       if (!strides_) {
         encode<Codec>(buffer_, count_, base_);
@@ -191,12 +192,12 @@ class TileOperand {
         decode_block(block, reinterpret_cast<const typename Block::Stored*>(base_), count_, buffer_);
       });
   }
-  void store_block(uint32_t turn) {
+  void store_block(uint32_t phase) {
     // What a rule makes of padding (0 / 0, say) is no part of the tile.
     std::fill(buffer_ + count_, buffer_ + (count_ + kWidth - 1) / kWidth * kWidth, T(0));
     if constexpr (sizeof(T) == 4)
       with_block(dtype_, 0, [&]<class Block>(const Block&) {
-        scale() = encode_block<Block>(buffer_, count_, turn, reinterpret_cast<typename Block::Stored*>(base_));
+        scale() = encode_block<Block>(buffer_, count_, phase, reinterpret_cast<typename Block::Stored*>(base_));
       });
   }
 

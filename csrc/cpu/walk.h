@@ -117,7 +117,7 @@ __attribute__((noinline)) void multiply(T factor, int count, T* x) {
 template <class T>
 void unscale_gradient(const Row& row, T factor, int64_t begin, int64_t end) {
   constexpr struct {
-    uint32_t random = 0, turn = 0;
+    uint32_t random = 0, phase = 0;
   } kToNearest;
   TileOperand<T> grad;
   const int64_t stop = std::min(end * kTile, row.numel);

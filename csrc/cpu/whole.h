@@ -165,9 +165,9 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, float>& scalars,
   each_state<Rule, kUsed>([&](auto k, auto) { fits = fits && is_direct<State>(row, kState + k); });
   if (!fits) return start;
   VectorStep<Rule, kUsed, Param, kHasExtra> step(scalars, row);
-  const bool turned = row.unbiased >> kState;
+  const bool by_threshold = row.unbiased >> kState;
   for (; stop - start >= kTile; start += kTile) {
-    const uint32_t turn = tile_turn(scalars.turn, start);
+    const uint32_t phase = tile_phase(scalars.phase, start);
     typename State::Stored* states[kMaxStates];
     each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
     step.begin(start, stop);
@@ -180,7 +180,7 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, float>& scalars,
       step.step(i, x);
       each_state<Rule, kUsed>([&](auto k, auto) {
         if constexpr (!std::is_same_v<State, Float32>)
-          if (turned) x[k] = State::round_by(x[k], turns_from(turn, i));
+          if (by_threshold) x[k] = State::round_by(x[k], thresholds_from(phase, i));
         store_values<State>(states[k] + i, x[k]);
       });
     }
@@ -222,12 +222,12 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
       prefetch(row, kState + k, start + kTile, kTile);
       row.scales[k][start / kTile] = scales[k] = Block::scale_for(largest(most[k]));
     });
-    const uint32_t turn = tile_turn(scalars.turn, start);
+    const uint32_t phase = tile_phase(scalars.phase, start);
     for (int i = 0; i < kTile; i += kWidth) {
-      const Words turns = turns_from(turn, i);
+      const Words thresholds = thresholds_from(phase, i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
         store_ints(static_cast<typename Block::Stored*>(codes[k]) + i,
-                   Block(scales[k]).encode(load<Floats>(values[k] + i), turns));
+                   Block(scales[k]).encode(load<Floats>(values[k] + i), thresholds));
       });
     }
   }

@@ -160,8 +160,8 @@ class LaneOperand {
     }
   }
 
-  // Finds the scale of a tile of codes, and encodes what goes out in pieces. All lanes call it. `turn`: the tile's.
-  __device__ void encode_block(const Tile& tile, int operand, uint32_t turn) {
+  // Finds the scale of a tile of codes, and encodes what goes out in pieces. All lanes call it. `phase`: the tile's.
+  __device__ void encode_block(const Tile& tile, int operand, uint32_t phase) {
     if (!is_block_) return;
     uint32_t largest = 0;
 #pragma unroll
@@ -177,9 +177,9 @@ class LaneOperand {
       raw_[0] = raw_[1] = 0;
 #pragma unroll
       for (int j = 0; j < kElements; ++j)
-        raw_[j / 4] |=
-            static_cast<uint32_t>(block.encode(values[j], turn_of(turn, static_cast<uint32_t>(tile.element(j)))) & 0xff)
-            << (j % 4 * 8);
+        raw_[j / 4] |= static_cast<uint32_t>(
+                           block.encode(values[j], threshold_of(phase, static_cast<uint32_t>(tile.element(j)))) & 0xff)
+                       << (j % 4 * 8);
     });
     if (tile.lane == 0) *tile.scale(operand) = scale_;
   }
@@ -208,7 +208,7 @@ class LaneOperand {
     }
   }
 
-  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads], uint32_t turn = 0) const {
+  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads], uint32_t phase = 0) const {
     if (whole_) return;
 #pragma unroll 1
     for (int j = 0; j < kElements; ++j) {
@@ -217,7 +217,7 @@ class LaneOperand {
       if (is_block_) {
         with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
           *place<Block>(tile, operand, j) = static_cast<typename Block::Stored>(
-              block.encode(static_cast<float>(value), turn_of(turn, static_cast<uint32_t>(tile.element(j)))));
+              block.encode(static_cast<float>(value), threshold_of(phase, static_cast<uint32_t>(tile.element(j)))));
         });
         continue;
       }
@@ -479,14 +479,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
       const uint32_t key = tile_key(scalars.random, start);
       x[kParam].round_by(here, [key](uint32_t i) { return random_bits(key, i); });
     }
-    const uint32_t turn = tile_turn(scalars.turn, start);
+    const uint32_t phase = tile_phase(scalars.phase, start);
 #pragma unroll
     for (int k = kState; k < kUsable; ++k) {
       if (!loads(k)) continue;
       if (is_block(row.dtype[k])) {
-        x[k].encode_block(here, k, turn);
+        x[k].encode_block(here, k, phase);
       } else if (row.unbiased >> k & 1) {
-        x[k].round_by(here, [turn](uint32_t i) { return turn_of(turn, i); });
+        x[k].round_by(here, [phase](uint32_t i) { return threshold_of(phase, i); });
       }
     }
 #pragma unroll
@@ -494,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const
       if (k != kGrad && loads(k)) x[k].store(here, slots.values[k]);
 #pragma unroll
     for (int k = 0; k < kUsable; ++k)
-      if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], turn);
+      if (k != kGrad && loads(k)) x[k].store_slots(here, source(k), slots.values[k], phase);
   }
   if (is_used(row.used, kAverage)) average(scalars.around, x[kParam], here, slots.values[kParam]);
   if (!rests && table.gradients != Gradients::kKept)

@@ -1,12 +1,12 @@
 // What quantization does to one number: scale of a range, number to code, code to number. The formulas stand in
-// genopt_ext/quant/reference.py, which gives the same bits. Host and device alike; what is walked where:
+// genopt_ext/reference/quantize.py, which gives the same bits. Host and device alike; what is walked where:
 // quantization.h.
 #pragma once
 
 #include <algorithm>
 
 #include "../codecs/plain.h"
-#include "../rules/random.h"
+#include "../math/random.h"
 
 namespace genopt::quant {
 

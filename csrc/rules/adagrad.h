@@ -5,7 +5,7 @@
 //   p <- p - lr / (1 + (t - 1) lr_decay)  g / (sqrt(s) + eps)
 #pragma once
 
-#include "math.h"
+#include "rule.h"
 
 namespace genopt {
 

@@ -10,7 +10,7 @@
 // corrections. Decay and update leave p in one subtraction: p is rounded once a step.
 #pragma once
 
-#include "math.h"
+#include "rule.h"
 
 namespace genopt {
 

@@ -11,7 +11,8 @@
 #include <cstring>
 #include <iterator>
 
-#include "random.h"
+#include "../math/random.h"
+#include "rule.h"
 
 namespace genopt {
 
@@ -56,13 +57,13 @@ template <class Rule, class T>
 struct Scalars {
   typename Rule::template Update<T> update;
   Around<T> around;
-  uint32_t random, turn;  // of the step: random.h
+  uint32_t random, phase;  // of the step: math/random.h
 
   GENOPT_INLINE Scalars(const double* options, double t)
       : update(own(options), t),
         around(update.sign, options[kClipGradValue], options[kEmaDecay]),
         random(step_key(options[kSeed], t)),
-        turn(step_turn(t)) {
+        phase(step_phase(t)) {
   }
 
  private:

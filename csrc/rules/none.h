@@ -4,7 +4,7 @@
 //   p <- add p + g
 #pragma once
 
-#include "math.h"
+#include "rule.h"
 
 namespace genopt {
 

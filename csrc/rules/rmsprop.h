@@ -11,7 +11,7 @@
 // does not end in the square root of a negative number.
 #pragma once
 
-#include "math.h"
+#include "rule.h"
 
 namespace genopt {
 

@@ -2,11 +2,11 @@
 // (Sutskever et al., 2013, with lr outside of the buffer). With b the momentum buffer:
 //
 //   g <- g + w p
-//   b <- momentum b + (1 - dampening) g        b <- g where b is not yet set (-0.0: see math.h)
+//   b <- momentum b + (1 - dampening) g        b <- g where b is not yet set (-0.0: see math/numbers.h)
 //   p <- p - lr (nesterov ? g + momentum b : b)
 #pragma once
 
-#include "math.h"
+#include "rule.h"
 
 namespace genopt {
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .. import storage
+from . import state as states
 from .optimizer import FusedOptimizer
 from .options import Range, StepOptions
+from .rule import Rule
+
+RULE = Rule(
+    name="adagrad",
+    states={"sum": None},
+    ranges={
+        "lr": Range("learning rate"),
+        "lr_decay": Range("lr_decay value"),
+        "weight_decay": Range("weight_decay value"),
+        "initial_accumulator_value": Range("initial_accumulator_value value"),
+        "eps": Range("epsilon value"),
+    },
+    torch_class=torch.optim.Adagrad,
+    squares=frozenset({"sum"}),
+    initial={"sum": "initial_accumulator_value"},
+    serves_sparse=True,
+)
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -44,16 +59,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         ValueError: an argument out of its range.
     """
 
-    rule = "adagrad"
-    serves_sparse = True
-    squares = frozenset({"sum"})
-    ranges = {
-        "lr": Range("learning rate"),
-        "lr_decay": Range("lr_decay value"),
-        "weight_decay": Range("weight_decay value"),
-        "initial_accumulator_value": Range("initial_accumulator_value value"),
-        "eps": Range("epsilon value"),
-    }
+    rule = RULE
 
     def __init__(
         self,
@@ -95,26 +101,15 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             fused=fused,
         )
         self._set_options(step_options, capturable=capturable)
-        for i, _, p in self._places():  # torch has made them, in the parameter's dtype and in the default one
-            device = p.device if p.is_cuda else "cpu"
-            self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            if (dtype := storage.state_dtype(self.param_groups[i], p)) is not None:
-                del self.state[p]["sum"]
-                self.state[p].update(storage.make(p, "sum", self._initial_value(p, "sum"), dtype, signed=False))
-
-    @classmethod
-    def state_names(cls, group: dict[str, Any]) -> list[str]:
-        return ["sum"]
-
-    @classmethod
-    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
-        return {name: group[name] for name in ("lr", "lr_decay", "eps", "weight_decay", "maximize")}
-
-    def _initial_value(self, param: Tensor, name: str) -> complex:
-        if name != "sum":
-            return super()._initial_value(param, name)
-        value = self.defaults["initial_accumulator_value"]
-        return complex(value, value) if param.is_complex() else value
+        # torch has made them, in the parameter's dtype and in the default one.
+        for group in self.param_groups:
+            for p in group["params"]:
+                device = p.device if p.is_cuda else "cpu"
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                if (dtype := states.state_dtype(group, p)) is not None:
+                    del self.state[p]["sum"]
+                    value = RULE.initial_value(self.defaults, p, "sum")
+                    self.state[p].update(states.make(p, "sum", value, dtype, signed=False))
 
 
 class Adagrad8bit(Adagrad):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,6 +9,21 @@ from typing_extensions import Unpack
 
 from .optimizer import FusedOptimizer
 from .options import Range, StepOptions
+from .rule import Rule
+
+RULE = Rule(
+    name="adam",
+    states={"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"},
+    ranges={
+        "lr": Range("learning rate"),
+        "betas": Range("beta parameter at index {}", below=1.0, items=2),
+        "eps": Range("epsilon value"),
+        "weight_decay": Range("weight_decay value"),
+    },
+    torch_class=torch.optim.Adam,
+    squares=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
+    sparse_class="torch.optim.SparseAdam",
+)
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -41,15 +54,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         ValueError: an argument out of its range.
     """
 
-    rule = "adam"
-    sparse_class = "torch.optim.SparseAdam"
-    squares = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
-    ranges = {
-        "lr": Range("learning rate"),
-        "betas": Range("beta parameter at index {}", below=1.0, items=2),
-        "eps": Range("epsilon value"),
-        "weight_decay": Range("weight_decay value"),
-    }
+    rule = RULE
 
     def __init__(
         self,
@@ -87,16 +92,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         self._set_options(step_options)
-
-    @classmethod
-    def state_names(cls, group: dict[str, Any]) -> list[str]:
-        return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
-
-    @classmethod
-    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
-        names = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-        beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
 
 
 class AdamW(Adam, torch.optim.AdamW):

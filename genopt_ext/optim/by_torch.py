@@ -1,7 +1,7 @@
 """What torch's own code steps: groups with ``differentiable=True``, and sparse gradients of SGD and Adagrad.
 
-Our classes derive from torch's, so ``torch.optim.SGD.step`` runs on one of ours as it is. It is given a twin of the
-optimizer that shares its state and lists only these parameters; kernels have stepped the others before.
+Our state and groups are torch's, so its class runs on them as they are: it is given an optimizer that shares the state
+and lists only these parameters; kernels have stepped the others before.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference, storage
+from .. import reference
+from . import state as states
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer, Place
+    from .rule import Group, Rule
+    from .step import Place, Step
 
 Refuse = Callable[[str, str], None]
 
@@ -34,30 +36,28 @@ _ASKED = {
 }
 
 
-def torch_class(optimizer: FusedOptimizer) -> type[torch.optim.Optimizer]:
-    return next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
-
-
-def serves(optimizer: FusedOptimizer, group: dict[str, Any], g: Tensor | None) -> bool:
+def serves(rule: Rule, group: Group, g: Tensor | None) -> bool:
     """Whether torch's code steps a parameter of ``group`` with the gradient ``g``."""
     if g is None:
         return False
-    sparse = optimizer.serves_sparse and g.layout == torch.sparse_coo
+    sparse = rule.serves_sparse and g.layout == torch.sparse_coo
     return sparse or (bool(group.get("differentiable")) and g.layout == torch.strided)
 
 
-def check(optimizer: FusedOptimizer, place: Place, g: Tensor, refuse: Refuse) -> None:
+def check(step: Step, place: Place, g: Tensor, refuse: Refuse) -> None:
     """Refuses the row where torch's code would fail in the middle, or would not do what an option says."""
-    i, _, p = place
-    group, state = optimizer.param_groups[i], optimizer.state.get(p, {})
+    p = place[2]
+    group, state = step.group(place), step.state_of(p)
     what = "sparse gradients" if g.is_sparse else "differentiable=True"
     served = f"torch's own code steps {what}"
-    if optimizer.backend not in ("auto", "reference"):
-        refuse(f"backend is {optimizer.backend!r}, but {served}", "use backend='auto'")
+    if step.rule.torch_class is None:
+        refuse(f"{served}, and there is none of {step.owner}", "use differentiable=False")
+    if step.backend not in ("auto", "reference"):
+        refuse(f"backend is {step.backend!r}, but {served}", "use backend='auto'")
     options = [name for name in _ONLY_KERNELS if group.get(name) is not None]
-    options += ["state_dtype"] if storage.state_dtype(group, p) not in (None, p.dtype) else []
-    options += ["master_weights"] if storage.extra(group, p) == "master" else []
-    narrow = storage.extra(group, p) == "compensation" or storage.is_stochastic(group, p)
+    options += ["state_dtype"] if states.state_dtype(group, p) not in (None, p.dtype) else []
+    options += ["master_weights"] if states.extra(group, p) == "master" else []
+    narrow = states.extra(group, p) == "compensation" or states.is_stochastic(group, p)
     options += ["param_rounding"] if narrow else []
     if options:
         refuse(f"{served}, which does not know {options[0]}", f"give it a group without {options[0]}")
@@ -80,7 +80,7 @@ def check(optimizer: FusedOptimizer, place: Place, g: Tensor, refuse: Refuse) ->
                 "differentiable=True, but a leaf Variable that requires grad is being used in an in-place operation",
                 "give the optimizer a .clone() of it, which remembers where it came from",
             )
-        if isinstance(step := state.get("step"), Tensor) and step.requires_grad:
+        if isinstance(count := state.get("step"), Tensor) and count.requires_grad:
             refuse("`requires_grad` is not supported for `step` in differentiable mode", "detach it")
         return
     if group.get("differentiable") and p.requires_grad:
@@ -96,21 +96,21 @@ def check(optimizer: FusedOptimizer, place: Place, g: Tensor, refuse: Refuse) ->
         )
 
 
-def check_step(optimizer: FusedOptimizer, place: Place, arguments: dict[str, Any]) -> None:
+def check_step(step: Step, place: Place, arguments: dict[str, Any]) -> None:
     """Refuses what was asked of the whole step and can not be had where torch's code steps ``place``."""
-    differentiable = optimizer.param_groups[place[0]].get("differentiable")
+    differentiable = step.group(place).get("differentiable")
     what = "group is differentiable=True" if differentiable else "gradient is sparse"
     for name, asked in _ASKED.items():
         if name in arguments:
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step: {optimizer._name(place)}: its {what}, so torch's own code steps it, "
+                f"{step.owner}.step: {step.describe(place)}: its {what}, so torch's own code steps it, "
                 f"and {asked} can not go with that; do without, or step this parameter by an optimizer of its own"
             )
 
 
-def to_make(optimizer: FusedOptimizer, missing: list[str]) -> list[str]:
+def to_make(rule: Rule, missing: list[str]) -> list[str]:
     """Which of the missing states torch's code needs: for its SGD, a missing buffer says that it is the first step."""
-    return [name for name in missing if not (optimizer.rule == "sgd" and name == "momentum_buffer")]
+    return [name for name in missing if name not in rule.made_when_set]
 
 
 def to_dense(state: dict[str, Any]) -> None:
@@ -120,23 +120,26 @@ def to_dense(state: dict[str, Any]) -> None:
             state[name] = t.to_dense() + 0.0
 
 
-def step(optimizer: FusedOptimizer, places: Sequence[Place]) -> None:
+def take(step: Step, places: Sequence[Place]) -> None:
     """One step of ``places`` by torch's code."""
+    made_later = step.rule.made_when_set
     groups: dict[int, dict[str, Any]] = {}
     for i, _, p in places:
         # For-loops: others know neither autograd nor sparse gradients.
-        given = {**optimizer.param_groups[i], "params": [], "foreach": False, "fused": False}
+        given = {**step.groups[i], "params": [], "foreach": False, "fused": False}
         groups.setdefault(i, given)["params"].append(p)
-        buffer = optimizer.state.get(p, {}).get("momentum_buffer")
-        if optimizer.rule == "sgd" and isinstance(buffer, Tensor) and reference.is_all_unset(buffer):
-            del optimizer.state[p]["momentum_buffer"]
+        for name in made_later & step.state_of(p).keys():
+            if isinstance(t := step.state[p][name], Tensor) and reference.is_all_unset(t):
+                del step.state[p][name]
+    torch_class = step.rule.torch_class
+    assert torch_class is not None
     # No hooks and no second look at what the options allow.
-    torchs = inspect.unwrap(torch_class(optimizer).step)
-    twin = object.__new__(type(optimizer))
+    torchs = inspect.unwrap(torch_class.step)
     for group in groups.values():
-        twin.__dict__.update(optimizer.__dict__, param_groups=[group])
+        twin = object.__new__(torch_class)
+        twin.__dict__.update(state=step.state, param_groups=[group], defaults={})
         with torch.set_grad_enabled(bool(group.get("differentiable"))):
             torchs(twin)
-    for i, _, p in places:
-        if (decay := optimizer.param_groups[i].get("ema_decay")) is not None:
-            reference.average(p, optimizer.state[p]["ema"], float(decay))
+    for place in places:
+        if (decay := step.group(place).get("ema_decay")) is not None:
+            reference.average(place[2], step.state[place[2]]["ema"], float(decay))

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .. import reference, storage, tracing
-from . import by_torch
+from .. import reference, tracing
+from ..reference.codecs import STEPPED
+from . import options, refusals
+from . import state as states
 from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone
+from .step import describe
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -49,12 +52,22 @@ def load(optimizer: FusedOptimizer, saved: Any) -> None:
 
 def with_plain_groups(saved: dict[str, Any]) -> dict[str, Any]:
     """``saved`` with names in the place of dtypes: checkpoints hold numbers, strings and tensors."""
-    names = {dtype: name for name, dtype in storage.NAMED.items()}
+    names = {dtype: name for name, dtype in states.NAMED.items()}
     groups = [
         {key: names.get(value, value) if key == "state_dtype" else value for key, value in group.items()}
         for group in saved["param_groups"]
     ]
     return {**saved, "param_groups": groups}
+
+
+def with_step(entries: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The entries in which ``torch.optim`` may look for a step, and the others, as of a parameter's average alone."""
+    kept: dict[Any, Any] = defaultdict(dict)
+    others: dict[Any, Any] = {}
+    for key, entry in entries.items():
+        counts = isinstance(key, Tensor) and isinstance(entry, dict) and "step" in entry
+        (kept if counts else others)[key] = entry
+    return kept, others
 
 
 class _Reader:
@@ -128,7 +141,7 @@ class _Reader:
             with self.naming(f"group {i}"):
                 new = {key: deepcopy(value) for key, value in group.items() if key != "params"}
                 if isinstance(name := new.get("state_dtype"), str):
-                    new["state_dtype"] = storage.NAMED.get(name, name)
+                    new["state_dtype"] = states.NAMED.get(name, name)
                 check_storage(f"{self.where}: group {i}", new)
             names = new.get("param_names", own[i]["params"])
             if not isinstance(names, (list, tuple)) or len(names) != len(own[i]["params"]):
@@ -137,7 +150,8 @@ class _Reader:
                 new.setdefault("param_names", own[i]["param_names"])
             groups.append({**new, "params": own[i]["params"]})
         # torch's class fills in what older checkpoints lack.
-        twin = object.__new__(by_torch.torch_class(self.optimizer))
+        torch_class = next(c for c in type(self.optimizer).__mro__ if c.__module__.startswith("torch.optim"))
+        twin: torch.optim.Optimizer = object.__new__(torch_class)
         twin.defaults = dict(self.optimizer.defaults)
         twin.__setstate__({"state": defaultdict(dict), "param_groups": groups})
         for i, (old, new) in enumerate(zip(own, groups, strict=True)):
@@ -157,16 +171,16 @@ class _Reader:
                 new[name] = old[name]
         if "rounding_seed" in old:
             new.setdefault("rounding_seed", old["rounding_seed"])
-        if absent := [name for name in self.optimizer.ranges if name in old and name not in new]:
+        if absent := [name for name in self.optimizer.rule.ranges if name in old and name not in new]:
             self.refuse(f"group {i} has no '{absent[0]}'", f"add it, as {absent[0]}={old[absent[0]]!r}")
         with self.naming(f"group {i}"):
-            self.optimizer._check_options(f"{self.where}: group {i}", new)
-        self.optimizer._complete(new)
+            options.check(f"{self.where}: group {i}", self.optimizer.rule.ranges, new)
+        states.complete(new)
 
     def entry(self, saved: Any, place: tuple[int, int, Tensor], group: dict[str, Any]) -> dict[Any, Any]:
         """The state of one parameter: copies on its device, stored as its group asks for it."""
-        optimizer, p = self.optimizer, place[2]
-        what = optimizer._name(place)
+        owner, rule, p = type(self.optimizer).__name__, self.optimizer.rule, place[2]
+        what = describe(self.optimizer.param_groups, place)
 
         def refuse(problem: str, fix: str) -> NoReturn:
             self.refuse(f"{what}: {problem}", fix)
@@ -178,7 +192,7 @@ class _Reader:
                 f"its state has {sorted(map(str, saved))}, as bitsandbytes saves it, which is not read here",
                 "begin with new state",
             )
-        names = optimizer.state_names(group)
+        names = rule.state_names(group)
         known = {f"{name}{end}" for name in names for end in ("", "_codes", "_scales")}
         known |= {"step", "ema", "master", "compensation"}
         state: dict[Any, Any] = {}
@@ -187,20 +201,20 @@ class _Reader:
                 if name in known and isinstance(value, Tensor):
                     self.check_storage_of(refuse, name, value, p)
                 state[name] = self.step(refuse, value, p, group) if name == "step" else self.copy(value, p, name)
-        if p.dtype not in storage.STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
+        if p.dtype not in STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
             return state
         with self.naming(what):
-            optimizer._store_anew(p, state, group)
-            optimizer._check_state(refuse, p, state, names)
-            optimizer._check_step(refuse, p, state)
-        if not optimizer.has_step and "step" not in optimizer._further_names(group, p):
+            states.store_anew(owner, rule, group, p, state)
+            refusals.check_state(rule, refuse, p, state, names)
+            refusals.check_step_count(refuse, state)
+        if not states.counts_steps(rule, group, p):
             state.pop("step", None)  # which only rounding had counted
         return state
 
     def check_storage_of(self, refuse: Refuse, name: str, t: Tensor, p: Tensor) -> None:
         """Refuses what can not be copied into memory that a step could use."""
         kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
-        sparse = self.optimizer.serves_sparse and t.layout == torch.sparse_coo
+        sparse = self.optimizer.rule.serves_sparse and t.layout == torch.sparse_coo
         if kind != "torch.strided" and not sparse:
             refuse(f"state '{name}' is {kind}, expected torch.strided", "replace it with a dense tensor")
         if t.is_meta and not p.is_meta:
@@ -222,7 +236,7 @@ class _Reader:
             return None
         # Here it may wait for a GPU, which a step does not.
         if isinstance(value, Tensor) and value.numel() == 1 and tracing.has_number(value) and not value.is_complex():
-            self.optimizer._check_step(refuse, p, {"step": value.detach().to("cpu", torch.float64)})
+            refusals.check_step_count(refuse, {"step": value.detach().to("cpu", torch.float64)})
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
                 refuse(f"state 'step' is {value!r}, expected a number", _WHOLE)

@@ -50,3 +50,10 @@ def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
 
     hidden = _disable_dynamo(step)
     return step
+
+
+def is_replaced(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` was replaced on this object, as by Accelerate, which takes no call for a skipped step."""
+    step = vars(optimizer).get("step")
+    own = getattr(step, "__self__", None) is optimizer or hasattr(step, "_wrapped_by_lr_sched")
+    return not (step is None or own)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .. import storage, tracing
+from .. import tracing
+from .state import FORMAT, MIN_INT8_SIZE, NAMED, complete
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,22 @@ class StepOptions(TypedDict, total=False):
     master_weights: bool
 
 
+# What they are where they are not given, apart from None.
+DEFAULTS = {
+    "skip_nonfinite": False,
+    "min_int8_size": MIN_INT8_SIZE,
+    "param_rounding": "nearest",
+    "master_weights": False,
+}
+
+
 def is_step_count(value: float) -> bool:
     """Whether a step counter can be this: a whole number from 0 to 2**53, up to which float64 has all of them."""
     return 0 <= value <= 2**53 and value == math.floor(value)
 
 
 STORAGE_OPTIONS = ("state_dtype", "min_int8_size", "param_rounding", "master_weights")
-STATE_DTYPES = tuple(storage.NAMED.values())
+STATE_DTYPES = tuple(NAMED.values())
 PARAM_ROUNDINGS = ("nearest", "stochastic", "kahan")
 
 
@@ -148,9 +160,9 @@ def check_storage(where: str, options: dict[str, Any]) -> None:
     seed = options.get("rounding_seed", 0)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"{where}: rounding_seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
-    if (version := options.get("int8_format", storage.FORMAT)) != storage.FORMAT:
+    if (version := options.get("int8_format", FORMAT)) != FORMAT:
         raise ValueError(
-            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of format {storage.FORMAT}; "
+            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of format {FORMAT}; "
             "load it with the version that saved it, and save it with state_dtype=torch.float32"
         )
 
@@ -173,3 +185,76 @@ def clips_alone(group: dict[str, Any]) -> bool:
         or group.get("clip_per_param") is not None
         or group.get("agc") is not None
     )
+
+
+def check(where: str, ranges: Mapping[str, Range], options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for an option out of its range, or that can not go with another."""
+    for name, allowed in ranges.items():
+        if name in options:
+            allowed.check(where, name, options[name])
+    for name, allowed in GROUP_OPTIONS.items():
+        if options.get(name) is not None:
+            allowed.check(where, name, options[name])
+    check_storage(where, options)
+    norms = [name for name in NORM_CLIPS if options.get(name) is not None]
+    if len(norms) > 1:
+        raise ValueError(f"{where}: {' and '.join(norms)} clip by a norm each; give only one of them")
+    for name in FLAGS:
+        if name in options and not (isinstance(options[name], (bool, int)) and options[name] in (0, 1)):
+            raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
+    if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
+        raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
+
+
+def set_defaults(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Gives a group the options that it lacks."""
+    alone = clips_alone(group)
+    for name, value in defaults.items():
+        if name not in group and name != "params":
+            group[name] = None if alone and name in NORM_CLIPS else value
+    complete(group)
+
+
+def document(cls: Any) -> None:
+    """Spells the step options out in the signature of an optimizer's class, as ``help`` shows it."""
+    signature = inspect.signature(cls.__init__)
+    _, *parameters = signature.parameters.values()
+    if parameters and str(parameters[-1].annotation) == "Unpack[StepOptions]":
+        types, defaults = get_type_hints(StepOptions), {**DEFAULTS, "state_dtype": cls.default_state_dtype}
+        parameters[-1:] = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=types[name])
+            for name in StepOptions.__annotations__
+        ]
+    cls.__signature__ = signature.replace(parameters=parameters)
+
+
+class Listed:
+    """The parameters of an optimizer's groups, by id: adding groups one by one stays linear."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[int, int]] = []  # the groups' lists as they were last, by id and length
+        self.ids: set[int] = set()
+
+    def append(self, optimizer: torch.optim.Optimizer, group: dict[str, Any], add: Callable[[Any], None]) -> None:
+        """``add``, torch's ``add_param_group``, which would look at every earlier parameter again for each group."""
+        groups = optimizer.param_groups
+        if not groups or self.marks != _marks(groups):
+            self.ids = {id(p) for each in groups for p in each["params"]}
+        # One earlier group says whether they have names.
+        optimizer.param_groups = [{**each, "params": []} for each in groups[:1]]
+        try:
+            add(group)
+            added = optimizer.param_groups.pop()
+        finally:
+            optimizer.param_groups = groups
+        ids = [id(p) for p in added["params"]]
+        if not self.ids.isdisjoint(ids):  # let torch say so
+            add(group)
+        else:
+            groups.append(added)
+        self.ids.update(ids)
+        self.marks = _marks(groups)
+
+
+def _marks(groups: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(id(group["params"]), len(group["params"])) for group in groups]

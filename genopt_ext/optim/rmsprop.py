@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,6 +9,22 @@ from typing_extensions import Unpack
 
 from .optimizer import FusedOptimizer
 from .options import Range, StepOptions
+from .rule import Rule
+
+RULE = Rule(
+    name="rmsprop",
+    states={"square_avg": None, "momentum_buffer": "momentum", "grad_avg": "centered"},
+    ranges={
+        "lr": Range("learning rate"),
+        "alpha": Range("alpha value"),
+        "eps": Range("epsilon value"),
+        "weight_decay": Range("weight_decay value"),
+        "momentum": Range("momentum value"),
+    },
+    torch_class=torch.optim.RMSprop,
+    squares=frozenset({"square_avg"}),
+    begins_unset=frozenset({"momentum_buffer"}),
+)
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -43,15 +57,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         ValueError: an argument out of its range.
     """
 
-    rule = "rmsprop"
-    squares = frozenset({"square_avg"})
-    ranges = {
-        "lr": Range("learning rate"),
-        "alpha": Range("alpha value"),
-        "eps": Range("epsilon value"),
-        "weight_decay": Range("weight_decay value"),
-        "momentum": Range("momentum value"),
-    }
+    rule = RULE
 
     def __init__(
         self,
@@ -95,16 +101,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             differentiable=differentiable,
         )
         self._set_options(step_options, fused=fused)
-
-    @classmethod
-    def state_names(cls, group: dict[str, Any]) -> list[str]:
-        momentum = ["momentum_buffer"] if group["momentum"] > 0 else []
-        return ["square_avg", *momentum] + (["grad_avg"] if group["centered"] else [])
-
-    @classmethod
-    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
-        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-        return {name: group[name] for name in names}
 
 
 class RMSprop8bit(RMSprop):

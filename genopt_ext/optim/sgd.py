@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,6 +9,23 @@ from typing_extensions import Unpack
 
 from .optimizer import FusedOptimizer
 from .options import Range, StepOptions
+from .rule import Rule
+
+RULE = Rule(
+    name="sgd",
+    states={"momentum_buffer": "momentum"},
+    ranges={
+        "lr": Range("learning rate"),
+        "momentum": Range("momentum value"),
+        "dampening": Range("dampening value", at_least=None),
+        "weight_decay": Range("weight_decay value"),
+    },
+    torch_class=torch.optim.SGD,
+    counts_steps=False,
+    begins_unset=frozenset({"momentum_buffer"}),
+    made_when_set=frozenset({"momentum_buffer"}),
+    serves_sparse=True,
+)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -42,15 +57,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         ValueError: an argument out of its range.
     """
 
-    rule = "sgd"
-    has_step = False
-    serves_sparse = True
-    ranges = {
-        "lr": Range("learning rate"),
-        "momentum": Range("momentum value"),
-        "dampening": Range("dampening value", at_least=None),
-        "weight_decay": Range("weight_decay value"),
-    }
+    rule = RULE
 
     def __init__(
         self,
@@ -91,15 +98,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             fused=fused,
         )
         self._set_options(step_options, capturable=capturable)
-
-    @classmethod
-    def state_names(cls, group: dict[str, Any]) -> list[str]:
-        return ["momentum_buffer"] if group["momentum"] != 0 else []
-
-    @classmethod
-    def rule_options(cls, group: dict[str, Any]) -> dict[str, Any]:
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return {name: group[name] for name in names}
 
 
 class SGD8bit(SGD):

@@ -16,12 +16,15 @@ Rounding is to nearest, ties to even; or stochastic: up where a random number in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..storage import mix
-from .form import Form
+from .rounding import mix
+
+if TYPE_CHECKING:
+    from ..quant.form import Form
 
 _TINY = torch.finfo(torch.float32).tiny
 _MASK = 0xFFFFFFFF

@@ -3,7 +3,7 @@
 // vectorizes everywhere.
 #pragma once
 
-#include "math.h"
+#include "numbers.h"
 
 namespace genopt {
 
@@ -33,21 +33,21 @@ GENOPT_INLINE U random_bits(uint32_t tile_key, U i) {
   return mix(tile_key + i);
 }
 
-// Moments move by a small part of what separates two codes. For them evenly spread numbers do better than random ones:
-// an element turns round the circle by the golden section at every step (Weyl's sequence), and so is rounded up in as
-// many of a hundred steps as it is hundredths above the lower code. All moments of an element share its turn. Every 256
-// steps it begins elsewhere: gradients that return after a Fibonacci number of steps would else meet the same turns.
-GENOPT_INLINE uint32_t step_turn(double t) {
+// Moments move by a small part of what separates two codes. For them evenly spread thresholds do better than random
+// bits: a Weyl sequence, frac(phase + t golden ratio), in units of 2^-32, by which an element is rounded up in as many
+// of a hundred steps as it is hundredths above the lower code. All moments of an element share its threshold. The phase
+// changes every 256 steps: gradients that return after a Fibonacci number of steps would else meet the same thresholds.
+GENOPT_INLINE uint32_t step_phase(double t) {
   const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t > 0 ? t : 0));
   return step * 0x9e3779b9u + mix(step >> 8);
 }
-constexpr uint32_t kTurn = 0x91e10da5u;  // from one element to the next
-GENOPT_INLINE uint32_t tile_turn(uint32_t step_turn, int64_t start) {
-  return step_turn + static_cast<uint32_t>(start) * kTurn;
+constexpr uint32_t kPhaseStride = 0x91e10da5u;  // from one element to the next
+GENOPT_INLINE uint32_t tile_phase(uint32_t step_phase, int64_t start) {
+  return step_phase + static_cast<uint32_t>(start) * kPhaseStride;
 }
 template <class U>
-GENOPT_INLINE U turn_of(uint32_t tile_turn, U i) {
-  return tile_turn + i * kTurn;
+GENOPT_INLINE U threshold_of(uint32_t tile_phase, U i) {
+  return tile_phase + i * kPhaseStride;
 }
 
 }  // namespace genopt

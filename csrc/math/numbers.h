@@ -1,6 +1,6 @@
-// The scalar operations that rules share, written once for CPU and CUDA.
+// The operations on numbers that rules and codecs share, written once for CPU and CUDA.
 // Each is a fixed sequence of IEEE operations (the build forbids contraction: what is fused says so), so that every
-// backend and the plain-torch reference (genopt_ext/reference.py spells the same sequences) give the same bits.
+// backend and the plain-torch reference (genopt_ext/reference spells the same sequences) give the same bits.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,6 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <utility>
 
 #if defined(__CUDACC__)
 #define GENOPT_INLINE __host__ __device__ __forceinline__
@@ -145,15 +144,5 @@ GENOPT_INLINE double power(double base, double n) {
   }
   return result;
 }
-
-// A hyperparameter as param_groups has it: a number under `key`, or item `item` of a tuple there.
-struct OptionName {
-  const char* key;
-  int item = -1;
-};
-
-// The sets of states, as bit masks, that a rule can be asked to run with; each is compiled on its own.
-template <unsigned... kMasks>
-using StateMasks = std::integer_sequence<unsigned, kMasks...>;
 
 }  // namespace genopt

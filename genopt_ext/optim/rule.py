@@ -1,0 +1,66 @@
+"""An optimizer as a value: its maths by name, its states and its options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .options import Range
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a step needs to know of an optimizer.
+
+    Attributes:
+        name: of the rule in ``csrc/rules`` and of its function in :mod:`genopt_ext.reference.rules`.
+        states: the tensors that a parameter has beside ``step``, in torch's order, each with the option that asks for
+            it, or None.
+        ranges: the numbers that options may be.
+        torch_class: steps what kernels do not know: ``differentiable=True`` and, where it does, sparse gradients.
+        counts_steps: whether a parameter has ``step`` whatever the options.
+        squares: states that are never negative.
+        begins_unset: states that a first gradient sets rather than changes: they begin as -0.0.
+        made_when_set: those that torch's class makes at a parameter's first step, and knows that step by.
+        initial: options that say with what a state begins, where that is not 0.
+        serves_sparse: whether ``torch_class`` takes sparse gradients.
+        sparse_class: who takes them else.
+    """
+
+    name: str
+    states: Mapping[str, str | None]
+    ranges: Mapping[str, Range]
+    torch_class: type[torch.optim.Optimizer] | None = None
+    counts_steps: bool = True
+    squares: frozenset[str] = frozenset()
+    begins_unset: frozenset[str] = frozenset()
+    made_when_set: frozenset[str] = frozenset()
+    initial: Mapping[str, str] | None = None
+    serves_sparse: bool = False
+    sparse_class: str = "torch.optim.SGD or torch.optim.Adagrad"
+
+    def state_names(self, group: Group) -> list[str]:
+        """The states that a parameter of ``group`` has, besides ``step``."""
+        return [name for name, option in self.states.items() if option is None or group[option] != 0]
+
+    def options(self, group: Group) -> dict[str, Any]:
+        """``group`` as keyword arguments of the rule's function: ``beta1`` is the first of its ``betas``."""
+        given = inspect.signature(reference.RULES[self.name]).parameters.values()
+        names = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name != "t"]
+        return {
+            name: group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name] for name in names
+        }
+
+    def initial_value(self, group: Group, p: Tensor, name: str) -> complex:
+        """With what the state ``name`` of ``p`` begins. -0.0 says "not yet set": see ``csrc/math/numbers.h``."""
+        option = (self.initial or {}).get(name)
+        value = float(group[option]) if option else -0.0 if name == "ema" or name in self.begins_unset else 0.0
+        return complex(value, value) if p.is_complex() else value

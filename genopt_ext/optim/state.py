@@ -1,0 +1,242 @@
+"""How an optimizer's state is kept: what a group's options ask for, made, converted and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, tracing
+from ..reference import codecs
+from ..reference.codecs import BLOCK, HALVES, MIXES
+
+if TYPE_CHECKING:
+    from .rule import Group, Rule
+
+FORMAT = 1  # of the codes, kept in a group with 8-bit state as "int8_format"
+MIN_INT8_SIZE = 4096
+NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}  # of states, as checkpoints say it
+
+
+def state_dtype(group: Group, p: Tensor) -> torch.dtype | None:
+    """How ``p``'s moments are to be stored: int8 for codes, None for whatever they are."""
+    wanted: torch.dtype | None = group.get("state_dtype")
+    if p.dtype not in MIXES or wanted is None:
+        return None
+    # A block of codes may not be spread over devices, as a DTensor's elements are.
+    whole = not tracing.is_subclass(p) and p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
+    return torch.float32 if wanted == torch.int8 and not whole else wanted
+
+
+def is_widened(group: Group, p: Tensor) -> bool:
+    """Whether ``p`` is large enough for the 8-bit state that its group asks for, and yet has it in float32."""
+    large = p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
+    return group.get("state_dtype") == torch.int8 and large and state_dtype(group, p) == torch.float32
+
+
+def extra(group: Group, p: Tensor) -> str | None:
+    """The state that keeps what a 16-bit parameter can not hold: ``"master"`` or ``"compensation"``."""
+    if p.dtype not in HALVES:
+        return None
+    if group.get("master_weights"):
+        return "master"
+    return "compensation" if group.get("param_rounding") == "kahan" else None
+
+
+def is_stochastic(group: Group, p: Tensor) -> bool:
+    """Whether ``p`` is rounded at random."""
+    return p.dtype in HALVES and group.get("param_rounding") == "stochastic"
+
+
+def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed: bool) -> dict[str, Tensor]:
+    """The state ``name`` of ``p``, full of ``value``. ``dtype``: int8 for codes, None for the parameter's."""
+    if dtype != torch.int8:
+        return {name: torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)}
+    number = torch.full((1,), float(value.real), dtype=torch.float32, device=p.device)
+    code, scale = codecs.encode(number, signed)
+    filler = number if value == 0 else scale  # -0.0 stays
+    return {
+        name + "_codes": _dense_like(p, code.dtype).copy_(code.squeeze(0)),
+        name + "_scales": filler.expand(-(-p.numel() // BLOCK)).clone(memory_format=torch.contiguous_format),
+    }
+
+
+def _dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for ``p``'s elements in their order, without the holes that a slice has."""
+    t = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if _lie_alike(t, p):
+        return t
+    order = codecs.order_of(p)
+    return t.new_empty([p.shape[d] for d in order]).permute([order.index(d) for d in range(p.dim())])
+
+
+def is_stored(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether ``state`` has ``name`` as ``dtype`` asks for it: see :func:`state_dtype`."""
+    codes = state.get(name + "_codes")
+    if dtype == torch.int8:
+        alone = codes is not None and state.get(name) is None
+        return bool(alone) and state[name + "_scales"].is_contiguous() and _lie_alike(state[name + "_codes"], p)
+    return state.get(name) is not None and (dtype is None or state[name].dtype == dtype)
+
+
+def fits(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> bool:
+    """Whether the state ``name`` is one of ``p``: of its shape and on its device, with as many scales as blocks."""
+    plain = state.get(name)
+    if plain is not None:
+        return isinstance(plain, Tensor) and (plain.shape, plain.device) == (p.shape, p.device)
+    return broken(state, name, p, signed) is None
+
+
+def broken(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> tuple[str, str] | None:
+    """What keeps the codes of the state ``name`` from being those of ``p``, and how to mend it; or None."""
+    fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
+    if p.is_complex():
+        return f"state '{name}' is in codes of real numbers, and the parameter is {p.dtype}", fix
+    for key, dtype, shape in (
+        (name + "_codes", torch.int8 if signed else torch.uint8, list(p.shape)),
+        (name + "_scales", torch.float32, [-(-p.numel() // BLOCK)]),
+    ):
+        t = state.get(key)
+        if not isinstance(t, Tensor):
+            return f"its state has {sorted(map(str, state))}, and '{key}' is {type(t).__name__}", fix
+        if t.dtype != dtype or list(t.shape) != shape:
+            return f"state '{key}' is {t.dtype} of shape {list(t.shape)}, expected {dtype} of {shape}", fix
+        if t.device != p.device:
+            return f"state '{key}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}"
+    return None
+
+
+def _lie_alike(codes: Tensor, p: Tensor) -> bool:
+    """Whether codes lie in the order of the parameter's elements, without holes."""
+    expected = 1
+    for d in sorted((d for d in range(p.dim()) if p.shape[d] != 1), key=lambda d: p.stride(d)):
+        if codes.stride(d) != expected:
+            return p.numel() == 0
+        expected *= p.shape[d]
+    return True
+
+
+def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | None, signed: bool) -> None:
+    """Stores ``name`` anew, as ``dtype`` asks for it. None: codes become float32, in the place of float32 itself."""
+    values = codecs.read(state, name)
+    for suffix in ("", "_codes", "_scales"):
+        state.pop(name + suffix, None)
+    if dtype != torch.int8:
+        state[name] = values.to(dtype or values.dtype)
+        return
+    state.update(make(p, name, 0.0, dtype, signed))
+    codecs.write(state, name, p, values.float())
+    # A block that waits for its first gradient goes on to.
+    waits = codecs.blocks((codecs.flat(values, p) != 0) | ~codecs.flat(values, p).signbit()).any(1).logical_not()
+    state[name + "_scales"].masked_fill_(waits, -0.0)
+
+
+def names_in(state: dict[str, Any]) -> Collection[str]:
+    """The states that are stored in codes."""
+    return [name.removesuffix("_codes") for name in state if str(name).endswith("_codes")]
+
+
+# All that a parameter keeps
+
+
+def further_names(rule: Rule, group: Group, p: Tensor) -> list[str]:
+    """What the group's options ask for beside the rule's states; it is made where it lacks."""
+    names = ["ema"] if group.get("ema_decay") is not None else []
+    if (kept := extra(group, p)) is not None:
+        names.append(kept)
+    narrow = state_dtype(group, p) in (torch.int8, torch.bfloat16)
+    if is_stochastic(group, p) or (narrow and rule.state_names(group)):
+        names.append("step")  # rounding turns with it
+    return names
+
+
+def counts_steps(rule: Rule, group: Group, p: Tensor) -> bool:
+    return rule.counts_steps or "step" in further_names(rule, group, p)
+
+
+def complete(group: Group) -> None:
+    """Adds to a group what its other options ask for."""
+    if group.get("state_dtype") == torch.int8:
+        group.setdefault("min_int8_size", MIN_INT8_SIZE)
+        group["int8_format"] = FORMAT
+    else:
+        group.pop("int8_format", None)
+    if group.get("param_rounding") == "stochastic":
+        group.setdefault("rounding_seed", torch.initial_seed() & 0xFFFFFFFF)
+
+
+def step_is_away(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the step count is on another device than its parameter, as in torch's own checkpoints of a GPU's."""
+    step = state.get("step")
+    if not isinstance(step, Tensor) or step.device == p.device:
+        return False
+    return {p.device.type, step.device.type} <= _backend.DEVICES
+
+
+def refuse_capture(owner: str) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{owner}.step: state has to be made or moved before a CUDA graph captures a step, else "
+            "every replay would do it again; take one step before the capture"
+        )
+
+
+@torch.inference_mode(False)  # what is made within it could not be stepped outside of it; this enables gradients
+@torch.no_grad()
+def make_missing(
+    owner: str, rule: Rule, missing: Sequence[tuple[Group, Tensor, Sequence[str]]]
+) -> list[dict[str, Tensor]]:
+    """The states that parameters lack, by name: ``missing`` has group, parameter and names."""
+    made: list[dict[str, Tensor]] = [{} for _ in missing]
+    # A device's step counters are views of one buffer: they stay together in memory.
+    devices = [p.device if p.is_cuda else torch.device("cpu") for _, p, names in missing if "step" in names]
+    counters = {d: iter(torch.zeros(devices.count(d), dtype=torch.float32, device=d).unbind()) for d in set(devices)}
+    for state, (group, p, names) in zip(made, missing, strict=True):
+        _tell_widened(owner, rule, group, p)
+        for name in names:
+            if name == "step":
+                state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
+                continue
+            dtype = state_dtype(group, p)
+            if name in ("ema", "master"):
+                dtype = torch.float32 if p.dtype in HALVES else None
+            elif name == "compensation":
+                dtype = None
+            state.update(make(p, name, rule.initial_value(group, p, name), dtype, signed=name not in rule.squares))
+            if name == "master":
+                state[name].copy_(p)
+    return made
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+    """Stores the parameter's states as its group asks for them, where they are stored in another way."""
+    if not state:
+        return
+    complete(group)
+    _tell_widened(owner, rule, group, p)
+    for name in dict.fromkeys((*rule.state_names(group), *names_in(state))):
+        there = state.get(name) is not None or state.get(name + "_codes") is not None
+        dtype = state_dtype(group, p)
+        signed = name not in rule.squares
+        # What does not fit is left for the step to refuse.
+        if there and fits(state, name, p, signed) and not is_stored(state, name, p, dtype):
+            refuse_capture(owner)
+            convert(state, name, p, dtype, signed)
+    for name, dtype in (("master", torch.float32), ("compensation", p.dtype)):
+        if name != extra(group, p):
+            state.pop(name, None)
+        elif isinstance(state.get(name), Tensor) and state[name].dtype != dtype:
+            state[name] = state[name].to(dtype)
+
+
+def _tell_widened(owner: str, rule: Rule, group: Group, p: Tensor) -> None:
+    if is_widened(group, p) and (states := len(rule.state_names(group))):
+        _backend.warn_once(
+            f"{owner}: 8-bit state is kept in float32 here, for parameters that are "
+            f"{type(p).__name__}s: {4 * states} bytes a parameter instead of {states}; with "
+            f"state_dtype=torch.bfloat16 it is {2 * states}"
+        )

@@ -1,0 +1,85 @@
+"""One step, as everything that answers for it sees it: what is stepped, by which rule, and what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..reference.codecs import STEPPED
+from .rule import Group, Rule
+
+# A parameter and where it stands: (group index, index in the group, the parameter).
+Place = tuple[int, int, Tensor]
+
+
+def places_of(groups: list[Group]) -> list[Place]:
+    return [(i, k, p) for i, group in enumerate(groups) for k, p in enumerate(group["params"])]
+
+
+def describe(groups: list[Group], place: Place) -> str:
+    """The parameter's name in a message."""
+    i, k, p = place
+    names = groups[i].get("param_names")
+    name = f"'{names[k]}', " if names else ""
+    return f"group {i} parameter {k} ({name}shape {list(p.shape)})"
+
+
+@dataclass
+class Inputs:
+    """What is asked of one step beside the groups' options. Mostly nothing: that is :data:`NOTHING_ELSE`.
+
+    Attributes:
+        sums: gradients that were accumulated over ``micro_batches``, in the place of ``.grad``; None: none were.
+        max_grad_norm: for all groups that do not clip alone.
+        skip_nonfinite: whether gradients that are not finite skip the step, and are counted.
+        checks: whether they skip it, as a GradScaler asks.
+        grad_scale, found_inf: a GradScaler's, numbers or 1-element tensors.
+        gradients: what the step leaves in gradients, see ``gradients.py``; None: it does not write them.
+    """
+
+    sums: Mapping[Tensor, Tensor] | None = None
+    micro_batches: int = 0
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    checks: bool = False
+    grad_scale: Any = None
+    found_inf: Any = None
+    gradients: str | None = None
+
+
+NOTHING_ELSE = Inputs()
+
+
+@dataclass(slots=True)
+class Step:
+    """``owner`` is the class, for messages; ``resolved`` what ``backend`` comes to in this process."""
+
+    owner: str
+    rule: Rule
+    backend: str
+    resolved: str
+    groups: list[Group]
+    state: MutableMapping[Tensor, dict[str, Any]]
+    inputs: Inputs
+    places: list[Place]
+
+    def gradient(self, p: Tensor) -> Tensor | None:
+        """What the step takes as the parameter's gradient."""
+        return p.grad if self.inputs.sums is None else self.inputs.sums.get(p)
+
+    def group(self, place: Place) -> Group:
+        return self.groups[place[0]]
+
+    def state_of(self, p: Tensor) -> dict[str, Any]:
+        return self.state.get(p, {})
+
+    def takes_part(self, place: Place) -> bool:
+        p = place[2]
+        averages = self.group(place).get("ema_decay") is not None and p.dtype in STEPPED
+        return self.gradient(p) is not None or (averages and (p.requires_grad or bool(self.state.get(p))))
+
+    def describe(self, place: Place) -> str:
+        return describe(self.groups, place)

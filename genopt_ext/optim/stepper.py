@@ -1,0 +1,333 @@
+"""Takes the steps of one optimizer, of which it knows a rule and a backend: natively in one call, where that can be.
+
+What the native plan (``csrc/torch_plan.h``) can not take as it is, it names and leaves as it was. Then this makes the
+missing state, raises the error, or has the rows stepped by the reference (``apart.py``) or by torch's own code
+(``by_torch.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend, clip, gradients, sharding
+from . import apart, by_torch, options, refusals, repeats
+from . import state as states
+from .options import NORM_CLIPS, clips_alone
+from .refusals import Pairs
+from .rule import Group, Rule
+from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
+
+
+class Refusal(NamedTuple):
+    """What the native plan could not take: see csrc/torch_plan.h."""
+
+    rows: Sequence[int] = ()
+    groups: Sequence[int] = ()
+    overlaps: Pairs = ()
+    grad_overlaps: Pairs = ()
+    devices: Sequence[int] = ()
+    gradients_overlap: bool = False
+
+
+@dataclass
+class Results:
+    """What steps write beside the parameters, on their device; each 0-dim.
+
+    Attributes:
+        grad_norm: of all gradients of the last step that computed one, unclipped; float32 or float64.
+        nonfinite: whether it was not finite, 0 or 1; float32.
+        skipped_steps: how many ``skip_nonfinite`` has skipped; int64.
+    """
+
+    grad_norm: Tensor
+    nonfinite: Tensor
+    skipped_steps: Tensor
+
+    @classmethod
+    def make(cls, device: torch.device, is_precise: bool) -> Results:
+        with torch.inference_mode(False):
+            return cls(
+                torch.zeros((), dtype=torch.float64 if is_precise else torch.float32, device=device),
+                torch.zeros((), dtype=torch.float32, device=device),
+                torch.zeros((), dtype=torch.int64, device=device),
+            )
+
+
+class Stepper:
+    """Steps parameter groups by a rule.
+
+    Args:
+        owner: the class of the optimizer, for messages.
+        rule: what is done to an element.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
+    """
+
+    def __init__(self, owner: str, rule: Rule, backend: str) -> None:
+        self.owner, self.rule, self.backend = owner, rule, backend
+        self.results: Results | None = None
+        self.plan: Any = None  # the native one
+        self._resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
+        # The first piece of FSDP1's, and where it was sought.
+        self._piece: tuple[list[tuple[int, int, bool]], Place | None] = ([], None)
+
+    @property
+    def resolved(self) -> str:
+        asked, answer = self._resolution
+        if asked != self.backend:
+            answer = _backend.resolve(self.backend)
+            self._resolution = self.backend, answer
+        return answer
+
+    def step(
+        self,
+        groups: list[Group],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        inputs: Inputs,
+        only: Place | None = None,
+    ) -> None:
+        """One step.
+
+        Args:
+            groups: an optimizer's ``param_groups``, read afresh.
+            state: its ``state``; what lacks is made.
+            inputs: what else is asked of this step.
+            only: the one parameter that is stepped, as if the optimizer had no other.
+
+        Raises:
+            RuntimeError: something that can not be served; nothing is changed then.
+            TypeError, ValueError: an option out of its range.
+        """
+        plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
+        arguments = {} if plain else self._arguments(groups, inputs, None)
+        if self.resolved != "reference":
+            if self.plan is None:
+                self._check_all(self._described(groups, state, inputs, only))
+                assert _backend.native is not None
+                self.plan = _backend.native.Plan(self.rule.name, self.resolved)
+            if only is None:  # spelled out, as most steps end here
+                refused = self.plan.step(groups, state, (), **arguments)
+                refusal = None if refused is None else Refusal(*refused)
+            else:
+                refusal = self._step_natively(groups, state, only, (), arguments)
+            if refusal is not None:
+                self._resolve(refusal, self._described(groups, state, inputs, only), only, arguments)
+            return
+        step = self._described(groups, state, inputs, only)
+        rows = [r for r, place in enumerate(step.places) if step.takes_part(place)]
+        everything = Refusal(rows, list(dict.fromkeys(step.places[r][0] for r in rows)))
+        self._resolve(everything, step, only, arguments)
+
+    def _described(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> Step:
+        places = places_of(groups) if only is None else [only]
+        return Step(self.owner, self.rule, self.backend, self.resolved, groups, state, inputs, places)
+
+    def check_group(self, groups: list[Group], i: int) -> None:
+        options.check(f"{self.owner}: group {i}", self.rule.ranges, groups[i])
+
+    def refuse_repeats(self, groups: list[Group], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Raises where a parameter that has a gradient is listed twice, which sums of gradients can not go with."""
+        repeats.turns(self._described(groups, state, NOTHING_ELSE, None), ("grads",))
+
+    def _check_all(self, step: Step) -> None:
+        """Looks at everything in Python, once: later only at what the plan can not take."""
+        for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
+            self.check_group(step.groups, i)
+        for place in step.places:
+            if step.gradient(place[2]) is not None:
+                refusals.check(step, place)
+
+    def _step_natively(
+        self, groups: list[Group], state: Any, only: Place | None, skipped: Sequence[int], arguments: dict[str, Any]
+    ) -> Refusal | None:
+        if only is None:
+            refused = self.plan.step(groups, state, skipped, **arguments)
+            return None if refused is None else Refusal(*refused)
+        # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
+        i, _, p = only
+        refused = self.plan.step([{**groups[i], "params": [p]}], {p: state.get(p)}, skipped, **arguments)
+        return None if refused is None else Refusal(*refused)._replace(groups=(i,) if refused[1] else ())
+
+    # What the native plan is told beside the groups
+
+    def _arguments(
+        self, groups: list[Group], inputs: Inputs, device: torch.device | None, writes_gradients: bool = True
+    ) -> dict[str, Any]:
+        """Results are made on ``device``."""
+        arguments: dict[str, Any] = {}
+        if inputs.sums is not None:
+            sums = [inputs.sums.get(p) for group in groups for p in group["params"]]
+            arguments.update(grads=sums, scale=1.0 / inputs.micro_batches)
+        if inputs.max_grad_norm is not None:
+            arguments.update(max_norm=inputs.max_grad_norm)
+        if inputs.skip_nonfinite or inputs.checks:
+            arguments.update(guard=True)
+        if "max_norm" in arguments or "guard" in arguments or any(map(clips_alone, groups)):
+            if sharding.is_distributed():
+                self.refuse_pieces(groups, inputs)
+            results = self.results_on(groups, device)
+            arguments.update(grad_norm=[results.grad_norm], measure=True)
+            if inputs.skip_nonfinite:
+                arguments.update(skipped_steps=[results.skipped_steps])
+            if "guard" in arguments:
+                arguments.update(nonfinite=[results.nonfinite])
+        for name, given in (("grad_scale", inputs.grad_scale), ("found_inf", inputs.found_inf)):
+            if given is not None:
+                t = self._number(name, given)
+                arguments[name] = [t if device is None else t.to(device)]
+        if writes_gradients and inputs.gradients is not None:
+            arguments.update(gradients=inputs.gradients)
+        return arguments
+
+    def _number(self, name: str, given: Any) -> Tensor:
+        """A number that was given for one step, as the kernels read it."""
+        if not isinstance(given, Tensor):
+            return torch.tensor(float(given), dtype=torch.float32, device="cpu")
+        if given.numel() != 1 or given.is_complex() or given.layout != torch.strided or given.device.type == "meta":
+            raise RuntimeError(
+                f"{self.owner}.step: {name} must be a number or a real tensor of one element, got shape "
+                f"{list(given.shape)}, {given.dtype}, {given.layout} on {given.device}; GradScaler gives 0-dim tensors"
+            )
+        return given if given.is_floating_point() else given.double()
+
+    def results_on(self, groups: list[Group], device: torch.device | None = None) -> Results:
+        """The results of the last step, moved to ``device`` or made there; None: where the parameters are."""
+        if self.results is None or (device is not None and self.results.grad_norm.device != device):
+            params = [p for group in groups for p in group["params"]]
+            states.refuse_capture(self.owner)
+            old = self.results
+            where = device or (params[0].device if params else torch.device("cpu"))
+            self.results = Results.make(where, clip.is_precise(params))
+            if old is not None:
+                self.results.skipped_steps.copy_(old.skipped_steps)
+        return self.results
+
+    # FSDP1's pieces
+
+    def find_piece(self, groups: list[Group]) -> Place | None:
+        """The first parameter of which FSDP1 leaves this process a piece."""
+        if not sharding.is_distributed():
+            return None
+        # Also an optimizer that has stepped before its model was wrapped, which keeps the parameters.
+        lists = [group["params"] for group in groups]
+        marks = [(id(params), len(params), bool(params) and sharding.is_piece(params[0])) for params in lists]
+        if self._piece[0] != marks:
+            self._piece = marks, next((place for place in places_of(groups) if sharding.is_piece(place[2])), None)
+        return self._piece[1]
+
+    def refuse_pieces(self, groups: list[Group], inputs: Inputs, *others: str) -> None:
+        """Raises where norms, or ``others``, would be of the pieces that FSDP1 leaves this process."""
+        if (piece := self.find_piece(groups)) is None:
+            return
+        asked = {name for name in NORM_CLIPS for group in groups if group.get(name) is not None}
+        if inputs.max_grad_norm is not None:
+            asked.add("max_grad_norm")
+        if inputs.skip_nonfinite:
+            asked.add("skip_nonfinite")
+        if asked or others:
+            sharding.refuse_piece(f"{self.owner}.step: {describe(groups, piece)}", [*sorted(asked), *others])
+
+    # What the native plan could not take
+
+    @torch.no_grad()
+    def _resolve(self, refusal: Refusal, step: Step, only: Place | None, arguments: dict[str, Any]) -> None:
+        """Raises for what is wrong; else makes missing state and steps, rows that kernels do not serve elsewhere."""
+        places, rows = step.places, refusal.rows
+        for i in refusal.groups:
+            self.check_group(step.groups, i)
+            states.complete(step.groups[i])
+        turns = repeats.turns(step, arguments)
+        refusals.refuse_overlaps(step, refusal.overlaps, refusal.grad_overlaps)
+        torchs = [r for r in rows if by_torch.serves(self.rule, step.group(places[r]), step.gradient(places[r][2]))]
+        for r in torchs:
+            by_torch.check_step(step, places[r], arguments)
+        missing = {r: names for r in rows if (names := refusals.check(step, places[r]))}
+        if step.resolved == "reference":
+            refusals.refuse_overlaps(step, *refusals.find_overlaps(step, rows))
+        self._make_state(step, rows, missing, torchs)
+
+        kernels = [r for r in rows if r not in torchs]
+        if not torchs and len(turns) == 1:
+            self._step_made(step, only, kernels, arguments)
+            return
+        left = arguments.pop("gradients", None)  # not before the last turn
+        buffers = repeats.first_buffers(step, turns)
+        for turn in turns:
+            for buffer in buffers:
+                buffer.fill_(-0.0)
+            others = [r for r in range(len(places)) if r not in turn or r in torchs]
+            self._step_made(step, only, [r for r in kernels if r in turn], arguments, others)
+        by_torch.take(step, [places[r] for r in torchs])
+        self._leave_gradients(left, arguments, step)
+
+    def _make_state(
+        self, step: Step, rows: Sequence[int], missing: dict[int, list[str]], torchs: Sequence[int]
+    ) -> None:
+        """Gives ``rows`` the state that they lack, stored as their groups ask for it."""
+        at = {r: (step.group(step.places[r]), step.places[r][2]) for r in rows}
+        away = [p for _, p in at.values() if states.step_is_away(p, step.state_of(p))]
+        if missing or away:
+            states.refuse_capture(self.owner)
+        made = states.make_missing(self.owner, self.rule, [(*at[r], names) for r, names in missing.items()])
+        for r, state in zip(missing, made, strict=True):
+            step.state[at[r][1]].update(state)
+        for group, p in (at[r] for r in rows if r not in torchs):
+            by_torch.to_dense(step.state_of(p))
+            states.store_anew(self.owner, self.rule, group, p, step.state_of(p))
+        for p in away:
+            step.state[p]["step"] = step.state[p]["step"].to(p.device)
+
+    def _step_made(
+        self,
+        step: Step,
+        only: Place | None,
+        rows: Sequence[int],
+        arguments: dict[str, Any],
+        others: Sequence[int] = (),
+    ) -> None:
+        """Steps all but ``others``, which have their state: by kernels, or of ``rows`` by the reference."""
+
+        def native(skipped: Sequence[int], given: dict[str, Any]) -> Refusal | None:
+            return self._step_natively(step.groups, step.state, only, [*skipped, *others], given)
+
+        by_reference, gradients_overlap = rows, False
+        if step.resolved != "reference":
+            again = native((), arguments)
+            if again is None:
+                return
+            by_reference = again.rows
+            refusals.refuse_overlaps(step, again.overlaps, again.grad_overlaps)
+            if by_reference:
+                refusals.tell_reference(step, step.places[by_reference[0]])
+            gradients_overlap = again.gradients_overlap
+        if "gradients" not in arguments or not (by_reference or gradients_overlap):
+            self._step_apart(step, by_reference, arguments, native)
+            return
+        # Gradients may share memory: within the step one row would see what another left.
+        left = arguments.pop("gradients")
+        self._step_apart(step, by_reference, arguments, native)
+        self._leave_gradients(left, arguments, step)
+
+    def _step_apart(
+        self, step: Step, by_reference: Sequence[int], arguments: dict[str, Any], native: apart.Native
+    ) -> None:
+        def arguments_on(device: torch.device) -> dict[str, Any]:
+            return self._arguments(step.groups, step.inputs, device, "gradients" in arguments)
+
+        def results_on(device: torch.device | None) -> Results:
+            return self.results_on(step.groups, device)
+
+        apart.take(step, by_reference, arguments, native, arguments_on, results_on)
+
+    def _leave_gradients(self, left: str | None, arguments: dict[str, Any], step: Step) -> None:
+        """Writes gradients after the step with ``arguments``."""
+        grads = [g for _, _, p in step.places if (g := step.gradient(p)) is not None]
+        if left == "zeroed":
+            gradients.zero_(grads)
+        elif left == "unscaled":
+            skips = [self.results_on(step.groups).nonfinite] if "guard" in arguments else []
+            gradients.unscale_(grads, arguments["grad_scale"][0], [*skips, *arguments.get("found_inf", [])])

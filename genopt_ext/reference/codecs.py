@@ -1,0 +1,120 @@
+"""How values are stored: as numbers, or as codes of 8 bits with a scale for each block of 256.
+
+The codes are those of ``csrc/codecs/int8_block.h``, spelled in torch operations: the same bits. A state ``S`` of a
+parameter is one tensor ``S``, or two: ``S_codes`` (the parameter's shape and strides; int8, or uint8 for averages of
+squares, which are never negative) and ``S_scales`` (float32, one for each block in the order in which codes lie).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rounding import round_by
+
+BLOCK = 256
+MIXES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that parameters, gradients and states may mix
+HALVES = (torch.bfloat16, torch.float16)
+STEPPED = (*MIXES, torch.float64, torch.complex64, torch.complex128)  # dtypes of parameters that can take a step
+
+_FINE = 19  # bits of a float below a code's last one, where an octave has 16 codes; 2 more where it has 4
+
+
+def order_of(like: Tensor) -> list[int]:
+    """Dimensions as they lie in memory, the one that varies fastest last."""
+    strides = like.stride()
+    return sorted(range(like.dim()), key=lambda d: -strides[d])
+
+
+def flat(t: Tensor, like: Tensor) -> Tensor:
+    """The elements of ``t`` in the order in which ``like`` lies in memory."""
+    return t.permute(order_of(like)).reshape(-1)
+
+
+def fill(t: Tensor, values: Tensor, like: Tensor) -> None:
+    """The reverse of :func:`flat`."""
+    order = order_of(like)
+    t.permute(order).copy_(values.view([t.shape[d] for d in order]))
+
+
+def blocks(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+
+
+def _border(scales: Tensor, signed: bool) -> tuple[Tensor, int, int]:
+    """From where on octaves have 16 codes: the bits of values and the code; and the largest code."""
+    largest, octaves = (127, 6) if signed else (255, 12)
+    return scales.view(torch.int32).unsqueeze(1) - (octaves << 23), largest - 16 * octaves, largest
+
+
+def _scales_for(largest: Tensor, signed: bool) -> Tensor:
+    """Of blocks whose largest magnitude, as a float's bits, this is."""
+    rounded = (largest + 0x1FFFFF) & ~0x1FFFFF
+    scales = rounded.clamp((15 if signed else 29) << 23, 0x7F600000).view(torch.float32)
+    scales = torch.where(largest == 0, 0.0, scales)
+    return torch.where(largest >= 0x7F800000, torch.nan, scales)
+
+
+def encode(x: Tensor, signed: bool, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a vector.
+
+    Args:
+        x: float32, 1-D.
+        signed: whether values may be negative.
+        turns: int64 in [0, 2**32), one an element, which decides on the way to round; None: to the nearest code.
+
+    Returns:
+        Codes (int8, or uint8 where not signed) and scales (float32, one for each block of 256).
+    """
+    bits = blocks(x).view(torch.int32)
+    size = bits & 0x7FFFFFFF
+    scales = _scales_for(size.amax(1) if len(size) else size.new_zeros(0), signed)
+    border, code, largest = _border(scales, signed)
+    turn = torch.full_like(size, 1 << 31, dtype=torch.int64) if turns is None else blocks(turns)
+    fine = size - border
+    codes = ((torch.maximum(fine, fine >> 2) + (turn >> (32 - _FINE)).int()) >> _FINE) + code
+    codes = codes.clamp(0 if signed else 1, largest)
+    codes = torch.where((scales.unsqueeze(1) > 0) & ((size != 0) | signed), codes, 0)
+    codes = torch.where(bits < 0, -codes, codes) if signed else codes
+    return codes.to(torch.int8 if signed else torch.uint8).view(-1).narrow(0, 0, len(x)), scales
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The values of a vector of codes, in float32."""
+    border, code, _ = _border(scales, codes.dtype == torch.int8)
+    numbers = blocks(codes).int()
+    fine = (numbers.abs() - code) << _FINE
+    values = (border + torch.minimum(fine, fine << 2)).view(torch.float32)
+    values = torch.where(numbers < 0, -values, values)
+    fills = torch.where(scales > 0, 0.0, scales).unsqueeze(1)
+    return torch.where(numbers == 0, fills, values).view(-1).narrow(0, 0, len(codes))
+
+
+# A state in a parameter's state dict
+
+
+def read(state: dict[str, Any], name: str) -> Tensor:
+    """The state ``name``, in its own dtype, or in float32 where it is stored in codes."""
+    if state.get(name) is not None:
+        plain: Tensor = state[name]
+        return plain
+    codes = state[name + "_codes"]
+    values = torch.empty_like(codes, dtype=torch.float32)
+    fill(values, decode(flat(codes, codes), state[name + "_scales"]), codes)
+    return values
+
+
+def write(state: dict[str, Any], name: str, p: Tensor, values: Tensor, turns: Tensor | None = None) -> None:
+    """Stores ``values`` of ``p``'s shape as ``state`` has them; ``turns`` as of :func:`encode`, in ``p``'s order."""
+    plain = state.get(name)
+    if plain is None:
+        codes = state[name + "_codes"]
+        new, scales = encode(flat(values, p), codes.dtype == torch.int8, turns)
+        fill(codes, new, p)
+        state[name + "_scales"].copy_(scales)
+    elif turns is not None and plain.dtype in HALVES:
+        fill(plain, round_by(flat(values, p), plain.dtype, turns), p)
+    else:
+        plain.copy_(values)

@@ -1,0 +1,77 @@
+"""Norms, in the order of ``csrc/plan.h``: by place in a tile of 256 elements, then 32 tiles a span, then 32 spans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import tracing
+from .math import real
+
+_TILE, _SPAN, _SUMS = 256, 32, 32
+
+Join = Callable[[Tensor, Tensor], Tensor]
+
+
+def join_of(norm: float) -> Join:
+    """How two parts of a ``norm``-norm's sum make one."""
+    return torch.maximum if norm == math.inf else torch.add
+
+
+def _by_halves(x: Tensor, join: Join) -> Tensor:
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = join(x.narrow(-1, 0, half), x.narrow(-1, half, half))
+    return x.select(-1, 0)
+
+
+def _in_turn(x: Tensor, join: Join) -> Tensor:
+    total = x.select(-2, 0)
+    for i in range(1, x.shape[-2]):
+        total = join(total, x.select(-2, i))
+    return total
+
+
+def join(sums: Tensor) -> Tensor:
+    """The sum of a vector, in the order in which a norm's parts are added up."""
+    return _by_halves(_in_turn(_padded(sums, _SUMS).view(-1, _SUMS), torch.add), torch.add)
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
+
+
+def _measure_subclass(x: Tensor, norm: float) -> Tensor:
+    """In the subclass's own order of additions: DTensor adds over all devices."""
+    values = x.double()
+    total = values.abs().max() if norm == math.inf else (values.square() if norm == 2 else values.abs()).sum()
+    if hasattr(total, "full_tensor"):
+        whole: Tensor = total.full_tensor()
+        return whole
+    return torch.tensor(total.item(), dtype=torch.float64, device=x.device)
+
+
+@torch.no_grad()
+def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
+    """The sum of squares of ``x`` (``norm`` 2), of absolute values (1) or their maximum (infinity), in float64.
+
+    Args:
+        x: of any floating-point or complex dtype; a complex number counts as two.
+        like: the parameter in whose order in memory the elements are taken.
+        norm: 2, 1 or infinity.
+    """
+    if tracing.is_subclass(x):
+        return _measure_subclass(x, norm)
+    strides = [*like.stride(), 0] if like.is_complex() else like.stride()
+    order = sorted(range(len(strides)), key=lambda d: -strides[d])
+    if x.is_complex():
+        x = x.resolve_conj()
+    values = real(x).permute(order).reshape(-1).double()
+    values = values * values if norm == 2 else values.abs()
+    join = join_of(norm)
+    tiles = _padded(values, _SPAN * _TILE).view(-1, _SPAN, _TILE)
+    spans = _by_halves(_in_turn(tiles, join), join)
+    return _by_halves(_in_turn(_padded(spans, _SUMS).view(-1, _SUMS), join), join)

@@ -1,0 +1,133 @@
+"""The rules, one function each, in the order of operations of ``csrc/rules/*.h``, so that both give the same bits.
+
+``p``, ``g`` and the state tensors are real and of the compute dtype (float32, or float64 for float64 parameters). A
+function writes the new states into ``state`` and returns the new parameter. Its keyword arguments are the options of
+``struct Options`` there, and ``t``, the step count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..tracing import Number
+from .math import average_square, is_unset, lerp, may_count, multiply_add, power, root, rounded, scaled_add, sqrt
+
+
+def adam(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+) -> Tensor:
+    """Adam, AdamW and AMSGrad: ``csrc/rules/adam.h``."""
+    correction = root(1.0 - power(beta2, t))
+    rate = rounded(lr * correction / (1.0 - power(beta1, t)), p)
+    l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
+    decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = g + p * l2
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    if amsgrad:
+        v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
+    u = m * rate / (sqrt(v) + rounded(eps * correction, p))
+    if may_count(decay):
+        u = p * decay + u
+    return p - u
+
+
+def sgd(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    momentum: Number,
+    dampening: Number,
+    weight_decay: Number,
+    nesterov: bool,
+    maximize: bool,
+) -> Tensor:
+    """SGD with momentum, dampening and Nesterov momentum: ``csrc/rules/sgd.h``."""
+    l2 = rounded(weight_decay, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = multiply_add(l2, p, g)
+    if "momentum_buffer" in state:
+        old = state["momentum_buffer"]
+        b = torch.where(is_unset(old), g, scaled_add(momentum, old, g * rounded(1.0 - dampening, p))) + 0.0
+        state["momentum_buffer"] = b
+        g = multiply_add(rounded(momentum, p), b, g) if nesterov else b
+    return multiply_add(-rounded(lr, p), g, p)
+
+
+def rmsprop(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    alpha: Number,
+    eps: Number,
+    weight_decay: Number,
+    momentum: Number,
+    centered: bool,
+    maximize: bool,
+) -> Tensor:
+    """RMSprop, centered and with momentum: ``csrc/rules/rmsprop.h``."""
+    l2, weight = rounded(weight_decay, p), rounded(1.0 - alpha, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = g + p * l2
+    s = variance = state["square_avg"] = average_square(state["square_avg"], g, weight)
+    if centered:
+        c = state["grad_avg"] = lerp(state["grad_avg"], g, weight)
+        variance = torch.maximum(s - c * c, s * torch.finfo(s.dtype).eps)
+    u = g / (sqrt(variance) + rounded(eps, p))
+    if "momentum_buffer" in state:
+        b = state["momentum_buffer"] = state["momentum_buffer"] * rounded(momentum, p) + u
+        return multiply_add(-rounded(lr, p), b, p)
+    return p - u * rounded(lr, p)
+
+
+def adagrad(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    lr_decay: Number,
+    eps: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> Tensor:
+    """Adagrad: ``csrc/rules/adagrad.h``."""
+    l2 = rounded(weight_decay, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = g + p * l2
+    s = state["sum"] = state["sum"] + g * g
+    return p - g / (sqrt(s) + rounded(eps, p)) * rounded(lr / (1.0 + (t - 1.0) * lr_decay), p)
+
+
+RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "adagrad": adagrad}

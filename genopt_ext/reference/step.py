@@ -1,0 +1,116 @@
+"""One step of one parameter: load, rule, store, as ``csrc/cpu/walk.h`` does it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tracing
+from ..tracing import Number
+from . import codecs, rounding
+from .math import compute_dtype, is_unset, lerp, real, rounded
+from .rules import RULES
+
+
+@torch.no_grad()
+def step(
+    rule: str,
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    names: list[str],
+    *,
+    factor: Number = 1.0,
+    clip_value: float | None = None,
+    extra: str | None = None,
+    seed: int | None = None,
+    unbiased: bool = False,
+    counts: bool = True,
+    **options: Number,
+) -> None:
+    """One step of one parameter: load, rule, store.
+
+    Args:
+        rule: a key of :data:`RULES`.
+        param: updated in place; float32, float64, bfloat16, float16 or complex, any shape and strides.
+        grad: of the parameter's shape.
+        state: tensors of the parameter's shape under ``names``, or their codes, and ``"step"`` where there is one.
+        factor: of the gradient.
+        clip_value: limits the gradient's elements, after the factor.
+        extra: the state that keeps what the parameter can not hold: ``"master"``, ``"compensation"`` or None.
+        seed: of the random bits by which the parameter is rounded; None: to the nearest.
+        counts: whether ``"step"`` is advanced.
+        unbiased: whether states of 16 bits are not rounded to the nearest.
+        options: the rule's keyword arguments.
+    """
+    compute = compute_dtype(param)
+    if grad.is_complex():
+        grad = grad.resolve_conj()
+    values = {name: real(codecs.read(state, name)).to(compute) for name in names}
+    t: Number = 0.0
+    if counts and "step" in state:
+        state["step"].add_(1)
+        t = tracing.number(state["step"])
+    weights, g = real(param), real(grad).to(compute)
+    g = g * rounded(factor, g)
+    if clip_value is not None:
+        limit = float(rounded(clip_value, g))
+        g = g.clamp(-limit, limit)
+    start = state["master"] if extra == "master" else weights.to(compute)
+    if extra == "compensation":
+        start = start + state["compensation"].to(compute)
+    new = RULES[rule](start, g, values, t=t, **options)
+    if extra == "master":
+        state["master"].copy_(new)
+    elif extra == "compensation":
+        stored = new.to(param.dtype).to(compute)
+        state["compensation"].copy_(torch.where((stored - stored) == 0, new - stored, 0.0))
+    if seed is None:
+        weights.copy_(new)
+    else:
+        bits = rounding.random_bits(param, seed, t)
+        codecs.fill(param, rounding.round_by(codecs.flat(new, param), param.dtype, bits), param)
+    for name in names:
+        coded = state.get(name) is None
+        turns = rounding.turns(param, t) if coded or (unbiased and state[name].dtype in codecs.HALVES) else None
+        if param.is_complex():
+            real(state[name]).copy_(values[name])
+        else:
+            codecs.write(state, name, param, values[name], turns)
+
+
+@contextlib.contextmanager
+def undone_where(skip: Tensor, tensors: list[Tensor]) -> Iterator[None]:
+    """Takes back what is done to the tensors in the block where ``skip`` (0-dim) turns out to be not zero."""
+    before = [t.detach().clone() for t in tensors]
+    yield
+    for t, old in zip(tensors, before, strict=True):
+        if skip.is_meta and not t.is_meta:
+            continue  # a step count beside a parameter without numbers
+        t.detach().copy_(torch.where(skip != 0, old, t.detach()))
+
+
+@torch.no_grad()
+def average(param: Tensor, ema: Tensor, decay: float) -> None:
+    """Moves the average ``ema`` towards the parameter, as :class:`torch.optim.swa_utils.AveragedModel` does."""
+    averages, compute = real(ema), compute_dtype(param)
+    e, p = averages.to(compute), real(param).to(compute)
+    averages.copy_(torch.where(is_unset(e), p, lerp(e, p, rounded(1.0 - decay, p))) + 0.0)
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def swapped(params: list[Tensor], averages: list[Tensor]) -> Iterator[None]:
+    """Within the block parameters are their averages, where those have begun."""
+    kept = [p.clone() for p in params]
+    try:
+        for p, e in zip(params, averages, strict=True):
+            p.copy_(torch.where(is_unset(e), p.to(e.dtype), e))
+        yield
+    finally:
+        for p, old in zip(params, kept, strict=True):
+            p.copy_(old)
