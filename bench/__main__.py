@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import method, plots, report, session
+from . import method, plots, readme, report, session
 from .cases import Case, cases, selected, short
 from .subjects import SUBJECTS
 
@@ -82,15 +82,15 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
-def readme(args: argparse.Namespace) -> int:
-    paths = report.newest()
+def write_readme(args: argparse.Namespace) -> int:
+    paths = readme.newest()
     if not paths:
         raise ValueError(
             "bench/results has no result of python -m bench run --json bench/results/DEVICE/DATE-COMMIT.json"
         )
-    text = report.markdown(paths)
+    text = readme.markdown(paths)
     if args.write:
-        report.write_between(method.ROOT / "README.md", report.BEGIN, text)
+        readme.write_between(method.ROOT / "README.md", readme.BEGIN, text)
         print("README.md is written from", *[path.relative_to(method.ROOT) for path in paths])
     else:
         print(text)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     three.set_defaults(do=plot)
     four = commands.add_parser("readme", help="the README's section, from the newest result of each device")
     four.add_argument("--write", action="store_true", help="put it between the README's markers")
-    four.set_defaults(do=readme)
+    four.set_defaults(do=write_readme)
     five = commands.add_parser("list", help="cases, and who can take part here")
     five.add_argument("--scale", type=float, default=0.25)
     five.set_defaults(do=show_list)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import importlib.metadata
 import os
 import platform
 import random
@@ -22,12 +21,13 @@ from typing import Any
 
 import torch
 
+from .packages import PEERS, installed
+
 Run = Callable[[], object]
 OURS, LIMIT = "genopt_ext", "limit"
 ROOT = Path(__file__).parent.parent
 NOISY = 0.25  # interquartile range over median: from here on a row says that it is noisy
 FEW = 8  # rounds: with fewer, quartiles say little of the noise
-PEERS = ("bitsandbytes", "torchao", "torch-optimi", "flashoptim", "deepspeed")
 
 
 def in_turn(
@@ -179,16 +179,6 @@ def commit() -> tuple[str, bool]:
             return ""
 
     return git("rev-parse", "--short", "HEAD") or "unknown", bool(git("status", "--porcelain", "csrc", "genopt_ext"))
-
-
-def installed(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

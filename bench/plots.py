@@ -45,16 +45,13 @@ def color(subject: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """As PNG and as SVG."""
+    """As PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A device's name may have a dot, which with_suffix would cut at.
-    written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    figure.savefig(written[0], dpi=110)
-    # Neither date nor random ids: the same numbers give the same file.
-    with plt.rc_context({"svg.hashsalt": "genopt_ext"}):
-        figure.savefig(written[1], metadata={"Date": None})
+    written = path.with_name(path.name + ".png")
+    figure.savefig(written, dpi=110)
     plt.close(figure)
-    return written
+    return [written]
 
 
 def ordered(subjects: Any) -> list[str]:
@@ -65,6 +62,12 @@ def ordered(subjects: Any) -> list[str]:
 def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
+
+
+def smoothed(values: list[float], windows: int = 20) -> list[float]:
+    """Each with the mean of those before it, a ``windows``th of all."""
+    window = max(1, len(values) // windows)
+    return [statistics.fmean(values[max(0, k - window) : k + 1]) for k in range(len(values))]
 
 
 def bandwidth(data: dict[str, Any], path: Path) -> list[Path]:
@@ -172,8 +175,7 @@ def loss(data: dict[str, Any], path: Path) -> list[Path]:
     for name in names:
         seconds, losses, _ = curves[name]
         # Every step counts as the median one, as a single one that was interrupted would shift all that follow.
-        step, window = statistics.median(seconds), max(1, len(losses) // 20)
-        smooth = [statistics.fmean(losses[max(0, k - window) : k + 1]) for k in range(len(losses))]
+        step, smooth = statistics.median(seconds), smoothed(losses)
         at = [step * (k + 1) for k in range(len(losses))]
         style = {"linewidth": 2.4 if report.is_ours(name) else 1.4, "linestyle": "-" if name == OURS else "--"}
         left.plot(at, smooth, color=color(name), label=name, **style)

@@ -7,12 +7,10 @@ its first subject is asked for, and each subject's own are replayed to pytest-be
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import gc
 import io
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,22 +23,13 @@ import torch
 
 from . import method
 from .cases import Case
+from .checks import check, expected, tolerance, wrong_by
 from .limit import limit
+from .memory import peak_above_rest, state_bytes
 from .method import LIMIT, OURS, Run
-from .subjects import (
-    OWN_CODES,
-    SUBJECTS,
-    Absent,
-    Made,
-    check,
-    expected,
-    forget,
-    make,
-    other,
-    rotating,
-    state_bytes,
-    wrong_by,
-)
+from .packages import Absent
+from .rounds import Made, forget, make, rotating
+from .subjects import OWN_CODES, SUBJECTS, other
 
 COPIES = 8
 TRAINING_STEPS = 200
@@ -70,32 +59,6 @@ def copies(nbytes: float, device: str) -> int:
     if device.startswith("cuda"):
         cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, min(COPIES, -int(-2 * cache // max(1.0, nbytes))))
-
-
-def peak_above_rest(run: Run, device: str) -> int | None:
-    """Bytes that a call takes beside those that are there before it; None where this can not be seen."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or the heap's free space would take what should be seen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        run()
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return max(0, (int(peak.split()[1]) << 10) - before)
-    except (OSError, AttributeError, StopIteration):
-        return None
-
-
-def tolerance(case: Case) -> float:
-    """Error of two steps, of what they move: state in 8 bits, weights of 16 bits, and what only rounds elsewhere."""
-    if torch.int8 in (case.state, case.dtype):
-        return 0.3
-    return 0.01 if case.dtype == torch.float32 and case.state is None else 0.2
 
 
 def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[str, Any], Made] | None:

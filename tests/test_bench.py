@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 report = pytest.importorskip("bench.report", reason="run from the repository's root")
 from bench import __main__ as command_line  # noqa: E402
 from bench import cases as tables  # noqa: E402
-from bench import limit, method, plots, session, subjects  # noqa: E402
+from bench import checks, limit, memory, method, packages, plots, readme, rounds, session, subjects  # noqa: E402
 from bench.cases import Case  # noqa: E402
 
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="gpu-check times on a GPU")
@@ -109,11 +110,11 @@ def test_shapes_are_the_models() -> None:
 def test_bytes_are_those_of_real_state(case: Case) -> None:
     """On one tensor of whole blocks: counters of steps are less than a thousandth."""
     few = tables.Case(**{**vars(case), "shapes": ((256 * 256,),)})
-    params = subjects.parameters(few)
+    params = rounds.parameters(few)
     opt = subjects.ours(few, params)
     opt.step()
-    assert subjects.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=1e-3)
-    subjects.forget()
+    assert memory.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=1e-3)
+    rounds.forget()
     if case.kind == "step":
         width = case.dtype.itemsize
         reads = 1 + (case.clip is not None or case.amp)
@@ -148,27 +149,27 @@ def test_limit_moves_the_bytes(case: Case) -> None:
 
 def test_wrong_results_are_seen() -> None:
     case = tables.Case("SGD", "SGD", ((300,),), kwargs={"momentum": 0.9})
-    truth = subjects.expected(case, "cpu")
-    made = subjects.make("torch fused", case, "cpu")
-    assert made is not None and subjects.wrong_by(made, *truth) == pytest.approx(1.0)  # has not moved
+    truth = checks.expected(case, "cpu")
+    made = rounds.make("torch fused", case, "cpu")
+    assert made is not None and checks.wrong_by(made, *truth) == pytest.approx(1.0)  # has not moved
     made.run()
     made.run()
-    assert subjects.wrong_by(made, *truth) < 1e-4
+    assert checks.wrong_by(made, *truth) < 1e-4
     made.run()
-    assert subjects.wrong_by(made, *truth) > 0.3
+    assert checks.wrong_by(made, *truth) > 0.3
 
 
 def test_who_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tables.Case("AdamW int8", "AdamW", ((4096,),), state=torch.int8)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    subjects.package.cache_clear()
-    with pytest.raises(subjects.Absent, match="."):
-        subjects.make("bitsandbytes", case, "cpu")
-    subjects.package.cache_clear()
+    packages.package.cache_clear()
+    with pytest.raises(packages.Absent, match="."):
+        rounds.make("bitsandbytes", case, "cpu")
+    packages.package.cache_clear()
     many = tables.Case("many", "AdamW", ((1,),) * (subjects.MANY + 1))
-    with pytest.raises(subjects.Absent, match="too slow with 5001 tensors"):
-        subjects.make("torch for-loop", many, "cpu")
-    assert subjects.make("torch for-loop", case, "cpu") is None  # torch has no 8-bit state
+    with pytest.raises(packages.Absent, match="too slow with 5001 tensors"):
+        rounds.make("torch for-loop", many, "cpu")
+    assert rounds.make("torch for-loop", case, "cpu") is None  # torch has no 8-bit state
 
 
 def test_what_a_subject_does_otherwise_is_said() -> None:
@@ -243,9 +244,9 @@ def test_section_and_figures(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(made_up()))
     written = plots.draw(path)
-    assert {p.name for p in written} >= {"2026-01-02-abc-bandwidth.png", "2026-01-02-abc-bandwidth.svg"}
+    assert path.with_name("2026-01-02-abc-bandwidth.png") in written
     assert all(p.stat().st_size > 1000 for p in written)
-    text = report.markdown([path], tmp_path)
+    text = readme.markdown([path], tmp_path)
     assert "| one | 1.25 s | 22.4 | 80% | torch fused | 1.20x |  |" in text
     assert "| two | 4 s | 7 | 50% | optimi | 0.50x | noisy |" in text
     assert "![Bandwidth of each case against the limit](bench/results/abacus/2026-01-02-abc-bandwidth.png)" in text
@@ -256,14 +257,14 @@ def test_section_and_figures(tmp_path: Path) -> None:
     grown.parent.mkdir()
     grown.write_text('{"machine_info": {"command": "python -m bench.experiments.growth --seconds 1"}}')
     grown.with_name("abacus-tensors.png").write_bytes(b"")
-    text = report.markdown([path], tmp_path)
+    text = readme.markdown([path], tmp_path)
     assert "![Time against the number of tensors](bench/results/growth/abacus-tensors.png)" in text
     assert "python -m bench.experiments.growth --seconds 1\n" in text
     old = path.with_name("2025-12-31-old.json")
     old.write_text(json.dumps(made_up()))
     path.with_name("2027-01-01-other.json").write_text('{"results": []}')
     (tmp_path / "bench" / "results" / "local").mkdir()
-    assert report.newest(tmp_path / "bench" / "results") == [path]
+    assert readme.newest(tmp_path / "bench" / "results") == [path]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -275,15 +276,32 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_readme_is_not_stale() -> None:
     """`python -m bench readme --write` mends it."""
-    paths = report.newest()
+    paths = readme.newest()
     assert paths, "no result is committed"
-    assert report.between((ROOT / "README.md").read_text(), report.BEGIN) == report.markdown(paths).strip("\n")
+    assert readme.between((ROOT / "README.md").read_text(), readme.BEGIN) == readme.markdown(paths).strip("\n")
 
 
 def test_figures_of_the_readme_are_there() -> None:
-    text = report.between((ROOT / "README.md").read_text(), report.BEGIN)
+    text = readme.between((ROOT / "README.md").read_text(), readme.BEGIN)
     pictures = [line.split("](", 1)[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert pictures and all((ROOT / picture).exists() for picture in pictures)
+
+
+def test_each_result_is_linked() -> None:
+    """By its path, or by a pattern of bench/results/README.md; dated ones by path alone, as newer ones replace them."""
+    results = report.RESULTS
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    named = [words for words in (results / "README.md").read_text().split("`")[1::2] if "<date>" not in words]
+    patterns = [re.sub("<[a-z]+>", "[^/]+", re.escape(words)) for words in named]
+    files = [path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file()]
+    lost = [
+        file
+        for file in files
+        if not file.startswith("local/") and file != "README.md" and f"results/{file}" not in text
+        if not any(re.fullmatch(pattern, file) for pattern in patterns)
+    ]
+    assert files and not lost
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
@@ -313,7 +331,7 @@ def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
             assert each["stats"]["median"] > 0 and math.isfinite(each["extra_info"]["noise"]), (case, subject)
     losses = grouped["training step of the demo's GPT"]["genopt_ext"]["extra_info"]["losses"]
     assert len(losses) == 5 and all(math.isfinite(loss) for loss in losses)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png", ".svg"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
     again = path.with_name("again.json")
     again.write_text(path.read_text())
     assert command_line.main(["compare", str(path), str(again), "--times"]) == 0

@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("sklearn", reason="scikit-learn's digits are what the models learn")
 mappings = pytest.importorskip("bench.experiments.mappings", reason="run from the repository's root")
 quality = pytest.importorskip("bench.experiments.quality")
+from bench.experiments import maps, quality_report  # noqa: E402
+
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="the experiments run on a CPU")
 
 
@@ -21,8 +23,8 @@ def test_quality_runs(tmp_path: Path) -> None:
     results = quality.main(["--steps", "4", "--seeds", "2", "--optimizers", "AdamW", "--subjects", *own, *files])
     saved = json.loads((tmp_path / "q.json").read_text())["results"]
     assert len(saved) == len(results) == 3 * len(own) and (tmp_path / "q.png").stat().st_size > 0
-    for case in quality.cases(results).values():
-        base = case[quality.BASE]
+    for case in quality_report.cases(results).values():
+        base = case[quality_report.BASE]
         assert base.narrow == 0 and base.bytes == pytest.approx(8, abs=0.1)
         for r in case.values():
             if not r.absent:
@@ -30,21 +32,21 @@ def test_quality_runs(tmp_path: Path) -> None:
 
 
 def test_table_goes_between_the_markers(tmp_path: Path) -> None:
-    result = quality.Result("GPT", "AdamW", quality.BASE, finals=[2.0, 3.0])
+    result = quality_report.Result("GPT", "AdamW", quality_report.BASE, finals=[2.0, 3.0])
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{quality.BEGIN}\nold\n{quality.END}\nafter\n")
-    quality.write_readme(quality.markdown([result], seeds=2), readme)
+    readme.write_text(f"before\n{quality_report.BEGIN}\nold\n{quality_report.END}\nafter\n")
+    quality_report.write_readme(quality_report.markdown([result], seeds=2), readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| GPT | AdamW | genopt_ext fp32 | 2.5000 |" in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="README.md has no lines"):
-        quality.write_readme("", readme)
+        quality_report.write_readme("", readme)
 
 
 def test_readme_has_the_markers() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    assert quality.END in text.split(quality.BEGIN, 1)[1]
+    assert quality_report.END in text.split(quality_report.BEGIN, 1)[1]
 
 
 def test_mappings_run(tmp_path: Path) -> None:
@@ -57,13 +59,13 @@ def test_mappings_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 @pytest.mark.parametrize("name", ["power 2", "dynamic", "bits 3", "bits 4,3", "bits 4,2"])
 def test_maps_are_exact_on_their_values_and_unbiased_between(name: str, signed: bool) -> None:
-    mapping = (mappings.SIGNED if signed else mappings.UNSIGNED)[name]
+    mapping = (maps.SIGNED if signed else maps.UNSIGNED)[name]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 256, generator=generator)
     x = x if signed else x.square()
     kept = mapping(x, None)
     torch.testing.assert_close(mapping(kept, None), kept, rtol=1e-6, atol=0)
-    rounding = mappings.Rounding("sequence", tuple(x.shape), 0)
+    rounding = maps.Rounding("sequence", tuple(x.shape), 0)
     mean = torch.stack([mapping(x, rounding(step)) for step in range(512)]).mean(0)
     large = x.abs() > x.abs().amax(1, keepdim=True) / 100  # where no map is at its end
     torch.testing.assert_close(mean[large], x[large], rtol=4e-3, atol=0)

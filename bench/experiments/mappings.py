@@ -3,136 +3,30 @@
 Each candidate keeps shadow states beside fp32 ones, fed the same gradients of real trainings and quantized at every
 step in blocks of 256. What counts is the update m / (sqrt(v) + eps) that comes of them: its mean squared error over
 the mean square of the fp32 update; for Adagrad's sum, the relative error. ``--train`` then trains with some of them.
-
-Maps: powers (largest * (code / last code)^power), the dynamic-exponent code book of Dettmers et al.
-(arXiv 2110.02861), and the bits of a float32 without the lowest ones ("bits 4,2": 4 fraction bits for the larger
-values, 2 for the smaller ones). Roundings: to nearest; random; and "sequence": up with the same probability, but an
-element's numbers over the steps are frac(phase + step * golden ratio), which are spread far more evenly. Every 256
-steps the phase jumps, as gradients that come back after 89, 144, ... steps would meet almost the same number for long.
+maps.py has the maps and roundings, mappings_report.py tables and figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..report import RESULTS
+from .mappings_report import plot, show
+from .maps import BLOCK, ROUNDINGS, SIGNED, UNSIGNED, Stored
 from .models import TASKS
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-BLOCK = 256
 EPS = 1e-8
-ROUNDINGS = ("nearest", "random", "sequence")
-Map = Callable[[Tensor, "Tensor | None"], Tensor]
-
-# A map takes rows of 256 values and, unless it is to round to nearest, as many numbers of [0, 1) that decide which
-# ones go up; it returns what is decoded after encoding. A second moment that is not zero never becomes zero.
-
-
-@dataclass
-class Levels:
-    """Decodes to largest * levels[code]."""
-
-    levels: Tensor  # ascending from 0 to 1; of magnitudes where the moment is signed
-    signed: bool
-    may_vanish: bool = False
-
-    def __call__(self, x: Tensor, up: Tensor | None) -> Tensor:
-        largest = x.abs().amax(1, keepdim=True)
-        y = x.abs() / largest.clamp_min(torch.finfo(torch.float32).tiny)
-        low = (torch.bucketize(y, self.levels, right=True) - 1).clamp(0, len(self.levels) - 2)
-        below, above = self.levels[low], self.levels[low + 1]
-        part = (y - below) / (above - below)
-        code = low + (part > 0.5 if up is None else part > up)
-        if not self.signed and not self.may_vanish:
-            code = torch.where(y > 0, code.clamp_min(1), code)
-        return self.levels[code] * largest * x.sign()
-
-
-def power(exponent: float, signed: bool) -> Levels:
-    last = 127 if signed else 255
-    return Levels((torch.arange(last + 1) / last) ** exponent, signed)
-
-
-def dynamic(signed: bool, may_vanish: bool = False) -> Levels:
-    """Leading zero bits tell the power of ten, the bits after the first one divide 0.1 to 1 evenly."""
-    bits = 7 if signed else 8
-    values = [0.0, 1.0]
-    for zeros in range(7):
-        count = 2 ** (bits - 1 - zeros)
-        values += [10.0**-zeros * (0.1 + 0.9 * (k + 0.5) / count) for k in range(count)]
-    return Levels(torch.tensor(sorted(values)), signed, may_vanish)
-
-
-@dataclass
-class FloatBits:
-    """The distance between a float32's bits and those of the block's largest, which is rounded up, is the code's.
-
-    ``pieces``: fraction bits and octaves from the top down, the last one for as long as there are codes. The code is
-    a convex function of the bits, so it is the largest of some shifts with offsets.
-    """
-
-    signed: bool
-    pieces: tuple[tuple[int, int], ...]
-
-    def __call__(self, x: Tensor, up: Tensor | None) -> Tensor:
-        bits = x.abs().view(torch.int32)
-        last = 127 if self.signed else 255
-        grid = 23 - self.pieces[-1][0]
-        top = ((bits.amax(1, keepdim=True) + ((1 << grid) - 1)) >> grid) << grid
-        top = top.clamp_min(29 << 23)  # 2^-98, so that the smallest code's value is a normal number
-        border, at = top, last
-        codes, values = [], []
-        for fraction, octaves in self.pieces:
-            shift = 23 - fraction
-            extra = 1 << (shift - 1) if up is None else (up * (1 << shift)).to(torch.int32)
-            codes.append(((bits + extra) >> shift) - (border >> shift) + at)
-            values.append((border, shift, at))
-            border, at = border - (octaves << 23), at - (octaves << fraction)
-        code = torch.stack(codes).amax(0).clamp(0, last)
-        if not self.signed:
-            code = torch.where(bits > 0, code.clamp_min(1), 0)
-        decoded = torch.stack([border + ((code - at) << shift) for border, shift, at in values]).amin(0)
-        return torch.where(code > 0, decoded, 0).view(torch.float32) * x.sign()
-
-
-SIGNED: dict[str, Map] = {
-    "power 1": power(1, True),
-    "power 2": power(2, True),
-    "power 3": power(3, True),
-    "dynamic": dynamic(True),
-    "bits 4": FloatBits(True, ((4, 0),)),
-    "bits 3": FloatBits(True, ((3, 0),)),
-    "bits 4,3": FloatBits(True, ((4, 4), (3, 0))),
-    "bits 4,2": FloatBits(True, ((4, 6), (2, 0))),
-}
-UNSIGNED: dict[str, Map] = {
-    "power 1": power(1, False),
-    "power 2": power(2, False),
-    "power 4": power(4, False),
-    "power 6": power(6, False),
-    "dynamic, may vanish": dynamic(False, may_vanish=True),
-    "dynamic": dynamic(False),
-    "bits 4": FloatBits(False, ((4, 0),)),
-    "bits 3": FloatBits(False, ((3, 0),)),
-    "bits 4,3": FloatBits(False, ((4, 8), (3, 0))),
-    "bits 4,2": FloatBits(False, ((4, 12), (2, 0))),
-}
 
 
 @dataclass(frozen=True)
@@ -165,40 +59,6 @@ BOTH = [
     Candidate("dynamic", "nearest", "dynamic, may vanish", "nearest"),
 ]
 TRAINED = [BOTH[0], BOTH[5], BOTH[8]]
-
-
-def mixed(x: int) -> int:
-    """A 32-bit hash."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-class Rounding:
-    """Numbers of [0, 1), one an element, other ones at every step. "sequence" gives all moments the same ones."""
-
-    def __init__(self, kind: str, shape: tuple[int, ...], seed: int) -> None:
-        self.kind, self.shape = kind, shape
-        self.generator = torch.Generator().manual_seed(seed)
-        self.phase = torch.arange(math.prod(shape)).view(shape) * 0x91E10DA5
-
-    def __call__(self, step: int) -> Tensor | None:
-        if self.kind == "nearest":
-            return None
-        if self.kind == "random":
-            return torch.rand(self.shape, generator=self.generator)
-        u = (self.phase + step * 0x9E3779B9 + mixed(step >> 8)) & 0xFFFFFFFF
-        return (u >> 8) / 2.0**24
-
-
-class Stored:
-    """A moment as one candidate stores it: what is written is quantized."""
-
-    def __init__(self, mapping: Map | None, kind: str, shape: tuple[int, ...], seed: int) -> None:
-        self.mapping, self.rounding, self.value = mapping, Rounding(kind, shape, seed), torch.zeros(shape)
-
-    def write(self, value: Tensor, step: int) -> None:
-        self.value = self.mapping(value, self.rounding(step)) if self.mapping else value
 
 
 class Shadow:
@@ -348,64 +208,6 @@ def trained(names: list[str], optimizers: list[str], seeds: int, steps: int | No
                 results.setdefault(f"{name} {rule}", {})[label] = finals
                 say(f"{name} {rule}, {label}: {', '.join(f'{x:.4f}' for x in finals)}")
     return results
-
-
-def show(results: dict[str, Any], console: Console) -> None:
-    sources = results["sources"]
-    names = list(dict.fromkeys(n for s in sources.values() for n in s["update"]))
-    shown = Table(title="Mean squared error of Adam's update, relative to its mean square")
-    shown.add_column("stored in 8 bits", no_wrap=True)
-    for source in sources:
-        shown.add_column(source, justify="right")
-    for name in names:
-        row = [s["update"].get(name) for s in sources.values()]
-        shown.add_row(name, *("" if x is None else f"{x:.4f}" if x < 10 else f"{x:.0e}" for x in row))
-    console.print(shown)
-    sums = {source: s["sum"] for source, s in sources.items() if s["sum"]}
-    shown = Table(title="Adagrad's sum: relative error, root mean square (mean)")
-    shown.add_column("stored in 8 bits", no_wrap=True)
-    for source in sums:
-        shown.add_column(source, justify="right")
-    for name in next(iter(sums.values()), {}):
-        shown.add_row(name, *(f"{s[name][0]:.3f} ({s[name][1]:+.3f})" for s in sums.values()))
-    console.print(shown)
-    if not results["trained"]:
-        return
-    shown = Table(title="Final loss relative to fp32 state, mean of seeds (standard error), per cent")
-    shown.add_column("stored in 8 bits", no_wrap=True)
-    for case in results["trained"]:
-        shown.add_column(case, justify="right")
-    for label in next(iter(results["trained"].values())):
-        row = []
-        for finals in results["trained"].values():
-            change = [100 * (a / b - 1) for a, b in zip(finals[label], finals["fp32"], strict=True)]
-            spread = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else 0.0
-            row.append(f"{statistics.fmean(change):+.2f} ({spread:.2f})")
-        shown.add_row(label, *row)
-    console.print(shown)
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Errors of the pairs over the steps, for each source."""
-    sources = {name: s for name, s in results["sources"].items() if s["curves"]}
-    columns = min(3, len(sources))
-    rows = -(-len(sources) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.4 * rows), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, (name, source) in zip(grid.flat, sources.items(), strict=False):
-        for i, (label, curve) in enumerate(source["curves"].items()):
-            window = max(1, len(curve) // 40)
-            smooth = [statistics.fmean(curve[max(0, k - window) : k + 1]) for k in range(len(curve))]
-            axes.plot(smooth, color=f"C{i}", linewidth=2.5 if i == 0 else 1.2, label=label)
-        axes.set(yscale="log", ylim=(2e-4, 1), xlabel="step", title=name)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("error of the update")
-    for axes in list(grid.flat)[len(sources) :]:
-        axes.set_visible(False)
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
