@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Any
 
+import oracles
 import torch
 from torch import Tensor
 
@@ -65,7 +66,8 @@ class Case:
 
     def torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         """torch's for-loop."""
-        return getattr(torch.optim, self.name)(params, **self.kwargs, foreach=False, **more)
+        twin = getattr(torch.optim, self.name, None) or getattr(oracles, self.name)
+        return twin(params, **self.kwargs, foreach=False, **more)
 
 
 CASES = [
@@ -86,10 +88,12 @@ CASES = [
     Case("RMSprop", dict(centered=True, momentum=0.5, weight_decay=0.1, maximize=True)),
     Case("Adagrad"),
     Case("Adagrad", dict(lr=0.1, lr_decay=0.5, weight_decay=0.1, initial_accumulator_value=0.1, maximize=True)),
+    Case("Lion"),
+    Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True)),
 ]
 FIRST = {case.name: case for case in CASES}
 # One case per class and set of states, for tests about state rather than arithmetic.
-STATEFUL = [CASES[i] for i in (0, 2, 6, 9, 14, 16)]
+STATEFUL = [CASES[i] for i in (0, 2, 6, 9, 14, 16, 18)]
 
 
 def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

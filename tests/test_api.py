@@ -63,7 +63,7 @@ def test_classes_are_torchs_subclasses():
 
 def test_signatures_spell_out_the_step_options():
     """As ``help`` shows them, with the defaults that they have; 8-bit classes inherit their constructor."""
-    for name in (*optim.OURS, *optim.EIGHT_BIT):
+    for name in (*optim.OURS, *optim.NOT_TORCHS, *optim.EIGHT_BIT):
         cls = getattr(optim, name)
         parameters_ = inspect.signature(cls).parameters
         assert not any(each.kind is each.VAR_KEYWORD for each in parameters_.values())
@@ -75,9 +75,9 @@ def test_signatures_spell_out_the_step_options():
 
 def test_every_rule_has_its_parts():
     """A rule has a reference, a class and entries in the table; Python and C++ agree on states and options."""
-    classes = {getattr(optim, name) for name in optim.OURS}
+    classes = {getattr(optim, name) for name in (*optim.OURS, *optim.NOT_TORCHS)}
     assert {c.rule.name for c in classes} == set(reference.RULES)
-    assert {case.name for case in CASES} == set(optim.OURS)
+    assert {case.name for case in CASES} == {*optim.OURS, *optim.NOT_TORCHS}
     if _backend.native is None:
         return
     rules = _backend.native.rules()
