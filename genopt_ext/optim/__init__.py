@@ -19,10 +19,11 @@ from .rmsprop import RMSprop8bit as RMSprop8bit
 from .sgd import SGD as SGD
 from .sgd import SGD8bit as SGD8bit
 
-OURS = ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD")
-NOT_TORCHS = ("Lion",)  # which torch does not have
-EIGHT_BIT = tuple(f"{name}8bit" for name in (*OURS, *NOT_TORCHS))  # the same with state_dtype=torch.int8
-__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *OURS, *NOT_TORCHS, *EIGHT_BIT})  # noqa: PLE0605
+_classes = {name: each for name, each in list(globals().items()) if isinstance(each, type) and hasattr(each, "rule")}
+EIGHT_BIT = tuple(name for name in _classes if name.endswith("8bit"))  # the others with state_dtype=torch.int8
+OURS = tuple(name for name in _classes if name not in EIGHT_BIT)
+TORCHS = tuple(name for name in OURS if _classes[name].rule.torch_class is not None)  # of these, which torch has too
+__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *_classes})  # noqa: PLE0605
 
 # So that `from genopt_ext.optim.lr_scheduler import StepLR` works as it does with torch.
 for _name in ("lr_scheduler", "swa_utils"):

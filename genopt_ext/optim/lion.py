@@ -36,6 +36,7 @@ class Lion(FusedOptimizer):
         betas: of the average that gives the sign, and of the momentum that is kept; both in [0, 1).
         weight_decay: decoupled decay, times ``lr``.
         maximize: ascend instead of descending.
+        foreach, fused: accepted: every step is fused and covers all tensors at once.
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
@@ -58,12 +59,15 @@ class Lion(FusedOptimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        fused: bool | None = None,
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
         own = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
         self._begin(backend, step_options, **own)
+        own.update(foreach=foreach, fused=fused)
         torch.optim.Optimizer.__init__(self, params, own)
         self._set_options(step_options)
 

@@ -154,10 +154,4 @@ def lion(
     return p - step
 
 
-RULES: dict[str, Callable[..., Tensor]] = {
-    "adam": adam,
-    "sgd": sgd,
-    "rmsprop": rmsprop,
-    "adagrad": adagrad,
-    "lion": lion,
-}
+RULES: dict[str, Callable[..., Tensor]] = {rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion)}
