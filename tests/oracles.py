@@ -1,10 +1,14 @@
-"""Optimizers that torch does not have, in its style and in the parameter's own dtype: what tests compare ours with."""
+"""What tests compare ours with: torch.optim, and what it lacks, in its style and in the parameter's own dtype."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.optim, name)
 
 
 class Lion(torch.optim.Optimizer):
@@ -20,10 +24,10 @@ class Lion(torch.optim.Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(
-            params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
-        )
+        flags = dict(maximize=maximize, foreach=foreach, capturable=capturable, fused=fused)
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, **flags))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
