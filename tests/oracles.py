@@ -29,6 +29,11 @@ class Lion(torch.optim.Optimizer):
         flags = dict(maximize=maximize, foreach=foreach, capturable=capturable, fused=fused)
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, **flags))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", self.defaults["maximize"])
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None

@@ -26,14 +26,15 @@ RULE = Rule(
 class Lion(FusedOptimizer):
     """Lion (Chen et al., `arXiv 2302.06675 <https://arxiv.org/abs/2302.06675>`_), which torch does not have.
 
-    Every element moves by ``lr``, in the direction of the sign of an average: choose ``lr`` 3 to 10 times smaller than
-    AdamW's, and ``weight_decay`` as many times larger.
+    Every element moves by ``lr``, against the sign of an average; its authors recommend an ``lr`` 3 to 10 times smaller
+    than AdamW's, and a ``weight_decay`` as many times larger. A complex number is two real ones, as to every class, and
+    each moves by a sign of its own. NaN has no sign: it goes into the parameter.
 
     Args:
         params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
-            complex (whose parts move each by itself), of any shape and strides.
+            complex, of any shape and strides.
         lr: learning rate, a number or a 1-element tensor, read at every step; on a GPU without waiting for it.
-        betas: of the average that gives the sign, and of the momentum that is kept; both in [0, 1).
+        betas: decay rates of the average whose sign is taken, and of the one that is kept; both in [0, 1).
         weight_decay: decoupled decay, times ``lr``.
         maximize: ascend instead of descending.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
@@ -42,7 +43,8 @@ class Lion(FusedOptimizer):
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.
 
-    State per parameter: ``exp_avg``, in the parameter's shape and dtype.
+    State per parameter: ``exp_avg``, in the parameter's shape and dtype. ``differentiable`` and sparse gradients, which
+    torch's own code steps for other classes, are refused.
 
     Raises:
         TypeError: an argument or a parameter of the wrong type.
@@ -67,8 +69,7 @@ class Lion(FusedOptimizer):
     ) -> None:
         own = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
         self._begin(backend, step_options, **own)
-        own.update(foreach=foreach, fused=fused)
-        torch.optim.Optimizer.__init__(self, params, own)
+        super().__init__(params, {**own, "foreach": foreach, "fused": fused})
         self._set_options(step_options)
 
 
