@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Any
 
+import oracles
 import torch
 from torch import Tensor
 
@@ -56,6 +57,7 @@ def in_turn(cases: Sequence[Any], *axes: Sequence[Any]) -> list[tuple[Any, ...]]
 class Case:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    stateful: bool = field(default=False, compare=False)  # see STATEFUL
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.kwargs.items())])
@@ -64,32 +66,48 @@ class Case:
         return getattr(optim, self.name)(params, **self.kwargs, **more)
 
     def torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
-        """torch's for-loop."""
-        return getattr(torch.optim, self.name)(params, **self.kwargs, foreach=False, **more)
+        """torch's for-loop, or its like for a class that torch has not."""
+        return getattr(oracles, self.name)(params, **self.kwargs, foreach=False, **more)
 
 
 CASES = [
-    Case("Adam"),
+    Case("Adam", stateful=True),
     Case("Adam", dict(lr=0.01, weight_decay=0.1, maximize=True)),
-    Case("Adam", dict(amsgrad=True, weight_decay=0.1, betas=(0.8, 0.95))),
+    Case("Adam", dict(amsgrad=True, weight_decay=0.1, betas=(0.8, 0.95)), stateful=True),
     Case("Adam", dict(betas=(0.0, 0.3), eps=1e-3)),
     Case("Adam", dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case("AdamW"),
-    Case("AdamW", dict(lr=0.01, weight_decay=0.1, amsgrad=True, maximize=True)),
+    Case("AdamW", dict(lr=0.01, weight_decay=0.1, amsgrad=True, maximize=True), stateful=True),
     Case("SGD", dict(lr=0.1)),
     Case("SGD", dict(lr=0.1, momentum=0.9)),
-    Case("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)),
+    Case("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1), stateful=True),
     Case("SGD", dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True)),
     Case("RMSprop"),
     Case("RMSprop", dict(weight_decay=0.1, momentum=0.9)),
     Case("RMSprop", dict(centered=True, alpha=0.9)),
-    Case("RMSprop", dict(centered=True, momentum=0.5, weight_decay=0.1, maximize=True)),
+    Case("RMSprop", dict(centered=True, momentum=0.5, weight_decay=0.1, maximize=True), stateful=True),
     Case("Adagrad"),
-    Case("Adagrad", dict(lr=0.1, lr_decay=0.5, weight_decay=0.1, initial_accumulator_value=0.1, maximize=True)),
+    Case(
+        "Adagrad",
+        dict(lr=0.1, lr_decay=0.5, weight_decay=0.1, initial_accumulator_value=0.1, maximize=True),
+        stateful=True,
+    ),
+    Case("Lion"),
+    Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
 ]
 FIRST = {case.name: case for case in CASES}
 # One case per class and set of states, for tests about state rather than arithmetic.
-STATEFUL = [CASES[i] for i in (0, 2, 6, 9, 14, 16)]
+STATEFUL = [case for case in CASES if case.stateful]
+
+
+def by_states(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases of each rule and set of states together."""
+    together: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases:
+        opt = case.ours([torch.zeros(1)])
+        rule = type(opt).rule
+        together.setdefault((rule.name, *rule.state_names(opt.param_groups[0])), []).append(case)
+    return list(together.values())
 
 
 def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from cases import CASES, INF, NON_FINITE, SIZES, Case, in_turn, layouts, parameters, randn
+from cases import CASES, INF, NON_FINITE, SIZES, Case, by_states, in_turn, layouts, parameters, randn
 from low_precision import INT8, KEPT, SIXTEEN, WIDER, come_and_go, gradient
 from torch import Tensor
 
@@ -30,8 +30,8 @@ STORED: list[tuple[dict[str, Any], torch.dtype]] = [
     *(({**kept, **state}, dtype) for kept, dtype, state in product(KEPT, SIXTEEN, (INT8, *WIDER))),
 ]
 PLAIN = 6  # of these, which every case takes; and every other one of the rest
-# Every rule with each of its sets of states.
-RULES = [CASES[i] for i in (1, 6, 7, 10, 11, 12, 13, 14, 16)]
+# Every rule with each of its sets of states, by the case with the most options.
+RULES = [max(cases, key=lambda case: len(case.kwargs)) for cases in by_states(CASES)]
 AROUND = [dict(max_grad_norm=1.0, ema_decay=0.7), {}, dict(clip_per_param=0.5), dict(agc=0.1, clip_grad_value=0.3)]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from cases import (
-    CASES,
     COPIES,
     DEVICE,
     INF,
@@ -33,7 +32,7 @@ KERNELS = pytest.mark.skipif(_backend.native is None, reason="compares the kerne
 ADAMW = Case("AdamW")
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
 # Every class, with a state that has codes.
-CODED = [ADAMW, SGD, CASES[2], CASES[14], CASES[16]]
+CODED = [ADAMW, SGD, *(case for case in STATEFUL if case.kwargs and case.name not in ("AdamW", "SGD"))]
 # SGD without momentum has no state of its own.
 SOME = [*STATEFUL, Case("SGD", dict(lr=0.1))]
 # Smaller than SIZES, with three blocks and a tail among them.

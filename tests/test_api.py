@@ -13,6 +13,7 @@ import sys
 import warnings
 from functools import partial
 
+import oracles
 import pytest
 import torch
 from cases import CASES, DEVICE, FIRST, STATEFUL, Case, assert_same_bits, pairs, parameters, randn, set_grads, train
@@ -23,10 +24,10 @@ import genopt_ext
 from genopt_ext import _backend, optim, reference, step_in_backward
 from genopt_ext.optim.options import StepOptions
 
-OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.OURS}
+OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.TORCHS}
 
 
-@pytest.mark.parametrize("name", optim.OURS)
+@pytest.mark.parametrize("name", optim.TORCHS)
 def test_signatures_are_torchs(name):
     ours = inspect.signature(getattr(optim, name)).parameters
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
@@ -37,6 +38,16 @@ def test_signatures_are_torchs(name):
     assert all(p.kind is p.KEYWORD_ONLY for p in ours.values() if p.name not in theirs)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_norm'"):
         getattr(optim, name)(parameters([(1,)]), max_norm=1.0)
+
+
+def test_signature_of_lion():
+    """Its authors' and lion-pytorch's; what is ours, and torch's flags, are given by keyword."""
+    parameters_ = list(inspect.signature(optim.Lion).parameters.values())
+    theirs = dict(params=inspect.Parameter.empty, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    assert {p.name: p.default for p in parameters_[:4]} == theirs
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters_[4:])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'use_triton'"):
+        optim.Lion(parameters([(1,)]), use_triton=True)
 
 
 def test_every_other_name_is_torchs():
@@ -57,7 +68,8 @@ def test_every_other_name_is_torchs():
 
 def test_classes_are_torchs_subclasses():
     for name in optim.OURS:
-        assert issubclass(getattr(optim, name), getattr(torch.optim, name))
+        own, theirs = getattr(optim, name), getattr(torch.optim, name, torch.optim.Optimizer)
+        assert issubclass(own, theirs) and issubclass(getattr(optim, f"{name}8bit"), own)
     assert issubclass(optim.AdamW, optim.Adam)
 
 
@@ -77,7 +89,8 @@ def test_every_rule_has_its_parts():
     """A rule has a reference, a class and entries in the table; Python and C++ agree on states and options."""
     classes = {getattr(optim, name) for name in optim.OURS}
     assert {c.rule.name for c in classes} == set(reference.RULES)
-    assert {case.name for case in CASES} == set(optim.OURS)
+    assert {case.name for case in CASES} == {case.name for case in STATEFUL} == set(optim.OURS)
+    assert set(optim.EIGHT_BIT) == {f"{name}8bit" for name in optim.OURS}
     if _backend.native is None:
         return
     rules = _backend.native.rules()
@@ -600,7 +613,7 @@ def test_apply_optimizer_in_backward_with_shared_parameters(name):
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     results = []
-    for make in (getattr(optim, name), getattr(torch.optim, name)):
+    for make in (getattr(optim, name), getattr(oracles, name)):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
         net[0].weight = net[1].weight

@@ -54,7 +54,8 @@ def run_both(case: Case, make_params, steps: int = 3, skip=lambda step, i: False
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_equal_reference(case, dtype):
     shapes = [(n,) for n in SIZES] + [(), (3, 5, 7), (1, 64)]
-    _, params, before = run_both(case, lambda: parameters(shapes, dtype), steps=4)
+    # Of Lion's, an even number may lead back to where it began.
+    _, params, before = run_both(case, lambda: parameters(shapes, dtype), steps=5)
     for p, old in zip(params, before, strict=True):
         # lr * update may be below one rounding of a 16-bit parameter; elsewhere every element moves.
         if dtype in (torch.float32, torch.complex64):

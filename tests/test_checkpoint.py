@@ -9,6 +9,7 @@ from collections import OrderedDict
 from functools import partial
 
 import checkpoints
+import oracles
 import pytest
 import torch
 from cases import (
@@ -255,7 +256,7 @@ def test_a_step_that_was_saved_as_a_half_counts_on(backend):
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_hooks_and_setstate_run_as_torchs(case):
     runs = []
-    for module in (optim, torch.optim):
+    for module in (optim, oracles):
         calls = []
 
         class Mine(getattr(module, case.name)):

@@ -12,7 +12,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 
 from genopt_ext import _backend, optim
 
-OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.OURS}
+OURS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in optim.TORCHS}
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
@@ -29,16 +29,11 @@ def test_every_error_that_torch_raises(name):
                 getattr(optim, name)(params, **given.kwargs)
 
 
-NUMBERS = {
-    "Adam": ["lr", "eps", "weight_decay"],
-    "AdamW": ["lr", "eps", "weight_decay"],
-    "SGD": ["lr", "momentum", "dampening", "weight_decay"],
-    "RMSprop": ["lr", "alpha", "eps", "weight_decay", "momentum"],
-    "Adagrad": ["lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"],
-}
+RANGES = {name: getattr(optim, name).rule.ranges for name in optim.OURS}
+NUMBERS = [(name, option) for name, ranges in RANGES.items() for option in ranges if not ranges[option].items]
 
 
-@pytest.mark.parametrize(("name", "option"), [(n, o) for n, options in NUMBERS.items() for o in options])
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
 def test_options_that_are_no_finite_number(name, option):
     make = getattr(optim, name)
     for value in (NAN, INF, -INF, "0.1", None, [0.1], torch.tensor([0.1, 0.1]), torch.tensor(NAN, device="cpu"), 1j):

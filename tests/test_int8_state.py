@@ -269,7 +269,7 @@ def test_the_format_is_told_by_groups_that_have_codes():
 @pytest.mark.parametrize("name", FIRST)
 def test_classes(name):
     base, narrow = getattr(optim, name), getattr(optim, f"{name}8bit")
-    assert issubclass(narrow, base) and issubclass(narrow, getattr(torch.optim, name))
+    assert issubclass(narrow, base)
     assert narrow.__name__ == f"{name}8bit" and f"{name}8bit" in dir(optim)
     ours, theirs = (inspect.signature(c).parameters for c in (narrow, base))
     assert [(p.name, p.kind) for p in ours.values()] == [(p.name, p.kind) for p in theirs.values()]

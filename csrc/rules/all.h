@@ -6,13 +6,14 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "around.h"
+#include "lion.h"
 #include "none.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
 namespace genopt {
 
-using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, None>;
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, None>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 3;

@@ -1,4 +1,4 @@
-"""``torch.optim`` with native kernels: five classes are ours, every other name passes through to torch."""
+"""``torch.optim`` with native kernels: six classes are ours, every other name passes through to torch."""
 
 import sys as _sys
 from typing import Any
@@ -12,14 +12,18 @@ from .adam import Adam as Adam
 from .adam import Adam8bit as Adam8bit
 from .adam import AdamW as AdamW
 from .adam import AdamW8bit as AdamW8bit
+from .lion import Lion as Lion
+from .lion import Lion8bit as Lion8bit
 from .rmsprop import RMSprop as RMSprop
 from .rmsprop import RMSprop8bit as RMSprop8bit
 from .sgd import SGD as SGD
 from .sgd import SGD8bit as SGD8bit
 
-OURS = ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD")
-EIGHT_BIT = tuple(f"{name}8bit" for name in OURS)  # the same with state_dtype=torch.int8
-__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *OURS, *EIGHT_BIT})  # noqa: PLE0605
+_classes = {name: each for name, each in list(globals().items()) if isinstance(each, type) and hasattr(each, "rule")}
+EIGHT_BIT = tuple(name for name in _classes if name.endswith("8bit"))  # the others with state_dtype=torch.int8
+OURS = tuple(name for name in _classes if name not in EIGHT_BIT)
+TORCHS = tuple(name for name in OURS if _classes[name].rule.torch_class is not None)  # of these, which torch has too
+__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *_classes})  # noqa: PLE0605
 
 # So that `from genopt_ext.optim.lr_scheduler import StepLR` works as it does with torch.
 for _name in ("lr_scheduler", "swa_utils"):

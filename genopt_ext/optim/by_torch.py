@@ -98,6 +98,8 @@ def check(step: Step, place: Place, g: Tensor, refuse: Refuse) -> None:
 
 def check_step(step: Step, place: Place, arguments: dict[str, Any]) -> None:
     """Refuses what was asked of the whole step and can not be had where torch's code steps ``place``."""
+    if step.rule.torch_class is None:
+        return  # ``check`` refuses the row, whatever was asked
     differentiable = step.group(place).get("differentiable")
     what = "group is differentiable=True" if differentiable else "gradient is sparse"
     for name, asked in _ASKED.items():

@@ -149,11 +149,12 @@ class _Reader:
             if "param_names" in own[i]:
                 new.setdefault("param_names", own[i]["param_names"])
             groups.append({**new, "params": own[i]["params"]})
-        # torch's class fills in what older checkpoints lack.
+        # torch's class fills in what older checkpoints lack; where torch has none, ``complete`` does.
         torch_class = next(c for c in type(self.optimizer).__mro__ if c.__module__.startswith("torch.optim"))
-        twin: torch.optim.Optimizer = object.__new__(torch_class)
-        twin.defaults = dict(self.optimizer.defaults)
-        twin.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+        if torch_class is not torch.optim.Optimizer:
+            twin: torch.optim.Optimizer = object.__new__(torch_class)
+            twin.defaults = dict(self.optimizer.defaults)
+            twin.__setstate__({"state": defaultdict(dict), "param_groups": groups})
         for i, (old, new) in enumerate(zip(own, groups, strict=True)):
             self.complete(i, old, new)
         return groups
@@ -161,7 +162,7 @@ class _Reader:
     def complete(self, i: int, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Checks a group's options, of which those that the checkpoint knows nothing of stay as they are."""
         clips = clips_alone(new)
-        for name in (*GROUP_OPTIONS, "capturable", "fused", "initial_accumulator_value"):
+        for name in (*GROUP_OPTIONS, "maximize", "foreach", "capturable", "fused", "initial_accumulator_value"):
             if name in old and name not in new and not (clips and name in NORM_CLIPS):
                 new[name] = old[name]
         # How it is stored is this optimizer's own choice, whatever was saved.

@@ -1,6 +1,6 @@
-"""The public face of the five optimizers: options, checkpoints, and the step, which ``stepper.py`` takes.
+"""The public face of the optimizers: options, checkpoints, and the step, which ``stepper.py`` takes.
 
-A subclass names its :class:`Rule` and inherits its constructor's defaults from the torch class that it mirrors.
+A subclass names its :class:`Rule` and has the constructor of the torch class that it mirrors, where there is one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers in :mod:`genopt_ext.optim`; a mixin before the torch class it mirrors.
+    """Base of the optimizers in :mod:`genopt_ext.optim`; a mixin before the torch class it mirrors, if torch has it.
 
     Attributes:
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
@@ -170,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.update(others)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of the torch class it mirrors.
+        """Loads a checkpoint of this class or of the torch class it mirrors, if torch has it.
 
         State keeps the dtype that it was saved with, where torch casts it to the parameter's. The loaded
         tensors are copies: two optimizers loaded from one ``state_dict`` in one process share nothing.

@@ -202,7 +202,11 @@ def check(where: str, ranges: Mapping[str, Range], options: dict[str, Any]) -> N
     for name in FLAGS:
         if name in options and not (isinstance(options[name], (bool, int)) and options[name] in (0, 1)):
             raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
-    if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
+    if (
+        options.get("nesterov")
+        and "dampening" in ranges
+        and not (options["momentum"] > 0 and options["dampening"] == 0)
+    ):
         raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
 
 

@@ -262,7 +262,8 @@ class Stepper:
                 buffer.fill_(-0.0)
             others = [r for r in range(len(places)) if r not in turn or r in torchs]
             self._step_made(step, only, [r for r in kernels if r in turn], arguments, others)
-        by_torch.take(step, [places[r] for r in torchs])
+        if torchs:
+            by_torch.take(step, [places[r] for r in torchs])
         self._leave_gradients(left, arguments, step)
 
     def _make_state(

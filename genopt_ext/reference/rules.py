@@ -130,4 +130,28 @@ def adagrad(
     return p - g / (sqrt(s) + rounded(eps, p)) * rounded(lr / (1.0 + (t - 1.0) * lr_decay), p)
 
 
-RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "adagrad": adagrad}
+def lion(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> Tensor:
+    """Lion: ``csrc/rules/lion.h``."""
+    rate, decay = rounded(lr, p), rounded(lr * weight_decay, p)
+    if maximize:
+        g = -g
+    u = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    step = torch.where(u > 0, rate, torch.where(u < 0, -rate, u))
+    if may_count(decay):
+        step = p * decay + step
+    state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta2, p))
+    return p - step
+
+
+RULES: dict[str, Callable[..., Tensor]] = {rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion)}
