@@ -1,6 +1,6 @@
 """Takes the steps of one optimizer, of which it knows a rule and a backend: natively in one call, where that can be.
 
-What the native plan (``csrc/torch/stepper.h``) can not take as it is, it names and leaves as it was. Then this makes the
+What the native stepper (``csrc/torch/stepper.h``) can not take as it is, it names and leaves as it was. Then this makes
 missing state, raises the error, or has the rows stepped by the reference (``apart.py``) or by torch's own code
 (``by_torch.py``).
 """

@@ -1,4 +1,4 @@
-"""Norms, in the order of ``csrc/plan/norm.h``: by place in a tile of 256 elements, then 32 tiles a span, then 32 spans."""
+"""Norms, in the order of ``csrc/plan/lane_sums.h``: by place in a tile of 256 elements, 32 tiles a span, 32 spans."""
 
 from __future__ import annotations
 
