@@ -41,25 +41,18 @@ def measured(table: list[Case], settings: session.Settings, path: Path) -> dict[
     return failed
 
 
-def show(path: Path) -> None:
-    data = report.load(path)
-    CONSOLE.print(report.table(data))
-    for line in [*report.footnotes(data), *report.verdicts(data)]:
-        CONSOLE.print(line, markup=False)
-
-
 def run(args: argparse.Namespace) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device")
-    subjects = tuple(args.subjects or (name for name, subject in SUBJECTS.items() if subject.default))
     # Without --json: the README names the file that it was committed as.
     given = ["--scale", f"{args.scale:g}", "--seconds", f"{args.seconds:g}", "--device", args.device]
     given += ["--cases", *args.cases] * bool(args.cases) + ["--subjects", *args.subjects] * bool(args.subjects)
+    subjects = tuple(args.subjects) or session.Settings.subjects
     settings = session.Settings(args.seconds, args.scale, args.device, shlex.join(["run", *given]), subjects)
     table = selected(cases(args.scale, method.free_memory(args.device)), args.cases)
     path = args.json or session.default_path(args.device)
     failed = measured(table, settings, path)
-    show(path)
+    report.show(report.load(path), CONSOLE)
     print(f"results: {path}")
     if not args.no_plots:
         print("figures:", *plots.draw(path), sep="\n  ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,7 +233,6 @@ def selected(table: list[Case], wanted: list[str]) -> list[Case]:
     Raises:
         ValueError: none does.
     """
-    import re
 
     def fits(name: str, pattern: str) -> bool:
         try:

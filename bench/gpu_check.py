@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the Makefile runs this as a file
@@ -174,7 +175,7 @@ def main() -> int:
     if not dry:
         info = told.data["machine_info"]
         name = f"{info['date'][:10]}-{info['commit']}.json"
-        told.path = arguments.out or report.RESULTS / method.device_folder(device) / name
+        told.path = arguments.out or method.RESULTS / method.device_folder(device) / name
         if tests:
             for each in checks():
                 told.data["checks"].append(each)
@@ -193,11 +194,7 @@ def main() -> int:
                 told.add(json.loads(path.read_text()))
             told.data["failed"] |= failed
     told.write()
-    from rich.console import Console
-
-    Console(width=190).print(report.table(told.data))
-    for line in [*report.footnotes(told.data), *report.verdicts(told.data)]:
-        print(line)
+    report.show(told.data, Console(width=240))
     for each in told.data["checks"]:
         print(f"{'passed' if each['status'] == 0 else 'FAILED'} in {each['seconds']:.0f} s: {each['command']}")
     return int(bool(told.data["failed"]) or any(each["status"] for each in told.data["checks"]))

@@ -19,12 +19,16 @@ def storage(value: Tensor) -> list[Tensor]:
     return [value]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the optimizer's state; what parameters share (a code book) counts once."""
-    tensors = [
-        t for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.numel() for t in storage(v)
-    ]
+def state_bytes(*optimizers: torch.optim.Optimizer) -> int:
+    """Of the optimizers' state; what parameters share (a code book) counts once."""
+    values = [v for opt in optimizers for state in opt.state.values() for v in state.values()]
+    tensors = [t for v in values if torch.is_tensor(v) and v.numel() for t in storage(v)]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_above_rest(run: Run, device: str) -> int | None:
@@ -38,7 +42,7 @@ def peak_above_rest(run: Run, device: str) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # or the heap's free space would take what should be seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        before = resident()
         run()
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return max(0, (int(peak.split()[1]) << 10) - before)

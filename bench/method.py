@@ -26,6 +26,7 @@ from .packages import PEERS, installed
 Run = Callable[[], object]
 OURS, LIMIT = "genopt_ext", "limit"
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 NOISY = 0.25  # interquartile range over median: from here on a row says that it is noisy
 FEW = 8  # rounds: with fewer, quartiles say little of the noise
 

@@ -35,6 +35,19 @@ def package(name: str) -> Any:
         raise Absent("not installed" if missing else f"can not be imported: {text}") from None
 
 
+def eight_bit(module: str, rule: str) -> Any:
+    """The class of an optimizer with 8-bit state.
+
+    Raises:
+        Absent: the module can not be imported, or has no such class.
+    """
+    make = getattr(package(module), rule + "8bit", None)
+    if make is None:
+        raise Absent(f"{module} has no {rule}8bit")
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's, when it compiles
+    return make
+
+
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those that are."""
     found = {}

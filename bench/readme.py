@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .method import FEW, NOISY, OURS, ROOT
-from .report import RESULTS, duration, load, ratio, rows, verdicts
+from .method import FEW, NOISY, OURS, RESULTS, ROOT
+from .report import duration, load, ratio, rows, verdicts
 
 BEGIN, END = "<!-- python -m bench readme --write: begin -->", "<!-- end -->"
 FIGURES = {
@@ -19,13 +19,13 @@ FIGURES = {
 
 
 def newest(results: Path = RESULTS) -> list[Path]:
-    """The last result of each device. Names begin with the date; older formats are passed over."""
+    """The last result of each device. Names begin with the date; what other programs wrote is passed over."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir() and path.name != "local"):
         for path in sorted(folder.glob("*.json"), reverse=True):
             try:
                 load(path)
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue
             found.append(path)
             break
@@ -110,27 +110,27 @@ def markdown(paths: Iterable[Path], root: Path = ROOT) -> str:
     return "\n".join([intro, "", *(line for path in paths for line in [*section(path, root), ""])]).rstrip()
 
 
-def between(text: str, begin: str, end: str = END) -> str:
-    """What stands between the two markers.
+def between(text: str, begin: str) -> str:
+    """What stands between this marker and the next end.
 
     Raises:
         ValueError: they are not there.
     """
-    if begin not in text or end not in text.split(begin, 1)[1]:
-        raise ValueError(f"has no lines {begin!r} and {end!r}; add them")
-    return text.split(begin, 1)[1].split(end, 1)[0].strip("\n")
+    if begin not in text or END not in text.split(begin, 1)[1]:
+        raise ValueError(f"has no lines {begin!r} and {END!r}; add them")
+    return text.split(begin, 1)[1].split(END, 1)[0].strip("\n")
 
 
-def write_between(path: Path, begin: str, new: str, end: str = END) -> None:
-    """Replaces what stands between the two markers.
+def write_between(path: Path, begin: str, new: str) -> None:
+    """Replaces what stands between this marker and the next end.
 
     Raises:
         ValueError: they are not there.
     """
     old = path.read_text()
     try:
-        between(old, begin, end)
+        between(old, begin)
     except ValueError as error:
         raise ValueError(f"{path.name} {error}") from None
     head, rest = old.split(begin, 1)
-    path.write_text(f"{head}{begin}\n{new}\n{end}{rest.split(end, 1)[1]}")
+    path.write_text(f"{head}{begin}\n{new}\n{END}{rest.split(END, 1)[1]}")

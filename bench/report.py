@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from .method import FEW, LIMIT, NOISY, OURS, ROOT
+from .method import FEW, LIMIT, NOISY, OURS
 
-RESULTS = ROOT / "bench" / "results"
 NEAR = 0.95  # of the limit, from which on a row is as good as it gets
 Entry = dict[str, Any]
 
@@ -48,12 +48,12 @@ class Row:
 def load(path: Path) -> dict[str, Any]:
     """
     Raises:
-        ValueError: another program's file, or one from before there was a limit in each case.
+        ValueError: another program's file.
     """
     data = json.loads(path.read_text())
     entries = data.get("benchmarks", []) if isinstance(data, dict) else []
     if not entries or "kind" not in entries[0].get("extra_info", {}) or "device" not in data.get("machine_info", {}):
-        raise ValueError(f"{path}: not made by python -m bench run of this version")
+        raise ValueError(f"{path}: not made by python -m bench run")
     return data
 
 
@@ -213,6 +213,12 @@ def verdicts(data: dict[str, Any]) -> list[str]:
         doubt = f", {row.doubt}" if row.doubt else ""
         said.append(f"Behind: {row.case}: {row.peer} takes {row.peer_over_ours:.2f} of our time{limit}{doubt}.")
     return said
+
+
+def show(data: dict[str, Any], console: Console) -> None:
+    console.print(table(data))
+    for line in [*footnotes(data), *verdicts(data)]:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def described(data: dict[str, Any]) -> str:

@@ -149,13 +149,20 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
         if each.training is not None:
             info["optimizer_seconds"] = each.training.optimizer_seconds
             info["losses"] = [round(loss, 5) for loss in each.training.losses[-len(result.rounds[name]) :]]
-        plan: Any = getattr(each.optimizer, "_plan", None)
-        if plan is not None and case.kind == "step" and device.startswith("cuda"):
-            before = plan.launches
-            each.run()
-            info["launches"] = plan.launches - before
-            info["host_ms"] = 1e3 * statistics.median(host_seconds(each.run) for _ in range(20))
+        if case.kind == "step" and device.startswith("cuda"):
+            info |= host_part(each)
     return result
+
+
+def host_part(made: Made) -> dict[str, Any]:
+    """The launches of a step of ours, and the host's time; nothing of others' and of the reference."""
+    plan: Any = getattr(getattr(made.optimizer, "stepper", None), "plan", None)
+    if plan is None:
+        return {}
+    before = plan.launches
+    made.run()
+    launches = plan.launches - before
+    return {"launches": launches, "host_ms": 1e3 * statistics.median(host_seconds(made.run) for _ in range(20))}
 
 
 def host_seconds(run: Run) -> float:
@@ -284,4 +291,4 @@ def run(table: list[Case], settings: Settings, path: Path, told: Callable[[Case,
 
 def default_path(device: str) -> Path:
     """Where runs go that nobody commits."""
-    return method.ROOT / "bench" / "results" / "local" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{device}.json"
+    return method.RESULTS / "local" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{device}.json"

@@ -6,7 +6,6 @@ but is not installed, or does not run here, is absent and says why.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from genopt_ext import optim
 
 from .cases import BLOCK, Case, short
 from .method import OURS
-from .packages import Absent, package
+from .packages import Absent, eight_bit, package
 
 Params = list[torch.nn.Parameter]
 Make = Callable[[Case, Params], "torch.optim.Optimizer | None"]
@@ -104,19 +103,17 @@ def differs(case: Case) -> str:
 def bitsandbytes(case: Case, params: Params) -> torch.optim.Optimizer | None:
     if case.state != torch.int8:
         return None
-    make = getattr(package("bitsandbytes.optim"), case.optimizer + "8bit")
-    return make(params, **case.kwargs, min_8bit_size=1)
+    return eight_bit("bitsandbytes.optim", case.optimizer)(params, **case.kwargs, min_8bit_size=1)
 
 
 def torchao(case: Case, params: Params) -> torch.optim.Optimizer | None:
     if case.state != torch.int8 or case.optimizer not in ("Adam", "AdamW"):
         return None
-    make = getattr(package("torchao.optim"), case.optimizer + "8bit")
+    make = eight_bit("torchao.optim", case.optimizer)
     if any(p.numel() < 4096 or p.numel() % BLOCK for p in params):
         raise Absent("keeps fp32 state where a tensor has less than 4096 elements, or no multiple of 256")
     if len({p.shape for p in params}) > SHAPES:
         raise Absent("compiles for every shape, which takes minutes")
-    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
     return make(params, **case.kwargs)
 
 

@@ -19,6 +19,7 @@ from bench import __main__ as command_line  # noqa: E402
 from bench import cases as tables  # noqa: E402
 from bench import checks, limit, memory, method, packages, plots, readme, rounds, session, subjects  # noqa: E402
 from bench.cases import Case  # noqa: E402
+from bench.method import OURS  # noqa: E402
 
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="gpu-check times on a GPU")
 ROOT = Path(__file__).parent.parent
@@ -145,6 +146,13 @@ def test_limit_moves_the_bytes(case: Case) -> None:
     run, moved = limit.limit(case, "cpu")
     run()
     assert moved == pytest.approx(case.elements * an_element, abs=64 * 12 * 8) or case.elements < 4096
+
+
+def test_only_packages_imports_what_others_made() -> None:
+    others = "|".join(name.removeprefix("torch-") for name in packages.PEERS)
+    imports = re.compile(rf"^\s*(import|from) ({others}|importlib)\b|^class Absent", re.MULTILINE)
+    found = [path.name for path in (ROOT / "bench").rglob("*.py") if imports.search(path.read_text())]
+    assert found == ["packages.py"]
 
 
 def test_wrong_results_are_seen() -> None:
@@ -289,7 +297,7 @@ def test_figures_of_the_readme_are_there() -> None:
 
 def test_each_result_is_linked() -> None:
     """By its path, or by a pattern of bench/results/README.md; dated ones by path alone, as newer ones replace them."""
-    results = report.RESULTS
+    results = method.RESULTS
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")]
     text = "\n".join(page.read_text() for page in pages)
     named = [words for words in (results / "README.md").read_text().split("`")[1::2] if "<date>" not in words]
@@ -340,6 +348,18 @@ def test_run_and_compare(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(command_line.shutil, "which", lambda *_, **__: None)
     assert command_line.main(["compare", str(path), str(again), "--times"]) == 2
     assert "--times needs the command pytest-benchmark" in capfd.readouterr().err
+
+
+def test_launches_are_counted_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU there are none."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = tables.Case("AdamW", "AdamW", ((8,),))
+    ours, torchs, reference = (rounds.make(n, case, "cpu") for n in (OURS, "torch fused", OURS + " reference"))
+    for each in (ours, torchs, reference):
+        each.run()
+    counted = session.host_part(ours)
+    assert counted["launches"] == 0 and counted["host_ms"] > 0
+    assert session.host_part(torchs) == session.host_part(reference) == {}
 
 
 def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("sklearn", reason="scikit-learn's digits are what the models learn")
 mappings = pytest.importorskip("bench.experiments.mappings", reason="run from the repository's root")
 quality = pytest.importorskip("bench.experiments.quality")
+from bench import readme  # noqa: E402
 from bench.experiments import maps, quality_report  # noqa: E402
 
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="the experiments run on a CPU")
@@ -33,20 +34,20 @@ def test_quality_runs(tmp_path: Path) -> None:
 
 def test_table_goes_between_the_markers(tmp_path: Path) -> None:
     result = quality_report.Result("GPT", "AdamW", quality_report.BASE, finals=[2.0, 3.0])
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{quality_report.BEGIN}\nold\n{quality_report.END}\nafter\n")
-    quality_report.write_readme(quality_report.markdown([result], seeds=2), readme)
-    text = readme.read_text()
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{quality_report.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.write_between(page, quality_report.BEGIN, quality_report.markdown([result], seeds=2))
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| GPT | AdamW | genopt_ext fp32 | 2.5000 |" in text
-    readme.write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="README.md has no lines"):
-        quality_report.write_readme("", readme)
+        readme.write_between(page, quality_report.BEGIN, "")
 
 
 def test_readme_has_the_markers() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    assert quality_report.END in text.split(quality_report.BEGIN, 1)[1]
+    assert readme.between(text, quality_report.BEGIN)
 
 
 def test_mappings_run(tmp_path: Path) -> None:

@@ -30,9 +30,8 @@ from torch import nn
 
 from genopt_ext import optim
 
-from ..method import LIMIT, OURS, Run, device_folder, free_memory, in_turn, machine, noise
+from ..method import LIMIT, OURS, RESULTS, Run, device_folder, free_memory, in_turn, machine, noise
 from ..native import Stream
-from ..report import RESULTS
 from .growth_report import Axis, Curve, Point, figure, table
 
 SMALL = 64  # elements of a tensor where it is their number that counts

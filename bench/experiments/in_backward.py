@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,16 +32,14 @@ SUBJECTS = {
 }
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def measure(subject: str, args: argparse.Namespace) -> dict[str, Any]:
     """One subject, in this process."""
     # Not above: a process that has been started by one with torch in memory counts that memory in its ru_maxrss.
     import torch
 
     from genopt_ext import optim, step_in_backward
+
+    from ..memory import resident
 
     torch.manual_seed(0)
     torch.set_default_device(args.device)

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..report import RESULTS
+from ..method import RESULTS
 from .mappings_report import plot, show
 from .maps import BLOCK, ROUNDINGS, SIGNED, UNSIGNED, Stored
 from .models import TASKS

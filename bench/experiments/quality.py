@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +23,14 @@ from rich.console import Console
 from genopt_ext import optim
 
 from .. import plots
-from ..memory import storage
-from ..method import ROOT
-from ..packages import Absent, installed, package
-from ..report import RESULTS
+from ..memory import state_bytes, storage
+from ..method import RESULTS, ROOT
+from ..packages import Absent, eight_bit, installed
+from ..readme import write_between
 from .models import TASKS
 from .quality_report import (
     BASE,
+    BEGIN,
     NUDGED,
     PACKAGES,
     SMALLEST,
@@ -39,7 +39,6 @@ from .quality_report import (
     plot,
     table,
     verdicts,
-    write_readme,
 )
 
 OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {"weight_decay": 0.1}}
@@ -65,31 +64,14 @@ def ours_with(state_dtype: torch.dtype) -> Callable[[str], Make]:
         if state_dtype == torch.int8:
             options["min_int8_size"] = SMALLEST
         make = getattr(optim, rule)
-        try:
-            make([torch.zeros(1, requires_grad=True)], **options)
-        except TypeError as error:
-            raise Absent(f"this genopt_ext has no state_dtype ({error})") from None
         return lambda params, **kwargs: make(params, **kwargs, **options)
 
     return subject
 
 
-def eight_bit(module: str, rule: str) -> Make:
-    """
-    Raises:
-        Absent: the package can not be imported, or has no such class.
-    """
-    make = getattr(package(module), rule + "8bit", None)
-    if make is None:
-        raise Absent(f"{module} has no {rule}8bit")
-    return make
-
-
 def torchao(rule: str) -> Make:
     """Stores in 8 bits what has at least 4096 elements and a multiple of 256. Compiles for every shape: minutes."""
-    make = eight_bit("torchao.optim", rule)
-    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
-    return make
+    return eight_bit("torchao.optim", rule)
 
 
 def bitsandbytes(rule: str) -> Make:
@@ -109,15 +91,14 @@ SUBJECTS: dict[str, Callable[[str], Make]] = {
 
 
 def measure_state(optimizers: list[torch.optim.Optimizer]) -> tuple[float, float]:
-    """Share of elements with 8-bit moments, and bytes of state an element; what parameters share counts once."""
-    total, narrow, seen = 0, 0, {}
+    """Share of elements with 8-bit moments, and bytes of state an element."""
+    total = narrow = 0
     for opt in optimizers:
         for p in (p for group in opt.param_groups for p in group["params"]):
             tensors = [t for v in opt.state[p].values() if torch.is_tensor(v) for t in storage(v)]
-            seen.update({t.data_ptr(): t.numel() * t.element_size() for t in tensors})
             total += p.numel()
             narrow += p.numel() * any(t.element_size() == 1 and t.numel() == p.numel() for t in tensors)
-    return narrow / total, sum(seen.values()) / total
+    return narrow / total, state_bytes(*optimizers) / total
 
 
 def run(model: str, rule: str, subject: str, seeds: int, steps: int | None) -> Result:
@@ -185,7 +166,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     plot(results, list(SUBJECTS), args.plot)
     console.print(f"results: {args.json}\nplot: {args.plot}")
     if args.readme:
-        write_readme(markdown(results, args.seeds), ROOT / "README.md")
+        write_between(ROOT / "README.md", BEGIN, markdown(results, args.seeds))
         console.print("README.md has the table")
     return results
 

@@ -10,9 +10,8 @@ from rich.table import Table
 
 from .. import plots
 from ..packages import installed
-from ..readme import write_between
 
-BEGIN, END = "<!-- python -m bench.experiments.quality --readme: begin -->", "<!-- end -->"
+BEGIN = "<!-- python -m bench.experiments.quality --readme: begin -->"
 GOAL = 0.3  # per cent
 SMALLEST = 4096  # smaller parameters keep fp32 state, with every subject
 BASE = "genopt_ext fp32"
@@ -134,15 +133,6 @@ def markdown(results: list[Result], seeds: int) -> str:
         f"element. {versions}."
     )
     return "\n".join([*lines, "", note, "", *verdicts(results)])
-
-
-def write_readme(text: str, path: Path) -> None:
-    """Replaces what stands between the two markers.
-
-    Raises:
-        ValueError: the markers are not there.
-    """
-    write_between(path, BEGIN, text, END)
 
 
 def plot(results: list[Result], subjects: list[str], path: Path) -> None:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from genopt_ext import _C
-
 HERE = Path(__file__).parent
 BUILD = HERE.parent.parent / "build" / "bench"
 ARRAYS = 8  # that the loop takes
@@ -36,7 +34,7 @@ def build() -> Path:
     library = BUILD / f"stream-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own, and then moved : another process may be building it too.
+        # In a folder of its own, and then moved: another process may be building it too.
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             made, object_file = Path(folder) / library.name, str(Path(folder) / "stream.o")
             for command in (
@@ -68,6 +66,8 @@ class Stream:
     """
 
     def __init__(self, arrays: Sequence[tuple[int, bool]], bytes: int, threads: int, fresh: bool = False) -> None:
+        from genopt_ext import _C  # not above: what only shows results needs no extension
+
         if len(arrays) > ARRAYS:
             raise ValueError(f"the loop takes {ARRAYS} arrays, got {len(arrays)}")
         addresses = [address for address, _ in sorted(arrays, key=lambda array: not array[1])]
