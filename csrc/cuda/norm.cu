@@ -1,6 +1,6 @@
 // The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
-// that of cpu/walk.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one launch
-// does it all.
+// that of cpu/walk.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one
+// launch does it all.
 #include "walk.cuh"
 
 namespace genopt::cuda {
