@@ -73,13 +73,17 @@ py::object step(Stepper& stepper, const py::object& param_groups, const py::obje
     throw py::error_already_set();
   }
   if (!refusal) return py::none();
-  py::list problems;
-  for (const Problem& problem : refusal->problems)
-    problems.append(py::make_tuple(stepper.name(problem.handle), kReasonNames[static_cast<int>(problem.reason)]));
+  py::dict rows;
+  for (const Unsupported& each : refusal->rows) {
+    py::list problems;
+    for (const auto& [operand, reason] : each.problems)
+      problems.append(py::make_tuple(py::handle(operand), kReasonNames[static_cast<int>(reason)]));
+    rows[py::int_(each.row)] = problems;
+  }
   using namespace py::literals;
-  return py::dict("rows"_a = refusal->rows, "problems"_a = problems, "groups"_a = refusal->groups,
-                  "overlaps"_a = refusal->overlaps, "grad_overlaps"_a = refusal->grad_overlaps,
-                  "devices"_a = refusal->devices, "gradients_overlap"_a = refusal->gradients_overlap);
+  return py::dict("rows"_a = rows, "groups"_a = refusal->groups, "overlaps"_a = refusal->overlaps,
+                  "grad_overlaps"_a = refusal->grad_overlaps, "devices"_a = refusal->devices,
+                  "gradients_overlap"_a = refusal->gradients_overlap);
 }
 
 void register_stepper(py::module_& m) {

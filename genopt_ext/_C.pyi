@@ -6,8 +6,7 @@ from typing import Any, Literal, TypedDict
 _Pairs = list[tuple[int, int]]
 
 class _Refusal(TypedDict):
-    rows: list[int]
-    problems: list[tuple[str, str]]
+    rows: dict[int, list[tuple[str, str]]]
     groups: list[int]
     overlaps: _Pairs
     grad_overlaps: _Pairs

@@ -84,7 +84,7 @@ class Groups {
   // Options of a group without a row to step do no harm, whatever they are.
   void forget_idle(const std::vector<Row>& rows, Refusal& refusal) const {
     std::erase_if(refusal.groups, [&](int64_t group) {
-      const auto is_in_group = [&](int64_t r) { return rows[r].group == group; };
+      const auto is_in_group = [&](const Unsupported& each) { return rows[each.row].group == group; };
       return group_devices_[group] == kNoDevice && std::none_of(refusal.rows.begin(), refusal.rows.end(), is_in_group);
     });
   }

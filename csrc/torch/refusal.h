@@ -1,6 +1,8 @@
 // Why a step was not taken.
 #pragma once
 
+#include <torch/csrc/python_headers.h>
+
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -10,44 +12,51 @@ namespace genopt {
 // A Python call failed; the interpreter holds the error.
 struct PythonError {};
 
-// Why the kernels can not take a tensor as it is.
+// What is wrong with an operand of a row. genopt_ext/optim/problems.py finds the same for the reference.
 enum class Reason : uint8_t {
-  kNone,
-  kMissing,  // state that is to be made, or made anew as the group's options ask for it
-  kNotATensor,
+  // Can be mended before the step.
+  kMissing,  // state that is to be made
+  kStorage,  // kept in another form than the group asks for
+  kAway,     // a step counter on another device
+  // The kernels can not take the row; the reference or torch's own code may.
   kWatched,         // something sees every torch operation, and would not see a kernel
   kDifferentiable,  // the group's steps are torch's own
   kNoKernel,        // its device, layout, dtype or subclass
-  kInference,       // an inference tensor that would be written
+  kUnaligned,
+  // Nobody can.
+  kIncomplete,  // it lacks where other state of the row is there
+  kNotADict,
+  kNotATensor,
+  kInference,  // an inference tensor that would be written
   kShape,
   kDtype,
   kDevice,
-  kCount,    // a step counter that can not be one
-  kStorage,  // kept in another form than the group asks for
-  kUnaligned,
+  kCount,       // a step counter that can not be one
+  kCapturable,  // where there are no graphs
   kReasons
 };
+constexpr Reason kLastMendable = Reason::kAway;
 
 // The names that Python has for them.
-constexpr const char* kReasonNames[] = {"none",      "missing",   "not a tensor", "watched", "differentiable",
-                                        "no kernel", "inference", "shape",        "dtype",   "device",
-                                        "count",     "storage",   "unaligned"};
+constexpr const char* kReasonNames[] = {
+    "missing",    "storage",      "away",      "watched", "differentiable", "no kernel", "unaligned", "incomplete",
+    "not a dict", "not a tensor", "inference", "shape",   "dtype",          "device",    "count",     "capturable"};
 static_assert(sizeof kReasonNames / sizeof *kReasonNames == static_cast<int>(Reason::kReasons));
 
-// What is wrong with a row, if anything is: the first operand that the kernels can not take.
 struct Problem {
-  int handle = 0;  // of Handles
-  Reason reason = Reason::kNone;
+  PyObject* operand;  // "parameter", "gradient", "state" or a key of the state dict; interned, never freed
+  Reason reason;
+};
 
-  explicit operator bool() const {
-    return reason != Reason::kNone;
-  }
+// A row that the kernels can not take as it is: all that can be mended, or the one thing that can not.
+struct Unsupported {
+  int64_t row;
+  std::vector<Problem> problems;
 };
 
 // Rows are numbered across all groups.
 struct Refusal {
-  std::vector<int64_t> rows;                               // unsupported
-  std::vector<Problem> problems;                           // of each of them
+  std::vector<Unsupported> rows;
   std::vector<int64_t> groups;                             // with an option that is no finite number
   std::vector<std::pair<int64_t, int64_t>> overlaps;       // of what belongs to one row with what belongs to another
   std::vector<std::pair<int64_t, int64_t>> grad_overlaps;  // of a row's gradient with what belongs to a row

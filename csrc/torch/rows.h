@@ -31,30 +31,33 @@ class RowReader {
     layouts_.clear();
   }
 
-  // Fills a row that is inactive so far, and its handles. A row without gradient is fine, and stays so.
-  Problem read(size_t r, Row& row, const Groups& groups, StateDicts& state, Objects& objects) {
-    if (!THPVariable_Check(objects.params[r])) return {kParam, Reason::kNotATensor};
+  // Fills a row that is inactive so far, and its handles. A row without gradient is fine, and stays so. False: the
+  // kernels can not take it, see problems().
+  bool read(size_t r, Row& row, const Groups& groups, StateDicts& state, Objects& objects) {
+    if (!THPVariable_Check(objects.params[r])) return refuse(parameter_, Reason::kNotATensor);
     const at::Tensor& param = THPVariable_Unpack(objects.params[r]);
-    if (!objects.gives_tensor_or_none(r)) return {kGrad, Reason::kNotATensor};
+    if (!objects.gives_tensor_or_none(r)) return refuse(gradient_, Reason::kNotATensor);
     const at::Tensor* const grad = objects.grad(r);
     const Storage& storage = groups.storage(row.group);
     row.used = groups.used(row.group);
     row.only_average = !grad;
     if (!grad) {
       // What no kernel steps, as a frozen integer weight, has no average.
-      if (!(row.used & kWithAverage) || !plain_dtype(param.scalar_type())) return {};
-      if (!param.requires_grad() && !state.find(r, objects)) return {};
+      if (!(row.used & kWithAverage) || !plain_dtype(param.scalar_type())) return true;
+      if (!param.requires_grad() && !state.find(r, objects)) return true;
       row.used = kWithAverage;
     }
     objects.has_grad[r] = grad != nullptr;
-    if (watched_) return {kParam, Reason::kWatched};
-    if (grad && storage.differentiable) return {kGrad, Reason::kDifferentiable};
-    if (!is_plain(param)) return {kParam, Reason::kNoKernel};
-    if (!may_be_written(param)) return {kParam, Reason::kInference};
-    if (grad)
-      if (const Problem problem = check_grad(*grad, param, objects.grads != nullptr)) return problem;
-    const int device = kernel_device(param);
-    if (!(device == kHost ? serves_host_ : serves_devices_)) return {kParam, Reason::kNoKernel};
+    if (watched_) return refuse(parameter_, Reason::kWatched);
+    if (grad && storage.differentiable) return refuse(gradient_, Reason::kDifferentiable);
+    if (!is_plain(param)) return refuse(parameter_, Reason::kNoKernel);
+    row.device = kernel_device(param);
+    if (!(row.device == kHost ? serves_host_ : serves_devices_)) return refuse(parameter_, Reason::kNoKernel);
+    if (!may_be_written(param)) return refuse(parameter_, Reason::kInference);
+    if (grad) {
+      if (!check_grad(*grad, param, row.device, objects.grads != nullptr)) return false;
+      if (storage.capturable && row.device == kHost) return refuse(parameter_, Reason::kCapturable);
+    }
 
     Handles& handles = objects.handles[r];
     handles.fill(nullptr);
@@ -63,17 +66,15 @@ class RowReader {
     handles[kParam] = &param;
     handles[kGrad] = grad;
     choose_storage(row, storage, param);
-    if (const Problem problem = read_state(row, state.find(r, objects), storage.states_of(param), handles))
-      return problem;
-    row.device = device;
+    if (!read_state(row, state.find(r, objects), storage.states_of(param), handles)) return false;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
-    const Problem problem = place(row, handles);
-    row.active = !problem;
-    return problem;
+    row.active = locate(row, handles);
+    return row.active;
   }
 
-  const StateKeys& keys() const {
-    return keys_;
+  // Of the row that was read last, where read() was false.
+  const std::vector<Problem>& problems() const {
+    return problems_;
   }
   // The Python objects of the handles of the row that was read last.
   const std::array<PyObject*, kHandles>& owners() const {
@@ -81,15 +82,21 @@ class RowReader {
   }
 
  private:
+  // Says what can not be mended; false.
+  bool refuse(PyObject* operand, Reason reason) {
+    problems_.assign(1, {operand, reason});
+    return false;
+  }
+
   // `is_sum`: it is an accumulation of this package's, which may have a dtype that does not mix with the parameter's.
-  Problem check_grad(const at::Tensor& grad, const at::Tensor& param, bool is_sum) const {
-    if (writes_gradients_ && !may_be_written(grad)) return {kGrad, Reason::kInference};
-    if (!is_plain(grad)) return {kGrad, Reason::kNoKernel};
-    if (grad.sizes() != param.sizes()) return {kGrad, Reason::kShape};
+  bool check_grad(const at::Tensor& grad, const at::Tensor& param, int device, bool is_sum) {
+    if (writes_gradients_ && !may_be_written(grad)) return refuse(gradient_, Reason::kInference);
+    if (!is_plain(grad)) return refuse(gradient_, Reason::kNoKernel);
+    if (grad.sizes() != param.sizes()) return refuse(gradient_, Reason::kShape);
     const bool mixes = may_mix(grad.scalar_type()) && may_mix(param.scalar_type());
     if (grad.is_complex() != param.is_complex() || (!is_sum && !mixes && grad.scalar_type() != param.scalar_type()))
-      return {kGrad, Reason::kDtype};
-    return {};
+      return refuse(gradient_, Reason::kDtype);
+    return kernel_device(grad) == device || refuse(gradient_, Reason::kDevice);
   }
 
   // What is to be kept beside the row's plain operands.
@@ -102,92 +109,155 @@ class RowReader {
     if (storage.states_of(param) == at::kBFloat16) row.unbiased |= (row.used & kStates) << kState;
   }
 
-  // `entries`: the row's state dict, or null; `stored`: as Storage::states_of().
-  Problem read_state(Row& row, PyObject* entries, std::optional<at::ScalarType> stored, Handles& handles) {
+  // Which entries there are, by handle; of the states in each form.
+  struct Entries {
+    unsigned numbers = 0, codes = 0, others = 0;
+  };
+
+  // `entries`: the row's state, or null; `stored`: as Storage::states_of().
+  bool read_state(Row& row, PyObject* entries, std::optional<at::ScalarType> stored, Handles& handles) {
+    if (entries && !PyDict_Check(entries)) return refuse(state_, Reason::kNotADict);
     // Rounding goes by the step count.
     const bool rounds = row.unbiased || (row.used & kStates && stored == at::kChar);
     const bool has_step = (rule_.has_step || rounds) && !row.only_average;
     row.step = nullptr;
     row.scales = {};
+    problems_.clear();
+    Entries found;
     PyObject *key, *value;
     for (Py_ssize_t position = 0; entries && PyDict_Next(entries, &position, &key, &value);) {
-      const StateKey* const found = keys_.find(key);
-      if (!found) continue;
-      const Problem problem = read_entry(row, *found, value, stored, has_step, handles);
-      if (problem) return problem;
+      const StateKey* const known = keys_.find(key);
+      if (known && value != Py_None && !read_entry(row, *known, value, stored, has_step, found, handles)) return false;
     }
-    for (int k = kState; k < kOperands; ++k)
-      if (is_used(row.used, k) && !handles[k]) return {k, Reason::kMissing};
-    const int states = static_cast<int>(rule_.states.size());
-    for (int i = 0; stored == at::kChar && i < states; ++i)
-      if (is_used(row.used, kState + i) && !handles[kFirstScales + i]) return {kFirstScales + i, Reason::kMissing};
-    if (has_step && !row.step) return {kStepHandle, Reason::kMissing};
-    return {};
+    bool complete = problems_.empty() && (!has_step || row.step);
+    for (int k = kState; k < kOperands; ++k) complete = complete && (handles[k] || !is_used(row.used, k));
+    for (int i = 0; stored == at::kChar && i < kMaxStates; ++i)
+      complete = complete && (row.scales[i] || !is_used(row.used, kState + i));
+    return complete || find_mendable(row, found, has_step, handles);
   }
 
-  Problem read_entry(Row& row, const StateKey& key, PyObject* value, std::optional<at::ScalarType> stored,
-                     bool has_step, Handles& handles) {
+  // Reads an entry of the state dict by its own form, whether or not that is the form that is wanted. False: it can be
+  // nobody's.
+  bool read_entry(Row& row, const StateKey& key, PyObject* value, std::optional<at::ScalarType> stored, bool has_step,
+                  Entries& found, Handles& handles) {
     const at::Tensor& param = *handles[kParam];
     const int handle = key.handle;
-    const Form form = stored == at::kChar ? Form::kCodes : Form::kNumbers;
-    if (handle == kStepHandle) {
-      if (!has_step) return {};
-    } else if (handle >= kFirstScales) {
-      if (form != Form::kCodes || !is_used(row.used, handle - kFirstScales + kState)) return {};
-    } else {
-      const Form wanted = handle == kAverage            ? Form::kNumbers
-                          : handle != kExtra            ? form
-                          : row.extra == Extra::kMaster ? Form::kMaster
-                                                        : Form::kCompensation;
+    const bool are_scales = handle >= kFirstScales, coded = stored == at::kChar;
+    const bool is_extra = handle == kExtra;
+    if (is_extra && key.form != form_of(row.extra)) {
       // What another choice of storage has left behind is taken away first, lest it return when that does.
-      if (handle == kExtra && !row.only_average && !is_used(row.used, kExtra)) return {handle, Reason::kStorage};
-      if (!is_used(row.used, handle)) return {};
-      if (key.form != wanted) return {handle, Reason::kStorage};
+      if (!row.only_average) problems_.push_back({key.name, Reason::kStorage});
+      return true;
     }
-    if (!THPVariable_Check(value)) return {handle, Reason::kNotATensor};
+    if (handle == kStepHandle ? !has_step : !is_used(row.used, are_scales ? handle - kFirstScales + kState : handle))
+      return true;
+    if (!THPVariable_Check(value)) return refuse(key.name, Reason::kNotATensor);
     const at::Tensor& t = THPVariable_Unpack(value);
-    if (!is_in_memory(t)) return {handle, Reason::kNoKernel};
-    if (!may_be_written(t)) return {handle, Reason::kInference};
+    if (!is_in_memory(t)) return refuse(key.name, Reason::kNoKernel);
+    if (!may_be_written(t)) return refuse(key.name, Reason::kInference);
     if (handle == kStepHandle) {
-      if (const Reason reason = read_step(row, t, kernel_device(param)); reason != Reason::kNone)
-        return {handle, reason};
-    } else if (handle >= kFirstScales) {
-      if (t.scalar_type() != at::kFloat) return {handle, Reason::kDtype};
-      if (t.dim() != 1 || t.numel() != tiles_of(param.numel()) || !t.is_contiguous()) return {handle, Reason::kShape};
-      if (kernel_device(t) != kernel_device(param)) return {handle, Reason::kDevice};
-      if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(float)) return {handle, Reason::kUnaligned};
+      found.others |= 1u << handle;
+      if (!read_step(row, key.name, t)) return false;
+    } else if (are_scales) {
+      found.others |= 1u << handle;
+      if (t.dim() != 1 || t.numel() != tiles_of(param.numel())) return refuse(key.name, Reason::kShape);
+      if (t.scalar_type() != at::kFloat || param.is_complex()) return refuse(key.name, Reason::kDtype);
+      if (kernel_device(t) != row.device) return refuse(key.name, Reason::kDevice);
+      if (!coded) return true;
+      if (!t.is_contiguous()) {
+        problems_.push_back({key.name, Reason::kStorage});
+        return true;
+      }
+      if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(float)) return refuse(key.name, Reason::kUnaligned);
       row.scales[handle - kFirstScales] = static_cast<float*>(t.mutable_data_ptr());
     } else {
-      if (t.sizes() != param.sizes()) return {handle, Reason::kShape};
-      if (!fits_dtype(row, handle, t.scalar_type(), param.scalar_type(), stored)) return {handle, Reason::kDtype};
+      const bool has_codes = key.form == Form::kCodes;
+      (has_codes ? found.codes : found.numbers) |= 1u << handle;
+      if (t.sizes() != param.sizes()) return refuse(key.name, Reason::kShape);
+      const at::ScalarType type = t.scalar_type();
+      const bool fits = has_codes ? !param.is_complex() && type == code_type(handle)
+                                  : plain_dtype(type).has_value() && t.is_complex() == param.is_complex();
+      if (!fits) return refuse(key.name, Reason::kDtype);
+      if (kernel_device(t) != row.device) return refuse(key.name, Reason::kDevice);
+      const bool is_wanted = is_extra
+                                 ? type == (row.extra == Extra::kMaster ? at::kFloat : param.scalar_type())
+                                 : handle == kAverage || (has_codes == coded && (coded || !stored || type == *stored));
+      if (!is_wanted) {
+        problems_.push_back({key.name, Reason::kStorage});
+        return true;
+      }
     }
     handles[handle] = &t;
     owners_[handle] = value;
-    return {};
+    return true;
   }
 
-  static Reason read_step(Row& row, const at::Tensor& t, int device) {
-    if (t.numel() != 1) return Reason::kShape;
-    if (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble) return Reason::kDtype;
-    if (kernel_device(t) != device) return Reason::kDevice;
+  bool read_step(Row& row, PyObject* name, const at::Tensor& t) {
+    if (t.numel() != 1) return refuse(name, Reason::kShape);
+    if (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble) return refuse(name, Reason::kNoKernel);
     row.step = t.mutable_data_ptr();
     row.step_dtype = *plain_dtype(t.scalar_type());
+    if (kernel_device(t) != row.device) problems_.push_back({name, Reason::kAway});
     // Reading one from a GPU would wait for it: there, loading a checkpoint is what checks it.
-    return device == kHost && !is_step_count(read_number({row.step, row.step_dtype, 1})) ? Reason::kCount
-                                                                                         : Reason::kNone;
+    return kernel_device(t) != kHost || is_step_count(read_number({row.step, row.step_dtype, 1})) ||
+           refuse(name, Reason::kCount);
   }
 
-  bool fits_dtype(const Row& row, int operand, at::ScalarType type, at::ScalarType param,
-                  std::optional<at::ScalarType> stored) const {
-    if (operand == kExtra) return type == (row.extra == Extra::kMaster ? at::kFloat : param);
-    if (operand != kAverage && stored == at::kChar)
-      return type == (rule_.squares >> (operand - kState) & 1 ? at::kByte : at::kChar);
-    if (operand != kAverage && stored && type != *stored) return false;
-    return plain_dtype(type).has_value() && at::isComplexType(type) == at::isComplexType(param);
+  static Form form_of(Extra extra) {
+    return extra == Extra::kMaster ? Form::kMaster : extra == Extra::kCompensation ? Form::kCompensation : Form::kAny;
   }
 
-  // Where the operands lie, and in which order their elements are visited.
-  Problem place(Row& row, const Handles& handles) {
+  at::ScalarType code_type(int operand) const {
+    return rule_.squares >> (operand - kState) & 1 ? at::kByte : at::kChar;
+  }
+
+  // Adds which states lack, in the order in which they are made, and what locate() would find; false.
+  __attribute__((noinline)) bool find_mendable(const Row& row, const Entries& found, bool has_step,
+                                               const Handles& handles) {
+    std::vector<PyObject*> absent;
+    bool has_some = false;
+    const auto look = [&](bool is_there, PyObject* name) {
+      has_some = has_some || is_there;
+      if (!is_there) absent.push_back(name);
+    };
+    const auto is_there = [](unsigned mask, int handle) { return (mask >> handle & 1) != 0; };
+    const bool counts = is_there(found.others, kStepHandle);
+    if (rule_.has_step && has_step) look(counts, keys_.name(kStepHandle));
+    for (int i = 0; i < kMaxStates; ++i) {
+      const int k = kState + i;
+      if (!is_used(row.used, k)) continue;
+      const bool numbers = is_there(found.numbers, k), codes = is_there(found.codes, k),
+                 scales = is_there(found.others, kFirstScales + i);
+      if (!numbers && codes != scales)
+        return refuse(codes ? keys_.name(kFirstScales + i) : keys_.name(k, Form::kCodes), Reason::kIncomplete);
+      look(numbers || codes, keys_.name(k));
+    }
+    if (has_some && !absent.empty()) return refuse(absent[0], Reason::kIncomplete);
+    if (is_used(row.used, kAverage) && !is_there(found.numbers, kAverage)) absent.push_back(keys_.name(kAverage));
+    if (is_used(row.used, kExtra) && !is_there(found.numbers, kExtra))
+      absent.push_back(keys_.name(kExtra, form_of(row.extra)));
+    if (!rule_.has_step && has_step && !counts) absent.push_back(keys_.name(kStepHandle));
+    for (PyObject* const name : absent) problems_.push_back({name, Reason::kMissing});
+    for (int k = kState; k < kAverage; ++k) {
+      if (!handles[k] || !is_there(found.codes, k)) continue;
+      Handles only{};
+      only[kParam] = handles[kParam];
+      only[k] = handles[k];
+      if (!layout_of(only).strides[k].empty()) problems_.push_back({keys_.name(k, Form::kCodes), Reason::kStorage});
+    }
+    return false;
+  }
+
+  PyObject* name_of(const Row& row, int operand) const {
+    if (operand == kParam) return parameter_;
+    if (operand == kGrad) return gradient_;
+    return keys_.name(operand, operand == kExtra              ? form_of(row.extra)
+                               : is_block(row.dtype[operand]) ? Form::kCodes
+                                                              : Form::kNumbers);
+  }
+
+  // Where the operands lie, and in which order their elements are visited. False: the kernels do not reach them.
+  bool locate(Row& row, const Handles& handles) {
     const at::Tensor& param = *handles[kParam];
     bool contiguous = true, same_strides = param.is_non_overlapping_and_dense();
     for (int k = 0; k < kOperands; ++k) {
@@ -201,18 +271,18 @@ class RowReader {
       row.dtype[k] = stored_dtype(t.scalar_type());
       const bool reads = k == kGrad && !writes_gradients_;
       row.data[k] = reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
-      if (kernel_device(t) != row.device) return {k, Reason::kDevice};
       // A GPU has no access to an address that is no multiple of the element's size.
       const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
-      if (row.device != kHost && !aligned) return {k, Reason::kUnaligned};
+      if (row.device != kHost && !aligned) return refuse(name_of(row, k), Reason::kUnaligned);
     }
     row.layout = nullptr;
-    if (contiguous || same_strides) return {};
+    if (contiguous || same_strides) return true;
     row.layout = &layouts_.emplace_back(layout_of(handles));
     // Codes share a scale in the order in which they lie, which has to be the one that tiles have.
     for (int k = kState; k < kAverage; ++k)
-      if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty()) return {k, Reason::kStorage};
-    return {};
+      if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty())
+        return refuse(name_of(row, k), Reason::kStorage);
+    return true;
   }
 
   static Layout layout_of(const Handles& handles) {
@@ -244,6 +314,11 @@ class RowReader {
   bool watched_ = false, writes_gradients_ = false;
   std::deque<Layout> layouts_;  // of the rows of this step
   std::array<PyObject*, kHandles> owners_{};
+  std::vector<Problem> problems_;
+  // Interned and never freed.
+  PyObject *const parameter_ = PyUnicode_InternFromString("parameter"),
+                  *const gradient_ = PyUnicode_InternFromString("gradient"),
+                  *const state_ = PyUnicode_InternFromString("state");
 };
 
 }  // namespace genopt

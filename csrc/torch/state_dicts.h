@@ -28,7 +28,7 @@ class StateDicts {
     match(objects);
   }
 
-  // A row's state dict, or null.
+  // A row's state, which may be no dict, or null.
   PyObject* find(size_t r, const Objects& objects) {
     PyObject* entries = objects.states[r];
     if (!entries) {
@@ -36,7 +36,7 @@ class StateDicts {
       if (!entries && PyErr_Occurred()) throw PythonError();
       if (entries) order_.clear();  // learn the order anew at the next step
     }
-    return entries && PyDict_Check(entries) ? entries : nullptr;
+    return entries;
   }
 
  private:

@@ -1,6 +1,7 @@
 // The keys of a state dict: which of a row's tensors each one names, and in which form.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -33,13 +34,11 @@ class StateKeys {
     add("master", kExtra, Form::kMaster);
   }
 
-  // What stands for a handle in messages: "parameter", "gradient" or a key of the state dict.
-  std::string name(int handle) const {
-    if (handle == kParam) return "parameter";
-    if (handle == kGrad) return "gradient";
+  // The name of a handle in the given form. Of a step counter or scales, whatever the form.
+  PyObject* name(int handle, Form form = Form::kNumbers) const {
     for (const StateKey& key : keys_)
-      if (key.handle == handle) return PyUnicode_AsUTF8(key.name);
-    return "state";
+      if (key.handle == handle && (key.form == form || key.form == Form::kAny)) return key.name;
+    throw std::logic_error("a state without a name");
   }
 
   // What `key` names, or null. Keys are mostly the interned ones.

@@ -4,7 +4,7 @@
 //
 // A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device, a tensor
 // subclass, ...) is unsupported: the step then changes nothing and says of each such row what is wrong with it.
-// Python (optim/stepper.py) makes the state, raises the error or lets the reference serve the row.
+// Python makes the state, words the error (optim/refusals.py) or lets the reference serve the row.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -79,11 +79,6 @@ class Stepper {
     return std::nullopt;
   }
 
-  // What stands for a problem's handle in messages.
-  std::string name(int handle) const {
-    return reader_.keys().name(handle);
-  }
-
   // CUDA kernels launched so far.
   int64_t launches() const {
     return cuda_.launches();
@@ -106,9 +101,8 @@ class Stepper {
       row.active = false;
       objects_.has_grad[r] = false;
       if (skip[r]) continue;
-      if (const Problem problem = reader_.read(r, row, groups_, states_, objects_)) {
-        refusal.rows.push_back(static_cast<int64_t>(r));
-        refusal.problems.push_back(problem);
+      if (!reader_.read(r, row, groups_, states_, objects_)) {
+        refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
         continue;
       }
       if (!row.active) continue;

@@ -17,6 +17,7 @@ struct Storage {
   Extra extra = Extra::kNone;
   bool stochastic = false;
   bool differentiable = false;  // its gradients are left to torch's own code
+  bool capturable = false;
 
   // How the states of one parameter are to be stored: kChar as codes, none: in any dtype of numbers.
   std::optional<at::ScalarType> states_of(const at::Tensor& param) const {
@@ -33,7 +34,11 @@ class StorageReader {
     const auto find = [group](PyObject* key) { return PyDict_GetItemWithError(group, key); };
     PyObject* const dtype = find(state_dtype_) == Py_None ? nullptr : find(state_dtype_);
     PyObject *const min_size = find(min_int8_size_), *const rounding = find(param_rounding_);
-    PyObject *const master = find(master_weights_), *const differentiable = find(differentiable_);
+    PyObject* const master = find(master_weights_);
+    const auto is_true = [&find](PyObject* key) {
+      PyObject* const value = find(key);
+      return value && PyObject_IsTrue(value) == 1;
+    };
     bool complete = true;
     if (min_size) {
       if (!PyLong_CheckExact(min_size)) return false;
@@ -56,9 +61,10 @@ class StorageReader {
       if (storage.extra == Extra::kNone && !storage.stochastic && !is("nearest")) return false;
     }
     if (storage.stochastic) complete &= find(rounding_seed_) != nullptr;
-    storage.differentiable = differentiable && PyObject_IsTrue(differentiable) == 1;
+    storage.differentiable = is_true(differentiable_);
+    storage.capturable = is_true(capturable_);
     if (master && !PyLong_Check(master)) return false;
-    if (master && PyObject_IsTrue(master) == 1) {
+    if (is_true(master_weights_)) {
       if (storage.stochastic || storage.extra != Extra::kNone) return false;
       storage.extra = Extra::kMaster;
     }
@@ -74,6 +80,7 @@ class StorageReader {
   PyObject *const state_dtype_ = key("state_dtype"), *const min_int8_size_ = key("min_int8_size");
   PyObject *const param_rounding_ = key("param_rounding"), *const master_weights_ = key("master_weights");
   PyObject *const int8_format_ = key("int8_format"), *const differentiable_ = key("differentiable");
+  PyObject* const capturable_ = key("capturable");
   PyObject* const rounding_seed_ = key(kCommonOptions[kSeed - kMaxOptions].key);
 };
 

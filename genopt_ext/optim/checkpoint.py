@@ -15,9 +15,10 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from .. import reference, tracing
 from ..reference.codecs import STEPPED
-from . import options, refusals
+from . import options, problems, refusals
 from . import state as states
 from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone
+from .problems import Row
 from .step import describe
 
 if TYPE_CHECKING:
@@ -205,9 +206,15 @@ class _Reader:
         if p.dtype not in STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
             return state
         with self.naming(what):
-            states.store_anew(owner, rule, group, p, state)
-            refusals.check_state(rule, refuse, p, state, names)
-            refusals.check_step_count(refuse, state)
+            row = Row(owner, rule, group, p, None, state)
+            found = problems.find_in_state(row, only_averages=False)
+            for name, reason in found:
+                if reason not in problems.MENDABLE:
+                    refuse(*refusals.words(row, name, reason))
+            if state:
+                states.tell_widened(owner, rule, group, p)
+            if any(reason == "storage" for _, reason in found):
+                states.store_anew(owner, rule, group, p, state)
         if not states.counts_steps(rule, group, p):
             state.pop("step", None)  # which only rounding had counted
         return state
@@ -237,7 +244,10 @@ class _Reader:
             return None
         # Here it may wait for a GPU, which a step does not.
         if isinstance(value, Tensor) and value.numel() == 1 and tracing.has_number(value) and not value.is_complex():
-            refusals.check_step_count(refuse, {"step": value.detach().to("cpu", torch.float64)})
+            count = value.detach().to("cpu", torch.float64)
+            if (reason := problems.of_step_count(count)) is not None:
+                row = Row(type(self.optimizer).__name__, self.optimizer.rule, group, p, None, {"step": count})
+                refuse(*refusals.words(row, "step", reason))
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
                 refuse(f"state 'step' is {value!r}, expected a number", _WHOLE)

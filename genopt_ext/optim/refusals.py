@@ -1,160 +1,138 @@
-"""What can be wrong with a row of a step, told in one sentence each; a row is a parameter with what belongs to it."""
+"""What is wrong with a row of a step, told in one sentence each. It is found by the kernels, or by ``problems.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend, overlap, tracing
-from ..reference.codecs import MIXES, STEPPED
-from . import by_torch
-from . import state as states
-from .options import is_step_count
-from .rule import Rule
+from . import by_torch, problems
+from .problems import Problem, Row
 from .step import Place, Step
-
-Refuse = Callable[[str, str], Any]  # raises, for a problem and its fix
 
 Pairs = Sequence[tuple[int, int]]
 
 
-def check(step: Step, place: Place) -> list[str]:
-    """The row's states that are to be made; raises where the row can not be served."""
-    p = place[2]
-    g, group, rule, state = step.gradient(p), step.group(place), step.rule, step.state_of(p)
+def find_mendable(step: Step, place: Place, found: Sequence[Problem]) -> Sequence[Problem]:
+    """What is to be mended before a row's step, of which the kernels ``found`` problems; raises for what can not be."""
+    row = step.row(place)
+    if of_kernels := found[0][1] in problems.OF_KERNELS:
+        found = problems.find(row)
+    where = f"{step.owner}.step: {step.describe(place)}"
+    for operand, reason in found:
+        if reason not in problems.MENDABLE:
+            raise RuntimeError(f"{where}: {'; '.join(words(row, operand, reason))}")
+    if row.g is not None and row.is_torchs:
 
-    def refuse(problem: str, fix: str) -> None:
-        raise RuntimeError(f"{step.owner}.step: {step.describe(place)}: {problem}; {fix}")
+        def refuse(problem: str, fix: str) -> None:
+            raise RuntimeError(f"{where}: {problem}; {fix}")
 
-    if g is None:  # only an average moves; it begins with the others'
-        if (ema := state.get("ema")) is None:
-            return ["ema"]
-        check_numbers(refuse, p, "ema", ema)
-        return []
-    for_torch = by_torch.serves(rule, group, g)
-    _check_gradient(step, p, g, for_torch, refuse)
-    if step.resolved in _backend.DEVICES and _kernels_for(p) != step.resolved:
+        by_torch.check(step, place, row.g, refuse)
+    elif of_kernels and step.resolved in _backend.DEVICES:
         tell_reference(step, place)
-    if states.is_stochastic(group, p) and tracing.is_subclass(p):
-        refuse(f"param_rounding is 'stochastic', but it is a {type(p).__name__}", "use 'kahan' or master_weights=True")
-    if p.is_meta and group.get("fused"):
-        refuse(
+    return found
+
+
+_OF_THIS_MODEL = "load a checkpoint of this model"
+_WHOLE = "load a checkpoint that has it, or delete the parameter's state to start anew"
+
+
+def words(row: Row, operand: str, reason: str) -> tuple[str, str]:
+    """What is wrong with an operand, and how to mend it."""
+    p, g = row.p, row.g
+    what = operand if operand in ("parameter", "gradient") else f"state '{operand}'"
+    t: Any = row.state.get(operand) if isinstance(row.state, dict) else None
+    if reason == "inference":
+        return f"{what} is an inference tensor", "make it outside of torch.inference_mode()"
+    if reason == "zero tensor":
+        return f"{what} is a zero tensor, without memory", "use its .clone()"
+    if operand == "parameter":
+        return _of_parameter(row, reason)
+    if operand == "gradient":
+        assert g is not None
+        return _of_gradient(row, g, reason)
+    if reason == "not a dict":
+        return f"its state is {type(row.state).__name__}, expected dict", "delete it to start anew"
+    if reason == "layout":
+        kind = "nested" if t.is_nested else t.layout
+        return f"{what} is {kind}, expected torch.strided", "replace it with a dense tensor"
+    if operand == "step":
+        return _of_step(t, reason)
+    if reason == "device":
+        return f"{what} is on {t.device}, parameter on {p.device}", f"move it to {p.device}"
+    if operand.endswith(("_codes", "_scales")):
+        return _of_codes(row, operand, t, reason)
+    if reason == "incomplete":
+        return f"its state has {sorted(row.state)} but no '{operand}', which the group's options ask for", _WHOLE
+    if reason in ("shape", "not a tensor"):
+        got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        return f"{what} has {got}, expected {list(p.shape)}", _OF_THIS_MODEL
+    assert reason == "dtype", reason
+    return f"{what} is {t.dtype}, parameter is {p.dtype}", f"cast it to {p.dtype}"
+
+
+def _of_parameter(row: Row, reason: str) -> tuple[str, str]:
+    p = row.p
+    problem, fix = {
+        "layout": (f"parameter is {'nested' if p.is_nested else p.layout}, expected torch.strided", "store it dense"),
+        "dtype": (
+            f"parameter is {p.dtype} and has a gradient",
+            "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
+        ),
+        "stochastic": (
+            f"param_rounding is 'stochastic', but it is a {type(p).__name__}",
+            "use 'kahan' or master_weights=True",
+        ),
+        "meta": (
             "`fused=True` requires all the params to be floating point Tensors of supported devices, "
             f"but got {p.dtype} and {p.device.type}",
             "use fused=None, or materialize it with to_empty()",
-        )
-    _check_memory(step, place, g, for_torch, refuse)
-    if group.get("capturable") and p.device.type == "cpu":
-        refuse("capturable=True, but it is on cpu, where there are no graphs to capture", "use capturable=False")
-    if for_torch:
-        by_torch.check(step, place, g, refuse)
-    missing = check_state(rule, refuse, p, state, rule.state_names(group))
-    further = states.further_names(rule, group, p)
-    if states.counts_steps(rule, group, p):
-        check_step_count(refuse, state)
-    missing += [name for name in further if state.get(name) is None and name not in missing]
-    return by_torch.to_make(rule, missing) if for_torch else missing
+        ),
+        "capturable": (
+            "capturable=True, but it is on cpu, where there are no graphs to capture",
+            "use capturable=False",
+        ),
+    }[reason]
+    return problem, fix
 
 
-def _kernels_for(p: Tensor) -> str | None:
-    assert _backend.native is not None
-    backend: str | None = _backend.native.kernels_for(p)
-    return backend
+def _of_gradient(row: Row, g: Tensor, reason: str) -> tuple[str, str]:
+    p, owner = row.p, row.owner
+    if reason == "layout":
+        if g.layout == torch.strided:
+            return "gradient is nested, expected torch.strided", "replace it with a dense tensor"
+        return f"{owner} does not support sparse gradients (got {g.layout})", f"use {row.rule.sparse_class}"
+    if reason == "shape":
+        return f"gradient has shape {list(g.shape)}, parameter {list(p.shape)}", "clear gradients with zero_grad()"
+    if reason == "dtype":
+        return f"gradient is {g.dtype}, parameter is {p.dtype}", f"cast the gradient to {p.dtype}"
+    assert reason == "device", reason
+    return f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}"
 
 
-def _check_gradient(step: Step, p: Tensor, g: Tensor, for_torch: bool, refuse: Refuse) -> None:
-    if g.layout != torch.strided and not for_torch:
-        refuse(f"{step.owner} does not support sparse gradients (got {g.layout})", f"use {step.rule.sparse_class}")
-    if p.layout != torch.strided:
-        refuse(f"parameter is {p.layout}, expected torch.strided", "store it dense")
-    if g.shape != p.shape:
-        refuse(f"gradient has shape {list(g.shape)}, parameter {list(p.shape)}", "clear gradients with zero_grad()")
-    mixes = g.dtype in MIXES and p.dtype in MIXES
-    if g.dtype != p.dtype and not mixes and step.inputs.sums is None:
-        refuse(f"gradient is {g.dtype}, parameter is {p.dtype}", f"cast the gradient to {p.dtype}")
-    if g.device != p.device:
-        refuse(f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}")
-    if p.dtype not in STEPPED:
-        refuse(
-            f"parameter is {p.dtype} and has a gradient",
-            "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
-        )
-
-
-def _check_memory(step: Step, place: Place, g: Tensor, for_torch: bool, refuse: Refuse) -> None:
-    """Looks at the tensors that the row's step reads or writes, as far as they are there."""
-    p, state = place[2], step.state_of(place[2])
-    operands = {"parameter": p, "gradient": g}
-    for name in [*step.rule.state_names(step.group(place)), "step", "ema", "master", "compensation"]:
-        for key in (name, f"{name}_codes", f"{name}_scales") if isinstance(state, dict) else ():
-            if isinstance(t := state.get(key), Tensor):
-                operands[f"state '{key}'"] = t
-    writes = step.inputs.gradients is not None
-    for name, t in operands.items():
-        if t.is_inference() and not torch.is_inference_mode_enabled() and (name != "gradient" or writes):
-            refuse(f"{name} is an inference tensor", "make it outside of torch.inference_mode()")
-        if t._is_zerotensor():
-            refuse(f"{name} is a zero tensor, without memory", "use its .clone()")
-        made_of_sparse = step.rule.serves_sparse and t.layout == torch.sparse_coo and name.startswith("state")
-        if (t.layout != torch.strided or t.is_nested) and not (for_torch or made_of_sparse):
-            kind = "nested" if t.is_nested else t.layout
-            refuse(f"{name} is {kind}, expected torch.strided", "replace it with a dense tensor")
-
-
-def check_state(rule: Rule, refuse: Refuse, p: Tensor, state: Any, names: list[str]) -> list[str]:
-    """Which of ``names`` and ``step`` are to be made, all or none; raises for what is not the state of ``p``."""
-    if not isinstance(state, dict):
-        refuse(f"its state is {type(state).__name__}, expected dict", "delete it to start anew")
-    wanted = (["step"] if rule.counts_steps else []) + names
-    absent = [name for name in wanted if state.get(name) is None and state.get(name + "_codes") is None]
-    scales = [name for name in names if state.get(name + "_scales") is not None]
-    missing = absent if len(absent) == len(wanted) and not scales else []
-    for name in scales:
-        _check_codes(rule, refuse, p, state, name)
-    if absent and not missing:
-        fix = "load a checkpoint that has it, or delete the parameter's state to start anew"
-        refuse(f"its state has {sorted(state)} but no '{absent[0]}', which the group's options ask for", fix)
-    for name in names:
-        if state.get(name) is None and name not in scales and name not in missing:
-            _check_codes(rule, refuse, p, state, name)
-    for name in [*names, "ema", "master", "compensation"]:
-        if (t := state.get(name)) is not None:
-            check_numbers(refuse, p, name, t)
-    return missing
-
-
-def check_numbers(refuse: Refuse, p: Tensor, name: str, t: Any) -> None:
-    """Raises where the state ``t`` can not be numbers of ``p``."""
-    if not isinstance(t, Tensor) or t.shape != p.shape:
-        got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-        refuse(f"state '{name}' has {got}, expected {list(p.shape)}", "load a checkpoint of this model")
-    if t.is_complex() != p.is_complex() or t.dtype not in STEPPED:
-        refuse(f"state '{name}' is {t.dtype}, parameter is {p.dtype}", f"cast it to {p.dtype}")
-    if t.device != p.device:
-        refuse(f"state '{name}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}")
-
-
-def check_step_count(refuse: Refuse, state: dict[str, Any]) -> None:
-    """Raises where ``step``, if it is there, can not be a count; one on a GPU is not read."""
-    step = state.get("step")
-    if step is None:
-        return
-    if not (isinstance(step, Tensor) and step.numel() == 1 and step.dtype in STEPPED and not step.is_complex()):
-        got = f"of shape {list(step.shape)}, {step.dtype}" if isinstance(step, Tensor) else repr(step)
-        refuse(f"state 'step' is {got}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))")
-    if step.is_cpu and tracing.has_number(step) and not is_step_count(step.item()):
-        refuse(
+def _of_step(step: Any, reason: str) -> tuple[str, str]:
+    if reason == "count":
+        return (
             f"state 'step' is {step.item()}, expected a whole number from 0 to 2**53",
             "load a checkpoint that was saved whole, or delete the parameter's state to start anew",
         )
+    if reason == "incomplete":
+        return "its state has no 'step'", _WHOLE
+    got = f"of shape {list(step.shape)}, {step.dtype}" if isinstance(step, Tensor) else repr(step)
+    return f"state 'step' is {got}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))"
 
 
-def _check_codes(rule: Rule, refuse: Refuse, p: Tensor, state: dict[str, Any], name: str) -> None:
-    if (broken := states.broken(state, name, p, name not in rule.squares)) is not None:
-        refuse(*broken)
+def _of_codes(row: Row, operand: str, t: Any, reason: str) -> tuple[str, str]:
+    p, fix = row.p, _OF_THIS_MODEL + ", or delete the parameter's state to start anew"
+    if p.is_complex():
+        return f"state '{operand}' is of codes of real numbers, and the parameter is {p.dtype}", fix
+    if reason in ("incomplete", "not a tensor"):
+        return f"its state has {sorted(map(str, row.state))}, and '{operand}' is {type(t).__name__}", fix
+    expected = problems.form_of_codes(row, operand)
+    return f"state '{operand}' is {t.dtype} of shape {list(t.shape)}, expected {expected[0]} of {expected[1]}", fix
 
 
 def tell_reference(step: Step, place: Place) -> None:

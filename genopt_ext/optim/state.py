@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,40 +72,18 @@ def _dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return t.new_empty([p.shape[d] for d in order]).permute([order.index(d) for d in range(p.dim())])
 
 
-def is_stored(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether ``state`` has ``name`` as ``dtype`` asks for it: see :func:`state_dtype`."""
-    codes = state.get(name + "_codes")
-    if dtype == torch.int8:
-        alone = codes is not None and state.get(name) is None
-        return bool(alone) and state[name + "_scales"].is_contiguous() and _lie_alike(state[name + "_codes"], p)
-    return state.get(name) is not None and (dtype is None or state[name].dtype == dtype)
-
-
-def fits(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> bool:
-    """Whether the state ``name`` is one of ``p``: of its shape and on its device, with as many scales as blocks."""
-    plain = state.get(name)
-    if plain is not None:
-        return isinstance(plain, Tensor) and (plain.shape, plain.device) == (p.shape, p.device)
-    return broken(state, name, p, signed) is None
-
-
-def broken(state: dict[str, Any], name: str, p: Tensor, signed: bool) -> tuple[str, str] | None:
-    """What keeps the codes of the state ``name`` from being those of ``p``, and how to mend it; or None."""
-    fix = "load a checkpoint of this model, or delete the parameter's state to start anew"
-    if p.is_complex():
-        return f"state '{name}' is in codes of real numbers, and the parameter is {p.dtype}", fix
-    for key, dtype, shape in (
-        (name + "_codes", torch.int8 if signed else torch.uint8, list(p.shape)),
-        (name + "_scales", torch.float32, [-(-p.numel() // BLOCK)]),
-    ):
-        t = state.get(key)
-        if not isinstance(t, Tensor):
-            return f"its state has {sorted(map(str, state))}, and '{key}' is {type(t).__name__}", fix
-        if t.dtype != dtype or list(t.shape) != shape:
-            return f"state '{key}' is {t.dtype} of shape {list(t.shape)}, expected {dtype} of {shape}", fix
-        if t.device != p.device:
-            return f"state '{key}' is on {t.device}, parameter on {p.device}", f"move it to {p.device}"
-    return None
+def is_as_asked(group: Group, p: Tensor, name: str, t: Tensor) -> bool:
+    """Whether the entry ``name`` of the state of ``p`` is kept as its group asks for it."""
+    if name == "ema":
+        return True
+    if name in ("master", "compensation"):
+        return t.dtype == (torch.float32 if name == "master" else p.dtype)
+    dtype = state_dtype(group, p)
+    if name.endswith("_scales"):
+        return dtype != torch.int8 or t.is_contiguous()
+    if name.endswith("_codes"):
+        return dtype == torch.int8 and _lie_alike(t, p)
+    return dtype is None or t.dtype == dtype
 
 
 def _lie_alike(codes: Tensor, p: Tensor) -> bool:
@@ -131,11 +109,6 @@ def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | No
     # A block that waits for its first gradient goes on to.
     waits = codecs.blocks((codecs.flat(values, p) != 0) | ~codecs.flat(values, p).signbit()).any(1).logical_not()
     state[name + "_scales"].masked_fill_(waits, -0.0)
-
-
-def names_in(state: dict[str, Any]) -> Collection[str]:
-    """The states that are stored in codes."""
-    return [name.removesuffix("_codes") for name in state if str(name).endswith("_codes")]
 
 
 # All that a parameter keeps
@@ -194,7 +167,7 @@ def make_missing(
     devices = [p.device if p.is_cuda else torch.device("cpu") for _, p, names in missing if "step" in names]
     counters = {d: iter(torch.zeros(devices.count(d), dtype=torch.float32, device=d).unbind()) for d in set(devices)}
     for state, (group, p, names) in zip(made, missing, strict=True):
-        _tell_widened(owner, rule, group, p)
+        tell_widened(owner, rule, group, p)
         for name in names:
             if name == "step":
                 state[name] = next(counters[p.device if p.is_cuda else torch.device("cpu")])
@@ -213,19 +186,16 @@ def make_missing(
 @torch.inference_mode(False)
 @torch.no_grad()
 def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
-    """Stores the parameter's states as its group asks for them, where they are stored in another way."""
-    if not state:
-        return
+    """Stores the parameter's states as its group asks for them, where they are stored in another way.
+
+    They have to be states of ``p``: see ``problems.find_in_state``.
+    """
     complete(group)
-    _tell_widened(owner, rule, group, p)
-    for name in dict.fromkeys((*rule.state_names(group), *names_in(state))):
-        there = state.get(name) is not None or state.get(name + "_codes") is not None
-        dtype = state_dtype(group, p)
-        signed = name not in rule.squares
-        # What does not fit is left for the step to refuse.
-        if there and fits(state, name, p, signed) and not is_stored(state, name, p, dtype):
+    for name in rule.state_names(group):
+        there = [key for key in (name, name + "_codes", name + "_scales") if state.get(key) is not None]
+        if any(not is_as_asked(group, p, key, state[key]) for key in there):
             refuse_capture(owner)
-            convert(state, name, p, dtype, signed)
+            convert(state, name, p, state_dtype(group, p), signed=name not in rule.squares)
     for name, dtype in (("master", torch.float32), ("compensation", p.dtype)):
         if name != extra(group, p):
             state.pop(name, None)
@@ -233,7 +203,8 @@ def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str,
             state[name] = state[name].to(dtype)
 
 
-def _tell_widened(owner: str, rule: Rule, group: Group, p: Tensor) -> None:
+def tell_widened(owner: str, rule: Rule, group: Group, p: Tensor) -> None:
+    """Warns, once, where ``p`` has float32 state instead of the 8-bit state that was asked for."""
     if is_widened(group, p) and (states := len(rule.state_names(group))):
         _backend.warn_once(
             f"{owner}: 8-bit state is kept in float32 here, for parameters that are "

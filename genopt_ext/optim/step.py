@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..reference.codecs import STEPPED
+from .problems import Row
 from .rule import Group, Rule
 
 # A parameter and where it stands: (group index, index in the group, the parameter).
@@ -80,6 +81,19 @@ class Step:
         p = place[2]
         averages = self.group(place).get("ema_decay") is not None and p.dtype in STEPPED
         return self.gradient(p) is not None or (averages and (p.requires_grad or bool(self.state.get(p))))
+
+    def row(self, place: Place) -> Row:
+        p, inputs = place[2], self.inputs
+        return Row(
+            self.owner,
+            self.rule,
+            self.group(place),
+            p,
+            self.gradient(p),
+            self.state_of(p),
+            is_sum=inputs.sums is not None,
+            writes_gradient=inputs.gradients is not None,
+        )
 
     def describe(self, place: Place) -> str:
         return describe(self.groups, place)

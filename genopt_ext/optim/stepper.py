@@ -7,7 +7,7 @@ missing state, raises the error, or has the rows stepped by the reference (``apa
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .. import _backend, clip, gradients, sharding
 from . import apart, by_torch, options, refusals, repeats
 from . import state as states
 from .options import NORM_CLIPS, clips_alone
+from .problems import OF_KERNELS, Problem
 from .refusals import Pairs
 from .rule import Group, Rule
 from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
@@ -26,8 +27,7 @@ from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
 class Refusal(NamedTuple):
     """What the native stepper could not take: ``csrc/torch/refusal.h``."""
 
-    rows: Sequence[int] = ()
-    problems: Sequence[tuple[str, str]] = ()  # of each row: an operand, and the reason why kernels can not take it
+    rows: Mapping[int, Sequence[Problem]] = {}
     groups: Sequence[int] = ()
     overlaps: Pairs = ()
     grad_overlaps: Pairs = ()
@@ -107,7 +107,9 @@ class Stepper:
         arguments = {} if plain else self._arguments(groups, inputs, None)
         if self.resolved != "reference":
             if self.plan is None:
-                self._check_all(self._described(groups, state, inputs, only))
+                step = self._described(groups, state, inputs, only)
+                for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
+                    self.check_group(groups, i)
                 assert _backend.native is not None
                 self.plan = _backend.native.Stepper(self.rule.name, self.resolved)
             if only is None:  # spelled out, as most steps end here
@@ -119,7 +121,7 @@ class Stepper:
                 self._resolve(refusal, self._described(groups, state, inputs, only), only, arguments)
             return
         step = self._described(groups, state, inputs, only)
-        rows = [r for r, place in enumerate(step.places) if step.takes_part(place)]
+        rows = {r: [("parameter", "no kernel")] for r, place in enumerate(step.places) if step.takes_part(place)}
         everything = Refusal(rows, groups=list(dict.fromkeys(step.places[r][0] for r in rows)))
         self._resolve(everything, step, only, arguments)
 
@@ -134,14 +136,6 @@ class Stepper:
         """Raises where a parameter that has a gradient is listed twice, which sums of gradients can not go with."""
         repeats.turns(self._described(groups, state, NOTHING_ELSE, None), ("grads",))
 
-    def _check_all(self, step: Step) -> None:
-        """Looks at everything in Python, once: later only at what the plan can not take."""
-        for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
-            self.check_group(step.groups, i)
-        for place in step.places:
-            if step.gradient(place[2]) is not None:
-                refusals.check(step, place)
-
     def _step_natively(
         self, groups: list[Group], state: Any, only: Place | None, skipped: Sequence[int], arguments: dict[str, Any]
     ) -> Refusal | None:
@@ -150,7 +144,9 @@ class Stepper:
             return None if refused is None else Refusal(**refused)
         # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
         i, _, p = only
-        refused = self.plan.step([{**groups[i], "params": [p]}], {p: state.get(p)}, skipped, **arguments)
+        refused = self.plan.step(
+            [{**groups[i], "params": [p]}], {p: state[p]} if p in state else {}, skipped, **arguments
+        )
         return None if refused is None else Refusal(**refused)._replace(groups=(i,) if refused["groups"] else ())
 
     # What the native plan is told beside the groups
@@ -237,19 +233,19 @@ class Stepper:
     @torch.no_grad()
     def _resolve(self, refusal: Refusal, step: Step, only: Place | None, arguments: dict[str, Any]) -> None:
         """Raises for what is wrong; else makes missing state and steps, rows that kernels do not serve elsewhere."""
-        places, rows = step.places, refusal.rows
+        places, rows = step.places, list(refusal.rows)
         for i in refusal.groups:
             self.check_group(step.groups, i)
             states.complete(step.groups[i])
         turns = repeats.turns(step, arguments)
         refusals.refuse_overlaps(step, refusal.overlaps, refusal.grad_overlaps)
         torchs = [r for r in rows if by_torch.serves(self.rule, step.group(places[r]), step.gradient(places[r][2]))]
+        mendable = {r: refusals.find_mendable(step, places[r], found) for r, found in refusal.rows.items()}
         for r in torchs:
             by_torch.check_step(step, places[r], arguments)
-        missing = {r: names for r in rows if (names := refusals.check(step, places[r]))}
         if step.resolved == "reference":
             refusals.refuse_overlaps(step, *refusals.find_overlaps(step, rows))
-        self._make_state(step, rows, missing, torchs)
+        self._mend(step, mendable, torchs)
 
         kernels = [r for r in rows if r not in torchs]
         if not torchs and len(turns) == 1:
@@ -266,20 +262,27 @@ class Stepper:
             by_torch.take(step, [places[r] for r in torchs])
         self._leave_gradients(left, arguments, step)
 
-    def _make_state(
-        self, step: Step, rows: Sequence[int], missing: dict[int, list[str]], torchs: Sequence[int]
-    ) -> None:
-        """Gives ``rows`` the state that they lack, stored as their groups ask for it."""
-        at = {r: (step.group(step.places[r]), step.places[r][2]) for r in rows}
-        away = [p for _, p in at.values() if states.step_is_away(p, step.state_of(p))]
+    def _mend(self, step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Sequence[int]) -> None:
+        """Gives rows the state that they lack, stored as their groups ask for it."""
+        at = {r: (step.group(step.places[r]), step.places[r][2]) for r in mendable}
+
+        def names(r: int, reason: str) -> list[str]:
+            found = [name for name, why in mendable[r] if why == reason]
+            return by_torch.to_make(self.rule, found) if r in torchs else found
+
+        missing = {r: lacking for r in mendable if (lacking := names(r, "missing"))}
+        away = [at[r][1] for r in mendable if names(r, "away")]
         if missing or away:
             states.refuse_capture(self.owner)
         made = states.make_missing(self.owner, self.rule, [(*at[r], names) for r, names in missing.items()])
         for r, state in zip(missing, made, strict=True):
             step.state[at[r][1]].update(state)
-        for group, p in (at[r] for r in rows if r not in torchs):
+        for r, (group, p) in at.items():
+            if r in torchs:
+                continue
             by_torch.to_dense(step.state_of(p))
-            states.store_anew(self.owner, self.rule, group, p, step.state_of(p))
+            if names(r, "storage"):
+                states.store_anew(self.owner, self.rule, group, p, step.state_of(p))
         for p in away:
             step.state[p]["step"] = step.state[p]["step"].to(p.device)
 
@@ -301,8 +304,10 @@ class Stepper:
             again = native((), arguments)
             if again is None:
                 return
-            by_reference = again.rows
+            by_reference = list(again.rows)
             refusals.refuse_overlaps(step, again.overlaps, again.grad_overlaps)
+            if any(reason not in OF_KERNELS for found in again.rows.values() for _, reason in found):
+                raise RuntimeError(f"{step.owner}.step: the kernels refused {again}; please report this")
             if by_reference:
                 refusals.tell_reference(step, step.places[by_reference[0]])
             gradients_overlap = again.gradients_overlap

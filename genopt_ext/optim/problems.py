@@ -1,0 +1,162 @@
+"""What keeps the reference from stepping a row: the twin of ``csrc/torch/rows.h``, check by check in its order.
+
+A row is a parameter with its gradient and state. A problem is an operand and a reason, by the names of
+``csrc/torch/refusal.h``; reasons of layouts and subclasses are the reference's own. ``refusals.py`` words them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tracing
+from ..reference.codecs import BLOCK, MIXES, STEPPED
+from . import by_torch
+from . import state as states
+from .options import is_step_count
+from .rule import Group, Rule
+
+# An operand ("parameter", "gradient", "state" or a key of the state dict), and the reason.
+Problem = tuple[str, str]
+
+MENDABLE = frozenset(("missing", "storage", "away"))
+OF_KERNELS = frozenset(("watched", "differentiable", "no kernel", "unaligned"))  # others may step the row
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``is_sum``: the gradient was accumulated by this package; ``writes_gradient``: the step writes to it."""
+
+    owner: str
+    rule: Rule
+    group: Group
+    p: Tensor
+    g: Tensor | None
+    state: Any
+    is_sum: bool = False
+    writes_gradient: bool = False
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's own code steps it."""
+        return by_torch.serves(self.rule, self.group, self.g)
+
+
+def find(row: Row) -> Sequence[Problem]:
+    """All that can be mended, or the one thing that can not."""
+    if row.g is not None and (problem := _find_in_gradient(row, row.g)) is not None:
+        return [problem]
+    return find_in_state(row, only_averages=row.g is None)
+
+
+def _find_in_gradient(row: Row, g: Tensor) -> Problem | None:
+    p, group = row.p, row.group
+    for operand, t, is_written in (("gradient", g, row.writes_gradient), ("parameter", p, True)):
+        if (reason := _of_memory(t, is_written, may_be_sparse=row.is_torchs)) is not None:
+            return operand, reason
+    if g.shape != p.shape:
+        return "gradient", "shape"
+    mixes = row.is_sum or (g.dtype in MIXES and p.dtype in MIXES)
+    if g.is_complex() != p.is_complex() or not (mixes or g.dtype == p.dtype):
+        return "gradient", "dtype"
+    if g.device != p.device:
+        return "gradient", "device"
+    if p.dtype not in STEPPED:
+        return "parameter", "dtype"
+    if states.is_stochastic(group, p) and tracing.is_subclass(p):
+        return "parameter", "stochastic"
+    if p.is_meta and group.get("fused"):
+        return "parameter", "meta"
+    if group.get("capturable") and p.is_cpu:
+        return "parameter", "capturable"
+    return None
+
+
+def _of_memory(t: Tensor, is_written: bool, may_be_sparse: bool) -> str | None:
+    if (t.layout != torch.strided or t.is_nested) and not may_be_sparse:
+        return "layout"
+    if t._is_zerotensor():
+        return "zero tensor"
+    if is_written and t.is_inference() and not torch.is_inference_mode_enabled():
+        return "inference"
+    return None
+
+
+def find_in_state(row: Row, only_averages: bool) -> Sequence[Problem]:
+    """As :func:`find`, of the state alone."""
+    if not isinstance(row.state, dict):
+        return [("state", "not a dict")]
+    rule, group = row.rule, row.group
+    further = ["ema"] if only_averages else states.further_names(rule, group, row.p)
+    own = [] if only_averages else [*(["step"] if rule.counts_steps else []), *rule.state_names(group)]
+    state = {name: t for name, t in row.state.items() if t is not None}
+    found: list[Problem] = []
+    for name, t in state.items():
+        if name in ("master", "compensation") and name not in further:
+            if not only_averages:
+                found.append((name, "storage"))  # what another choice of storage has left behind
+        elif name in further or _stem(name) in own:
+            reason = _of_entry(row, name, t)
+            if reason in MENDABLE:
+                found.append((name, reason))
+            elif reason is not None:
+                return [(name, reason)]
+    absent = [name for name in own if name not in state and name + "_codes" not in state]
+    for name in own:
+        codes, scales = name + "_codes", name + "_scales"
+        if name not in state and (codes in state) != (scales in state):
+            return [(scales if codes in state else codes, "incomplete")]
+    if absent and len(absent) < len(own):
+        return [(absent[0], "incomplete")]
+    absent += [name for name in further if name not in own and name not in state]
+    return found + [(name, "missing") for name in absent]
+
+
+def _stem(name: Any) -> str:
+    return str(name).removesuffix("_codes").removesuffix("_scales")
+
+
+def _of_entry(row: Row, name: str, t: Any) -> str | None:
+    """Of what the state has as ``name``, by that name's own form, whether or not it is the one that is wanted."""
+    p, stem = row.p, _stem(name)
+    if not isinstance(t, Tensor):
+        return "not a tensor"
+    is_sparse = row.rule.serves_sparse and t.layout == torch.sparse_coo
+    if (reason := _of_memory(t, True, may_be_sparse=row.is_torchs or is_sparse)) is not None:
+        return reason
+    if name == "step":
+        return of_step_count(t) or ("away" if states.step_is_away(p, row.state) else None)
+    are_codes, are_scales = name == stem + "_codes", name == stem + "_scales"
+    if are_codes or are_scales:
+        dtype, shape = form_of_codes(row, name)
+        fits = t.dtype == dtype and not p.is_complex()
+    else:
+        shape, fits = list(p.shape), t.dtype in STEPPED and t.is_complex() == p.is_complex()
+    if list(t.shape) != shape:
+        return "shape"
+    if not fits:
+        return "dtype"
+    if t.device != p.device:
+        return "device"
+    return None if states.is_as_asked(row.group, p, name, t) else "storage"
+
+
+def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, list[int]]:
+    """The dtype and shape of a state's codes, or of their scales."""
+    if name.endswith("_scales"):
+        return torch.float32, [-(-row.p.numel() // BLOCK)]
+    return torch.uint8 if _stem(name) in row.rule.squares else torch.int8, list(row.p.shape)
+
+
+def of_step_count(step: Tensor) -> str | None:
+    """The reason why ``step`` can not be a count; one on a GPU is not read."""
+    if step.numel() != 1:
+        return "shape"
+    if step.dtype not in STEPPED or step.is_complex():
+        return "dtype"
+    is_read = step.is_cpu and tracing.has_number(step)
+    return "count" if is_read and not is_step_count(step.item()) else None
