@@ -33,9 +33,15 @@ class Accumulator:
         """Adds each ``.grad`` to its sum, and sets it to None.
 
         Raises:
-            RuntimeError: a gradient has another shape, kind or device than its parameter or than the sum so far;
-                nothing is changed then. ``where`` begins the message.
+            RuntimeError: a group is ``differentiable=True``, or a gradient has another shape, kind or device than its
+                parameter or than the sum so far; nothing is changed then. ``where`` begins the message.
         """
+        for i, group in enumerate(groups):
+            if group.get("differentiable"):
+                raise RuntimeError(
+                    f"{where}: group {i} is differentiable=True, and sums of gradients forget "
+                    "where they came from; add up the losses instead, or use differentiable=False"
+                )
         places = places_of(groups)
         rows = [place for place in places if place[2].grad is not None]
         # What no longer belongs to a parameter is let go.

@@ -5,17 +5,17 @@ A subclass names its :class:`Rule` and has the constructor of the torch class th
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference, tracing
+from .. import _backend, tracing
 from . import checkpoint, hooks, options
 from .accumulator import Accumulator
+from .averages import Averages
 from .options import Listed, StepOptions
 from .rule import Rule
 from .step import NOTHING_ELSE, Inputs, places_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..in_backward import InBackward
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Averages, torch.optim.Optimizer):
     """Base of the optimizers in :mod:`genopt_ext.optim`; a mixin before the torch class it mirrors, if torch has it.
 
     Attributes:
@@ -45,7 +45,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     _zeroes = False  # the running step zeroes gradients
     _keeps_scale = False  # the running step leaves the loss scale in gradients
     _checks = False  # the running step finds infinities for a GradScaler
-    _swapped = False
     _opt_called: bool = False  # torch.optim.lr_scheduler's: whether a step was taken
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -207,7 +206,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 stand beside accumulated ones are accumulated too.
         """
         try:
-            if self._swapped:
+            if self.is_swapped:
                 self.refuse_swapped()
             loss = None
             if closure is not None:
@@ -273,36 +272,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._keeps_scale = self._checks = False
         return result, self.stepper.results_on(self.param_groups).nonfinite
 
-    def refuse_swapped(self) -> None:
-        """Raises within :meth:`swap_ema`."""
-        if self._swapped:
-            raise RuntimeError(
-                f"{type(self).__name__}.step: the averaged weights are in the model; leave swap_ema() first"
-            )
-
-    # What goes around the step
-
-    @contextlib.contextmanager
-    def swap_ema(self) -> Iterator[None]:
-        """Puts the averaged weights into the model, and takes them back at the end, also after an exception.
-
-        Parameters that have no average yet stay as they are.
-
-        Raises:
-            RuntimeError: no group has ``ema_decay``, or the averages are in the model already.
-        """
-        where = f"{type(self).__name__}.swap_ema"
-        if self._swapped:
-            raise RuntimeError(f"{where}: the averaged weights are in the model already")
-        if all(group.get("ema_decay") is None for group in self.param_groups):
-            raise RuntimeError(f"{where}: no averages are kept; construct the optimizer with ema_decay=")
-        params = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
-        self._swapped = True
-        try:
-            with reference.swapped(params, [self.state[p]["ema"] for p in params]):
-                yield
-        finally:
-            self._swapped = False
+    # Sums of gradients
 
     @tracing.opaque
     @torch.no_grad()
@@ -322,12 +292,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{where}: step_in_backward() steps each parameter at once, so there is "
                 "nothing to accumulate; remove its hooks first"
             )
-        for i, group in enumerate(self.param_groups):
-            if group.get("differentiable"):
-                raise RuntimeError(
-                    f"{where}: group {i} is differentiable=True, and sums of gradients forget "
-                    "where they came from; add up the losses instead, or use differentiable=False"
-                )
         self.stepper.refuse_repeats(self.param_groups, self.state)
         self.accumulator.add(where, self.param_groups)
 
