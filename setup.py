@@ -30,7 +30,7 @@ def find_toolkit() -> None:
     """Sets CUDA_HOME to the toolkit of the nvcc on the PATH, which may be a wrapper or a link to it."""
     nvcc = shutil.which("nvcc")
     if nvcc and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
-        plan = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True)
+        plan = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True)
         for line in plan.stderr.splitlines():
             if line.startswith("#$ TOP="):
                 os.environ["CUDA_HOME"] = str(Path(line.removeprefix("#$ TOP=")).resolve())

@@ -97,6 +97,7 @@ void register_stepper(py::module_& m) {
   m.def("rules", [] {
     py::dict rules;
     for (const RuleInfo& info : rule_infos()) {
+      if (info.is_transfer) continue;
       py::list options;
       for (const OptionName& option : info.options) options.append(py::make_tuple(option.key, option.item));
       rules[info.name] = py::make_tuple(info.has_step, info.states, options);

@@ -32,7 +32,7 @@ def _plan() -> Any:
     """A plan of this thread's own: a step in another thread must not disturb what it keeps."""
     if not hasattr(_of_this_thread, "plan"):
         assert _backend.native is not None
-        _of_this_thread.plan = _backend.native.Stepper("none", "auto")
+        _of_this_thread.plan = _backend.native.Stepper("transfer", "auto")
     return _of_this_thread.plan
 
 

@@ -1,6 +1,7 @@
 // The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
 // that of cpu/walk.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one
 // launch does it all.
+#include "../plan/decide.h"
 #include "walk.cuh"
 
 namespace genopt::cuda {
@@ -86,64 +87,93 @@ __device__ void write_number(uint64_t word, double x) {
   });
 }
 
-// What Plan::decide does on the host, by one warp.
+// All rows of the table, for decide() by one warp.
+template <class M>
+struct Ledger {
+  // A group's options; only the common ones are there.
+  struct GroupOptions {
+    double values[kAllOptions];
+
+    __device__ double operator[](int k) const {
+      return values[k];
+    }
+    __device__ const double* data() const {
+      return values;
+    }
+  };
+
+  const Table& table;
+  const int lane;
+  double* const places;
+  static constexpr int lanes = kWarp;
+  const NormColumns norms{table};
+  const int rows = table.rows, groups = table.groups;
+  const Norm kind = static_cast<Norm>(word(table.control(kNormKind)));
+  const double scale = common_scale(table, [this](int64_t at) { return word(at); });
+  const double max_norm = as_double(word(table.control(kMaxNorm)));
+  const bool is_told = word(table.tensor(kGroupScales)) != 0;
+
+  __device__ uint64_t word(int64_t at) const {
+    return table.words[at];
+  }
+  __device__ const DeviceRow& row(int64_t r) const {
+    return *reinterpret_cast<const DeviceRow*>(table.words + table.row(static_cast<int>(r)));
+  }
+  template <class Number>
+  __device__ double join(int64_t first, int64_t count, Number number) const {
+    return cuda::join<M>(count, lane, places, [&](int64_t i) { return number(first + i); });
+  }
+  __device__ double sum(int64_t r) const {
+    return __ldcg(norms.row_sums + r);
+  }
+  __device__ double weights(int64_t r) const {
+    return __ldcg(norms.row_weights + r);
+  }
+  __device__ int group_of(int64_t r) const {
+    return row(r).group;
+  }
+  __device__ GroupOptions options(int g) const {
+    GroupOptions options;
+    for (int k = kMaxOptions; k < kAllOptions; ++k) options.values[k] = as_double(word(table.option(k, g)));
+    return options;
+  }
+  __device__ int64_t first_row(int g) const {
+    return static_cast<int64_t>(word(table.first_row(g)));
+  }
+  __device__ double scale_of(int g) const {
+    return group_scale(table, [this](int64_t at) { return word(at); }, g);
+  }
+  __device__ bool clips_alone(int64_t r) const {
+    return row(r).clips_alone;
+  }
+  __device__ bool clips_by_tensor(int64_t r) const {
+    return row(r).by_tensor && word(table.grad(static_cast<int>(r)));
+  }
+  __device__ double& group_factor(int g) const {
+    return norms.group_factors[g];
+  }
+  __device__ double& row_factor(int64_t r) const {
+    return norms.row_factors[r];
+  }
+};
+
+// Decides, and tells what was asked for. All lanes of one warp call it.
 template <class M>
 __device__ void decide(const Table& table, int lane, double* places) {
-  const NormColumns norms(table);
-  const auto word = [&](int64_t at) { return table.words[at]; };
-  const auto row_at = [&](int64_t r) -> const DeviceRow& {
-    return *reinterpret_cast<const DeviceRow*>(table.words + table.row(static_cast<int>(r)));
-  };
-  const auto options_of = [&](int group, double* options) {
-    for (int k = kMaxOptions; k < kAllOptions; ++k) options[k] = as_double(word(table.option(k, group)));
-  };
-  double options[kAllOptions];
-  const auto kind = static_cast<Norm>(word(table.control(kNormKind)));
-  const double scale = common_scale(table, word);
-  const double norm =
-      norm_of(kind, join<M>(table.rows, lane, places, [&](int64_t r) { return __ldcg(norms.row_sums + r); })) * scale;
-  const double shared = norm_of(kind, join<M>(table.rows, lane, places,
-                                              [&](int64_t r) {
-                                                const double sum = __ldcg(norms.row_sums + r);
-                                                return row_at(r).clips_alone ? 0.0 : sum;
-                                              })) *
-                        scale;
-  const double max_norm = as_double(word(table.control(kMaxNorm)));
-  const bool external = word(table.tensor(kGroupScales)) != 0;
+  Ledger<M> ledger{table, lane, places};
+  const double norm = genopt::decide(ledger);
+  const bool found = !is_finite(norm), skipped = ledger.word(Table::kSkip) != 0;
+  const bool skips = found && ledger.word(table.control(kGuard)) != 0;
+  if (skips && !skipped)
 #pragma unroll 1
-  for (int g = 0; g < table.groups; ++g) {
-    options_of(g, options);
-    double own = 0;
-    if (options[kMaxGradNorm] >= 0) {
-      const int64_t first = static_cast<int64_t>(word(table.first_row(g)));
-      const int64_t count = static_cast<int64_t>(word(table.first_row(g + 1))) - first;
-      own = norm_of(kind, join<M>(count, lane, places, [&](int64_t i) { return __ldcg(norms.row_sums + first + i); })) *
-            scale;
-    }
-    if (lane != g % kWarp) continue;
-    norms.group_factors[g] =
-        group_scale(table, word, g) * (external ? 1 : group_coefficient(options, max_norm, own, shared));
-  }
-  const bool found = !is_finite(norm), skipped = word(Table::kSkip) != 0;
-  const bool skips = found && word(table.control(kGuard)) != 0;
-#pragma unroll 1
-  for (int r = lane; r < table.rows; r += kWarp) {
-    if (!word(table.grad(r))) continue;
-    const DeviceRow& row = row_at(r);
-    if (row.by_tensor) {
-      options_of(row.group, options);
-      const double factor = group_scale(table, word, row.group);
-      norms.row_factors[r] = factor * tensor_coefficient(options, norm_of(kind, __ldcg(norms.row_sums + r)) * factor,
-                                                         norm_of(kind, __ldcg(norms.row_weights + r)));
-    }
-    if (skips && !skipped) advance(row, -1);  // which the prologue had advanced
-  }
-  __syncwarp();  // all lanes have read what lane 0 writes now
+    for (int r = lane; r < table.rows; r += kWarp)
+      if (ledger.word(table.grad(r))) advance(ledger.row(r), -1);  // which the prologue had advanced
+  __syncwarp();                                                    // all lanes have read what lane 0 writes now
   if (lane != 0) return;
   if (skips) table.words[Table::kSkip] = 1;
-  write_number(word(table.tensor(kGradNorm)), norm);
-  write_number(word(table.tensor(kNonFinite)), found);
-  const uint64_t counter = word(table.tensor(kSkippedSteps));
+  write_number(ledger.word(table.tensor(kGradNorm)), norm);
+  write_number(ledger.word(table.tensor(kNonFinite)), found);
+  const uint64_t counter = ledger.word(table.tensor(kSkippedSteps));
   if (counter && skips) ++*static_cast<int64_t*>(address_in(counter));
 }
 

@@ -1,6 +1,9 @@
 // The plan's arithmetic: tile numbers, factors of gradients, and the scalars of a step. See plan.h.
 #include "plan.h"
 
+#include <numeric>
+
+#include "decide.h"
 #include "lane_sums.h"
 
 namespace genopt {
@@ -11,6 +14,61 @@ double advance_step(const Row& row) {
   if (row.step_dtype == DType::kFloat64) return *static_cast<double*>(row.step) += 1.0;
   return *static_cast<float*>(row.step) += 1.0f;
 }
+
+// The rows on the CPU, for decide(). Those that were not measured have a norm of 0.
+struct Ledger {
+  Plan& plan;
+  static constexpr int lane = 0, lanes = 1;
+  const int rows = static_cast<int>(plan.rows.size()), groups = static_cast<int>(plan.groups.size());
+  const Norm kind = plan.control.norm;
+  const double scale = plan.control.scale, max_norm = plan.control.max_norm;
+  const bool is_told = !plan.group_scales.empty();
+  std::vector<double> factors = std::vector<double>(groups);
+  std::vector<int64_t> firsts = std::vector<int64_t>(groups + 1);
+
+  explicit Ledger(Plan& plan) : plan(plan) {
+    for (const Row& row : plan.rows) ++firsts[row.group + 1];  // rows stand in the order of their groups
+    std::partial_sum(firsts.begin(), firsts.end(), firsts.begin());
+  }
+
+  template <class Number>
+  double join(int64_t first, int64_t count, Number number) const {
+    LaneSums sums(kind);
+    for (int64_t i = 0; i < count; ++i) sums.add(i, number(first + i));
+    return sums.total();
+  }
+  double sum(int64_t r) const {
+    return plan.rows[r].norm;
+  }
+  double weights(int64_t r) const {
+    return plan.rows[r].weights;
+  }
+  int group_of(int64_t r) const {
+    return plan.rows[r].group;
+  }
+  const Options& options(int g) const {
+    return plan.groups[g];
+  }
+  int64_t first_row(int g) const {
+    return firsts[g];
+  }
+  double scale_of(int g) const {
+    return scale * (is_told ? plan.group_scales[g] : 1.0);
+  }
+  bool clips_alone(int64_t r) const {
+    return genopt::clips_alone(options(group_of(r)).data());
+  }
+  bool clips_by_tensor(int64_t r) const {
+    const Row& row = plan.rows[r];
+    return row.active && row.device == kHost && genopt::clips_by_tensor(options(row.group).data());
+  }
+  double& group_factor(int g) {
+    return factors[g];
+  }
+  double& row_factor(int64_t r) {
+    return plan.rows[r].factor;
+  }
+};
 
 }  // namespace
 
@@ -25,38 +83,15 @@ void Plan::number() {
 }
 
 bool Plan::is_clipping() const {
-  return rule.index == rule_info(None::kName).index && !groups.empty() && groups[0][0] == 0;
+  return rule.is_transfer && !groups.empty() && groups[0][0] == 0;
 }
 
 bool Plan::decide() {
-  // Rows that were not measured have a norm of 0. By their places among all rows, and those of a group with a norm of
-  // its own by their places in it.
-  LaneSums all(control.norm), together(control.norm);
-  std::vector<double> own(groups.size());
-  for (size_t r = 0, first = 0; r < rows.size(); ++r) {
-    if (rows[r].group != rows[first].group) first = r;
-    all.add(r, rows[r].norm);
-    together.add(r, clips_alone(groups[rows[r].group].data()) ? 0 : rows[r].norm);
-    if (groups[rows[r].group][kMaxGradNorm] < 0 || r != first) continue;
-    LaneSums sums(control.norm);
-    for (size_t i = first; i < rows.size() && rows[i].group == rows[first].group; ++i)
-      sums.add(i - first, rows[i].norm);
-    own[rows[r].group] = norm_of(control.norm, sums.total()) * control.scale;
-  }
-  total_norm_ = norm_of(control.norm, all.total()) * control.scale;
-  const double shared = norm_of(control.norm, together.total()) * control.scale;
-  for (Row& row : rows) {
-    if (!row.active || row.device != kHost) continue;
-    const double* options = groups[row.group].data();
-    const double scale = control.scale * (group_scales.empty() ? 1.0 : group_scales[row.group]);
-    if (clips_by_tensor(options)) {
-      row.factor = scale * tensor_coefficient(options, norm_of(control.norm, row.norm) * scale,
-                                              norm_of(control.norm, row.weights));
-    } else {
-      row.factor =
-          group_scales.empty() ? scale * group_coefficient(options, control.max_norm, own[row.group], shared) : scale;
-    }
-  }
+  Ledger ledger(*this);
+  total_norm_ = genopt::decide(ledger);
+  for (Row& row : rows)
+    if (row.active && row.device == kHost && !clips_by_tensor(groups[row.group].data()))
+      row.factor = ledger.factors[row.group];
   // Clipping alone leaves what it would not change.
   if (is_clipping())
     for (Row& row : rows) {

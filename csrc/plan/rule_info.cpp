@@ -9,14 +9,6 @@
 namespace genopt {
 namespace {
 
-template <class Rule>
-typename Rule::Options options_of(const Options& values) {
-  static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates);
-  typename Rule::Options options;
-  std::memcpy(&options, values.data(), sizeof options);
-  return options;
-}
-
 template <class Rule, class T>
 void construct(const Options& values, double t, void* storage) {
   using Made = Scalars<Rule, T>;
@@ -26,22 +18,26 @@ void construct(const Options& values, double t, void* storage) {
 
 template <class Rule>
 unsigned used_states(const Options& values) {
-  return Rule::used_states(options_of<Rule>(values));
+  return Rule::used_states(options_of<Rule>(values.data()));
 }
 
 template <class Rule>
 RuleInfo describe(int index) {
+  static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates);
   unsigned structural = 0;
+  std::vector<OptionName> options;
   for (size_t i = 0; i < std::size(Rule::kOptions); ++i) {
     Options values{};
     values[i] = 1;
     if (used_states<Rule>(values) != used_states<Rule>({})) structural |= 1u << i;
+    options.push_back(Rule::kOptions[i].name);
   }
   return {Rule::kName,
           index,
+          std::is_same_v<Rule, Transfer>,
           Rule::kHasStep,
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
-          {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
+          options,
           Rule::kSquares,
           structural,
           used_states<Rule>,

@@ -27,6 +27,7 @@ constexpr int kScalarsBytes = 112;
 struct RuleInfo {
   const char* name;
   int index;
+  bool is_transfer;  // no optimizer's
   bool has_step;
   std::vector<const char*> states;
   std::vector<OptionName> options;

@@ -17,10 +17,14 @@ struct Adagrad {
   using Masks = StateMasks<kSum>;
   static constexpr unsigned kSquares = 0b1;  // states that are never negative
 
-  static constexpr OptionName kOptions[] = {{"lr"}, {"lr_decay"}, {"eps"}, {"weight_decay"}, {"maximize"}};
   struct Options {
     double lr, lr_decay, eps, weight_decay, maximize;
   };
+  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
+                                                 {{"lr_decay"}, &Options::lr_decay},
+                                                 {{"eps"}, &Options::eps},
+                                                 {{"weight_decay"}, &Options::weight_decay},
+                                                 {{"maximize"}, &Options::maximize}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return kSum;

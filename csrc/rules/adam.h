@@ -22,11 +22,17 @@ struct Adam {
   using Masks = StateMasks<kMoments, kWithMaximum>;
   static constexpr unsigned kSquares = 0b110;  // states that are never negative
 
-  static constexpr OptionName kOptions[] = {{"lr"},           {"betas", 0}, {"betas", 1}, {"eps"},
-                                            {"weight_decay"}, {"amsgrad"},  {"maximize"}, {"decoupled_weight_decay"}};
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };
+  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
+                                                 {{"betas", 0}, &Options::beta1},
+                                                 {{"betas", 1}, &Options::beta2},
+                                                 {{"eps"}, &Options::eps},
+                                                 {{"weight_decay"}, &Options::weight_decay},
+                                                 {{"amsgrad"}, &Options::amsgrad},
+                                                 {{"maximize"}, &Options::maximize},
+                                                 {{"decoupled_weight_decay"}, &Options::decoupled_weight_decay}};
 
   static GENOPT_INLINE unsigned used_states(const Options& o) {
     return o.amsgrad != 0 ? kWithMaximum : kMoments;

@@ -7,13 +7,13 @@
 #include "adam.h"
 #include "around.h"
 #include "lion.h"
-#include "none.h"
 #include "rmsprop.h"
 #include "sgd.h"
+#include "transfer.h"
 
 namespace genopt {
 
-using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, None>;
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 3;

@@ -60,18 +60,10 @@ struct Scalars {
   uint32_t random, phase;  // of the step: math/random.h
 
   GENOPT_INLINE Scalars(const double* options, double t)
-      : update(own(options), t),
+      : update(options_of<Rule>(options), t),
         around(update.sign, options[kClipGradValue], options[kEmaDecay]),
         random(step_key(options[kSeed], t)),
         phase(step_phase(t)) {
-  }
-
- private:
-  static GENOPT_INLINE typename Rule::Options own(const double* options) {
-    static_assert(sizeof(typename Rule::Options) == std::size(Rule::kOptions) * sizeof(double));
-    typename Rule::Options typed;
-    memcpy(&typed, options, sizeof typed);
-    return typed;
   }
 };
 

@@ -18,10 +18,14 @@ struct Lion {
   using Masks = StateMasks<kMomentum>;
   static constexpr unsigned kSquares = 0;  // states that are never negative
 
-  static constexpr OptionName kOptions[] = {{"lr"}, {"betas", 0}, {"betas", 1}, {"weight_decay"}, {"maximize"}};
   struct Options {
     double lr, beta1, beta2, weight_decay, maximize;
   };
+  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
+                                                 {{"betas", 0}, &Options::beta1},
+                                                 {{"betas", 1}, &Options::beta2},
+                                                 {{"weight_decay"}, &Options::weight_decay},
+                                                 {{"maximize"}, &Options::maximize}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return kMomentum;

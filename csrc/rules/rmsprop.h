@@ -23,11 +23,16 @@ struct RMSprop {
   using Masks = StateMasks<kSquare, kSquare | kMomentum, kSquare | kCentered, kSquare | kMomentum | kCentered>;
   static constexpr unsigned kSquares = 0b001;  // states that are never negative
 
-  static constexpr OptionName kOptions[] = {{"lr"},       {"alpha"},    {"eps"},     {"weight_decay"},
-                                            {"momentum"}, {"centered"}, {"maximize"}};
   struct Options {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize;
   };
+  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
+                                                 {{"alpha"}, &Options::alpha},
+                                                 {{"eps"}, &Options::eps},
+                                                 {{"weight_decay"}, &Options::weight_decay},
+                                                 {{"momentum"}, &Options::momentum},
+                                                 {{"centered"}, &Options::centered},
+                                                 {{"maximize"}, &Options::maximize}};
 
   static GENOPT_INLINE unsigned used_states(const Options& o) {
     return kSquare | (o.momentum > 0 ? kMomentum : 0) | (o.centered != 0 ? kCentered : 0);

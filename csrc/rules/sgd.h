@@ -18,11 +18,15 @@ struct Sgd {
   using Masks = StateMasks<kPlain, kWithMomentum>;
   static constexpr unsigned kSquares = 0;  // states that are never negative
 
-  static constexpr OptionName kOptions[] = {{"lr"},           {"momentum"}, {"dampening"},
-                                            {"weight_decay"}, {"nesterov"}, {"maximize"}};
   struct Options {
     double lr, momentum, dampening, weight_decay, nesterov, maximize;
   };
+  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
+                                                 {{"momentum"}, &Options::momentum},
+                                                 {{"dampening"}, &Options::dampening},
+                                                 {{"weight_decay"}, &Options::weight_decay},
+                                                 {{"nesterov"}, &Options::nesterov},
+                                                 {{"maximize"}, &Options::maximize}};
 
   static GENOPT_INLINE unsigned used_states(const Options& o) {
     return o.momentum != 0 ? kWithMomentum : kPlain;

@@ -1,6 +1,6 @@
 """A step on several devices, or with rows of the reference: what they share is decided here and told to each.
 
-``Plan::decide`` (``csrc/plan/plan.cpp``) is its native twin, for the rows of one device.
+``csrc/plan/decide.h`` is its native twin, for the rows of one device.
 """
 
 from __future__ import annotations

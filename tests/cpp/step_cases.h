@@ -160,7 +160,7 @@ template <class Rule, unsigned kUsed>
 int test(const TestedBackend& backend, const Options& options, double sign, bool any_sign) {
   const RuleInfo& info = rule_info(Rule::kName);
   if (info.used_states(options) != kUsed) return 0;
-  if (std::is_same_v<Rule, None> && options[0] == 0) return 1;  // there the parameter is the gradient itself
+  if (std::is_same_v<Rule, Transfer> && options[0] == 0) return 1;  // there the parameter is the gradient itself
   std::vector<Tensor> initial;
   int turn = 0;
   for (const auto& dtypes : kDTypes)
@@ -200,7 +200,7 @@ void test_states(const TestedBackend& backend) {
     Options options = kNoOptions;
     double sign = 1;
     for (size_t i = 0; i < count; ++i) {
-      const std::string key = Rule::kOptions[i].key;
+      const std::string key = Rule::kOptions[i].name.key;
       const bool flag = key == "amsgrad" || key == "maximize" || key == "decoupled_weight_decay" || key == "nesterov" ||
                         key == "centered";
       const bool on = bits >> i & 1;

@@ -1,24 +1,26 @@
-// No optimizer: a gradient is moved through what every step does around its rule (around.h), as clipping alone and
+// No optimizer's rule: a gradient is moved through what every step does around one (around.h), as clipping alone and
 // accumulation want it. With p the target and g the gradient, `add` 0 or 1:
 //
 //   p <- add p + g
 #pragma once
 
+#include <array>
+
 #include "rule.h"
 
 namespace genopt {
 
-struct None {
-  static constexpr const char* kName = "none";
+struct Transfer {
+  static constexpr const char* kName = "transfer";
   static constexpr bool kHasStep = false;
-  static constexpr const char* kStates[] = {"none"};
+  static constexpr std::array<const char*, 0> kStates{};
   using Masks = StateMasks<0b0>;
   static constexpr unsigned kSquares = 0;  // states that are never negative
 
-  static constexpr OptionName kOptions[] = {{"add"}};
   struct Options {
     double add;
   };
+  static constexpr Option<Options> kOptions[] = {{{"add"}, &Options::add}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return 0b0;

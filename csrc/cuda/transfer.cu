@@ -2,7 +2,7 @@
 
 namespace genopt::cuda {
 template <>
-RuleKernels rule_kernels<None>() {
-  return make_rule_kernels<None>();
+RuleKernels rule_kernels<Transfer>() {
+  return make_rule_kernels<Transfer>();
 }
 }  // namespace genopt::cuda

@@ -1,0 +1,55 @@
+// What norms decide: a factor for the gradients of each group, or of each row where a group clips by tensor. Written
+// once, for one thread on CPU (Plan::decide) and one warp on CUDA (cuda/norm.cu). genopt_ext/optim/apart.py decides
+// likewise for rows on several devices.
+#pragma once
+
+#include "norm.h"
+
+namespace genopt {
+
+// A ledger has what was measured, and takes what is decided. All lanes of one call this; groups and rows are shared out
+// among them, and only join() is done together.
+//
+//   lane, lanes, rows, groups                  this lane and numbers of each
+//   kind, scale, max_norm                      of norms; of all gradients; the bound of groups that do not clip alone
+//   is_told                                    whether groups' coefficients were decided elsewhere, and are in
+//   scale_of() join(first, count, number)                 number(r) of so many rows, joined as LaneSums does sum(r),
+//   weights(r), group_of(r)            of a row: its gradient's norm and its parameter's, not yet norm_of() options(g),
+//   first_row(g), scale_of(g)      of a group; also first_row(groups) clips_alone(r), clips_by_tensor(r) whether a row
+//   does; by tensor only where it is stepped group_factor(g), row_factor(r)             where factors go
+//
+// Returns the norm of all gradients, with their scale.
+#pragma nv_exec_check_disable
+template <class Ledger>
+GENOPT_INLINE double decide(Ledger& ledger) {
+  const auto sum = [&](int64_t r) { return ledger.sum(r); };
+  const auto norm_over = [&](int64_t first, int64_t count, auto number) {
+    return norm_of(ledger.kind, ledger.join(first, count, number)) * ledger.scale;
+  };
+  const double norm = norm_over(0, ledger.rows, sum);
+  const double shared = norm_over(0, ledger.rows, [&](int64_t r) {
+    const double given = ledger.sum(r);
+    return ledger.clips_alone(r) ? 0.0 : given;
+  });
+#pragma unroll 1
+  for (int g = 0; g < ledger.groups; ++g) {
+    const auto& options = ledger.options(g);
+    const int64_t first = ledger.first_row(g);
+    const double own = options[kMaxGradNorm] >= 0 ? norm_over(first, ledger.first_row(g + 1) - first, sum) : 0;
+    if (g % ledger.lanes != ledger.lane) continue;
+    ledger.group_factor(g) =
+        ledger.scale_of(g) * (ledger.is_told ? 1 : group_coefficient(options.data(), ledger.max_norm, own, shared));
+  }
+#pragma unroll 1
+  for (int r = ledger.lane; r < ledger.rows; r += ledger.lanes) {
+    if (!ledger.clips_by_tensor(r)) continue;
+    const int g = ledger.group_of(r);
+    const auto& options = ledger.options(g);
+    const double scale = ledger.scale_of(g);
+    ledger.row_factor(r) = scale * tensor_coefficient(options.data(), norm_of(ledger.kind, ledger.sum(r)) * scale,
+                                                      norm_of(ledger.kind, ledger.weights(r)));
+  }
+  return norm;
+}
+
+}  // namespace genopt
