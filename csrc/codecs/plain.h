@@ -31,6 +31,14 @@ GENOPT_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
+// Of less than 2^31.
+GENOPT_INLINE float number_of(uint32_t x) {
+  return static_cast<float>(static_cast<int32_t>(x));
+}
+GENOPT_INLINE float truncated(float x) {
+  return static_cast<float>(static_cast<int32_t>(x));
+}
+
 template <class Number, DType kType>
 struct Native {
   using Stored = Number;
@@ -71,6 +79,11 @@ struct BFloat16 {
     const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return choose(x == x, rounded, decltype(rounded + 0u)(0x7fc0u));
   }
+  // The nearest number that is stored exactly: decode(encode(x)).
+  template <class V>
+  static GENOPT_INLINE V nearest(V x) {
+    return float_of(encode_bits(x) << 16);
+  }
   // One of the two neighbours of x: the upper one where 32 `bits`, as a fraction, reach up to it. Their mean is x.
   template <class V, class U>
   static GENOPT_INLINE V round_by(V x, U bits) {
@@ -110,16 +123,25 @@ struct Float16 {
     const uint32_t in_range = magnitude < (113u << 23) ? subnormal : normal;
     return static_cast<Stored>(sign | (magnitude >= 0x477ff000 ? beyond : in_range));
   }
+  // The nearest number that is stored exactly: decode(encode(x)).
+  template <class V>
+  static GENOPT_INLINE V nearest(V x) {
+    const auto bits = bits_of(x), magnitude = bits & 0x7fffffffu, sign = bits & 0x80000000u;
+    const auto subnormal = bits_of((float_of(magnitude) + V(0.5f)) - V(0.5f));
+    const auto normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u)) & ~0x1fffu;
+    const auto in_range = choose(magnitude < 113u << 23, subnormal, normal);
+    const auto beyond = choose(magnitude > 0x7f800000u, decltype(normal)(0x7fc00000u), decltype(normal)(0x7f800000u));
+    return float_of(sign | choose(magnitude < 0x477ff000u, in_range, beyond));
+  }
   // As BFloat16's.
-  static GENOPT_INLINE float round_by(float x, uint32_t bits) {
-    const uint32_t magnitude = bits_of(x) & 0x7fffffff, sign = bits_of(x) & 0x80000000;
-    const uint32_t normal = (magnitude + (bits >> 19)) & ~0x1fffu;
-    const float places = float_of(magnitude) * 0x1p24f;  // subnormals are whole multiples of 2^-24
-    const float within = (places < 1024.0f ? places : 1024.0f) +
-                         static_cast<float>(static_cast<int32_t>(bits >> 19)) * 0x1p-13f;  // exact: 11 and 13 bits
-    const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(within)) * 0x1p-24f);
-    const float rounded = float_of(sign | (magnitude < (113u << 23) ? subnormal : normal));
-    return x == x ? rounded : x;
+  template <class V, class U>
+  static GENOPT_INLINE V round_by(V x, U bits) {
+    const U magnitude = bits_of(x) & 0x7fffffffu, sign = bits_of(x) & 0x80000000u;
+    const U normal = (magnitude + (bits >> 19)) & ~0x1fffu;
+    const V places = float_of(magnitude) * V(0x1p24f);  // subnormals are whole multiples of 2^-24
+    const V within = smaller(places, V(1024.0f)) + number_of(bits >> 19) * V(0x1p-13f);  // exact: 11 and 13 bits
+    const U subnormal = bits_of(truncated(within) * V(0x1p-24f));
+    return choose(x == x, float_of(sign | choose(magnitude < 113u << 23, subnormal, normal)), x);
   }
 };
 

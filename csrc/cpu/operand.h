@@ -15,8 +15,9 @@ namespace genopt::GENOPT_CAPABILITY {
 // Tiles are padded to a whole number of the widest vectors, so the rule has no scalar tail.
 constexpr int kLanes = 16;
 
+// How values of the compute type are stored as they are.
 template <class T>
-constexpr DType kComputeDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
 
 // Where `count` elements from element `start` of a strided operand lie, in elements from its base.
 inline void locate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t start, int count,
@@ -107,11 +108,11 @@ __attribute__((noinline)) float encode_block(const float* from, int count, uint3
   return scale;
 }
 
-// Rounds values to one of the neighbours that a 16-bit dtype has; `bits`: 32 for each element.
-template <class Codec, class Bits>
-__attribute__((noinline)) void round_by(Bits bits, int count, float* values) {
+// Rounds values to one of the neighbours that a 16-bit dtype has. `phase`: the tile's.
+template <class Codec>
+__attribute__((noinline)) void round_by_thresholds(uint32_t phase, int count, float* values) {
 #pragma GCC ivdep
-  for (int i = 0; i < count; ++i) values[i] = Codec::round_by(values[i], bits(i));
+  for (int i = 0; i < count; ++i) values[i] = Codec::round_by(values[i], threshold_of(phase, static_cast<uint32_t>(i)));
 }
 
 // One operand of one tile, as values of the compute type: in place where it is stored so, else in a buffer.
@@ -133,7 +134,7 @@ class TileOperand {
       return buffer_;
     }
     base_ += start * size_of(dtype_);
-    in_place_ = dtype_ == kComputeDType<T> && count == padded && reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
+    in_place_ = dtype_ == Values<T>::kDType && count == padded && reinterpret_cast<uintptr_t>(base_) % alignof(T) == 0;
     return in_place_ ? reinterpret_cast<T*>(base_) : buffer_;
   }
 
@@ -159,18 +160,15 @@ class TileOperand {
   template <class Keys>
   void store(const Keys& keys) {
     if (in_place_) return;
-    const uint32_t key = tile_key(keys.random, start_), phase = tile_phase(keys.phase, start_);
+    const uint32_t phase = tile_phase(keys.phase, start_);
     if (operand_ >= kState && is_block(dtype_)) {
       store_block(phase);
       return;
     }
     with_codec(dtype_, [&]<class Codec>(Codec) {
       if constexpr (sizeof(T) == 4 && sizeof(typename Codec::Stored) == 2) {
-        const bool unbiased = row_->unbiased >> operand_ & 1;
-        if (unbiased && operand_ == kParam)
-          round_by<Codec>([key](uint32_t i) { return random_bits(key, i); }, count_, buffer_);
-        if (unbiased && operand_ != kParam)
-          round_by<Codec>([phase](uint32_t i) { return threshold_of(phase, i); }, count_, buffer_);
+        // The parameter has been rounded.
+        if (operand_ != kParam && row_->unbiased >> operand_ & 1) round_by_thresholds<Codec>(phase, count_, buffer_);
       }
       if (!strides_) {
         encode<Codec>(buffer_, count_, base_);

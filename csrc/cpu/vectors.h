@@ -150,6 +150,12 @@ GENOPT_INLINE Ints as_signed(Words x) {
 GENOPT_INLINE Words as_unsigned(Ints x) {
   return (Words::Raw)x.raw;
 }
+GENOPT_INLINE Floats number_of(Words x) {
+  return __builtin_convertvector((Ints::Raw)x.raw, Floats::Raw);
+}
+GENOPT_INLINE Floats truncated(Floats x) {
+  return __builtin_convertvector(__builtin_convertvector(x.raw, Ints::Raw), Floats::Raw);
+}
 GENOPT_INLINE Floats square_root(Floats x) {
 #if GENOPT_VECTOR_BYTES == 64
   return _mm512_maskz_sqrt_ps(0xffff, x.raw);

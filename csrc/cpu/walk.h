@@ -1,86 +1,179 @@
-// How one row's tiles are walked on CPU: load, rule, store; in registers where that can be (whole.h), else by way of
-// stack arrays (operand.h). Included once by each cpu/walk_*.cpp, which sets the instruction set, GENOPT_VECTOR_BYTES
-// and GENOPT_CAPABILITY, the namespace that keeps the copies apart.
+// How one row's tiles are walked on CPU: load, rule, store (assembly.h), for tiles that are stored in one of the usual
+// ways each a loop of its own, for all others one by way of buffers. Included once by each cpu/walk_*.cpp, which sets
+// the instruction set, GENOPT_VECTOR_BYTES and GENOPT_CAPABILITY, the namespace that keeps the copies apart.
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
+#include "assembly.h"
+#include "gradient.h"
 #include "kernels.h"
-#include "whole.h"
+#include "measure.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 
-// The average alone, after p has been rounded as it is stored.
-template <class T>
-__attribute__((noinline)) void apply_average(const Around<T>& shared, const T* p, T* average, int count) {
-  const Around<T> around = shared;
+// Whole vectors of a row whose states are all stored with the codec State. Returns where it ended.
+template <class Rule, unsigned kUsed, class Param, class State, bool kHasExtra, class T>
+__attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, const Row& row, int64_t start,
+                                            int64_t stop) {
+  using Step = Assembly<Rule, kUsed, T, Param, kHasExtra>;
+  bool fits = Step::takes(row);
+  each_state<Rule, kUsed>([&](auto k, auto) { fits = fits && is_direct<State>(row, kState + k); });
+  if (!fits) return start;
+  Step assembly(scalars, row);
+  const bool by_threshold = row.unbiased >> kState;
+  const auto run = [&]<bool kWhole>(std::bool_constant<kWhole>, int64_t count) {
+    const uint32_t phase = tile_phase(scalars.phase, start);
+    typename State::Stored* states[kMaxStates];
+    each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
+    assembly.begin(start, stop);
 #pragma GCC ivdep
-  for (int i = 0; i < count; ++i) average[i] = around.average(average[i], p[i]);
-}
-
-// Joins values with the rest that they were rounded off, and parts them again.
-template <class T>
-__attribute__((noinline)) void join_rest(const T* rest, int count, T* p) {
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) p[i] += rest[i];
-}
-template <class T>
-void part_rest(DType dtype, int count, T* p, T* rest) {
-  with_codec(dtype, [=](auto codec) {
-    using Codec = decltype(codec);
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i) {
-      const T rounded = Codec::template decode<T>(Codec::encode(p[i]));
-      rest[i] = rest_of(p[i], rounded);
-      p[i] = rounded;
+    for (int64_t i = 0; i < (kWhole ? kTile : count); i += kAtOnce<T>) {
+      typename Step::V x[kMaxStates];
+      each_state<Rule, kUsed>([&](auto k, auto) {
+        if constexpr (kWhole) assembly.ahead().ask(states[k], i);
+        x[k] = load_values<State>(states[k] + i);
+      });
+      if constexpr (kWhole) assembly.ask_ahead(i);
+      assembly.step(i, x);
+      each_state<Rule, kUsed>([&](auto k, auto) {
+        if constexpr (sizeof *states[k] == 2)
+          if (by_threshold) x[k] = State::round_by(x[k], thresholds_from(phase, static_cast<uint32_t>(i)));
+        store_values<State>(states[k] + i, x[k]);
+      });
     }
-  });
+  };
+  for (; stop - start >= kTile; start += kTile) run(std::true_type{}, kTile);
+  const int64_t rest = (stop - start) & -int64_t{kLanes};
+  if (rest) run(std::false_type{}, rest);
+  return start + rest;
 }
 
+// Whole tiles whose states are all in codes. Returns where it ended.
+template <class Rule, unsigned kUsed, class Param, bool kHasExtra>
+__attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars, const Row& row, int64_t start,
+                                            int64_t stop) {
+  bool fits = Assembly<Rule, kUsed, float, Param, kHasExtra>::takes(row);
+  each_state<Rule, kUsed>([&]<class Block>(auto k, Block) { fits = fits && is_direct<Block>(row, kState + k); });
+  if (!fits) return start;
+  Assembly<Rule, kUsed, float, Param, kHasExtra> step(scalars, row);
+  alignas(64) float values[kMaxStates][kTile];
+  for (; stop - start >= kTile; start += kTile) {
+    float scales[kMaxStates];
+    void* codes[kMaxStates];
+    Words most[kMaxStates];
+    each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+      scales[k] = row.scales[k][start / kTile];
+      codes[k] = element<Block>(row, kState + k, start);
+      most[k] = Words(0);
+    });
+    step.begin(start, stop);
+    for (int i = 0; i < kTile; i += kWidth) {
+      Floats x[kMaxStates];
+      step.ask_ahead(i);
+      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+        x[k] = Block(scales[k]).decode(load_ints(static_cast<const typename Block::Stored*>(codes[k]) + i));
+      });
+      step.step(i, x);
+      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+        store(values[k] + i, x[k]);
+        most[k] = larger(most[k], as_unsigned(Block::magnitude(x[k])));
+      });
+    }
+    each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+      prefetch(row, kState + k, start + kTile, kTile);
+      row.scales[k][start / kTile] = scales[k] = Block::scale_for(largest(most[k]));
+    });
+    const uint32_t phase = tile_phase(scalars.phase, start);
+    for (int i = 0; i < kTile; i += kWidth) {
+      const Words thresholds = thresholds_from(phase, i);
+      each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
+        store_ints(static_cast<typename Block::Stored*>(codes[k]) + i,
+                   Block(scales[k]).encode(load<Floats>(values[k] + i), thresholds));
+      });
+    }
+  }
+  return start;
+}
+
+// What one of the loops above takes of a row. Returns where it ended.
+template <class Rule, unsigned kUsed>
+int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
+  return run_plain<Rule, kUsed, Float64, Float64, false>(scalars, row, start, stop);
+}
+template <class Rule, unsigned kUsed>
+int64_t run_direct(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
+  start = run_plain<Rule, kUsed, Float32, Float32, false>(scalars, row, start, stop);
+  if constexpr (kUsed < kWithAverage) {
+    if (stop - start < kLanes) return start;
+    const auto run = [&]<bool kHasExtra>(std::bool_constant<kHasExtra>) {
+      start = run_plain<Rule, kUsed, BFloat16, BFloat16, kHasExtra>(scalars, row, start, stop);
+      if constexpr (kUsed != 0) {
+        start = run_plain<Rule, kUsed, BFloat16, Float32, kHasExtra>(scalars, row, start, stop);
+        start = run_coded<Rule, kUsed, BFloat16, kHasExtra>(scalars, row, start, stop);
+      }
+    };
+    if (row.extra != Extra::kNone) {
+      run(std::true_type{});
+      return start;
+    }
+    run(std::false_type{});
+    if constexpr (kUsed != 0) {
+      start = run_plain<Rule, kUsed, Float32, BFloat16, false>(scalars, row, start, stop);
+      start = run_coded<Rule, kUsed, Float32, false>(scalars, row, start, stop);
+    }
+  }
+  return start;
+}
+
+// Tiles of any kind, by way of buffers where operands are not values in place.
+template <class Rule, unsigned kUsed, class T>
+__attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, const Row& row, int64_t start,
+                                            int64_t stop) {
+  using Step = Assembly<Rule, kUsed, T, Buffered<T>, true>;
+  Step assembly(scalars, row);
+  TileOperand<T> operands[kOperands];
+  T* values[kOperands] = {};
+  for (int count; start < stop; start += count) {
+    count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
+    const int padded = (count + kLanes - 1) & -kLanes;
+    for (int k = 0; k < kOperands; ++k) {
+      if (!is_used(kUsed, k) && (k != kExtra || row.extra == Extra::kNone)) continue;
+      if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
+      values[k] = k == kParam && row.extra == Extra::kMaster ? operands[k].place(row, k, start, count, padded)
+                                                             : operands[k].load(row, k, start, count, padded);
+    }
+    assembly.begin(start, [&](int operand, auto) { return values[operand]; });
+#pragma GCC ivdep
+    for (int64_t i = 0; i < padded; i += kAtOnce<T>) {
+      typename Step::V x[kMaxStates];
+      each_state<Rule, kUsed>([&](auto k, auto) { x[k] = load_values<Values<T>>(values[kState + k] + i); });
+      assembly.step(i, x);
+      each_state<Rule, kUsed>([&](auto k, auto) { store_values<Values<T>>(values[kState + k] + i, x[k]); });
+    }
+    for (int k = 0; k < kOperands; ++k)
+      if (k != kGrad && values[k]) operands[k].store(scalars);
+  }
+}
+
+// Tiles [begin, end) of a row: where they lie if there is a loop for them, the rest by way of buffers.
 template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   auto scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   scalars.around.factor *= static_cast<T>(row.factor);
   const int64_t stop = std::min(end * kTile, row.numel);
   int64_t start = begin * kTile;
-  // The fast paths first: contiguous whole tiles, and what else is stored in the compute type.
-  if constexpr (sizeof(T) == 4) start = run_whole<Rule, kUsed>(scalars, row, start, stop);
-  if (row.extra == Extra::kNone && !row.unbiased) start = run_direct<T, kUsed>(scalars, row, start, stop);
-  if (start == stop) return;
+  if (stop - start >= kLanes) start = run_direct<Rule, kUsed>(scalars, row, start, stop);
+  if (start < stop) run_buffered<Rule, kUsed>(scalars, row, start, stop);
+}
 
-  TileOperand<T> operands[kOperands];
-  const int param = row.param();
-  for (; start < stop; start += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
-    const int padded = (count + kLanes - 1) & -kLanes;
-    T* values[kOperands] = {};
-    const auto load = [&](int k) {
-      if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
-      values[k] = operands[k].load(row, k, start, count, padded);
-    };
-    load(param);
-    T* const p = values[param];
-    for (int k = kGrad; k < kExtra; ++k)
-      if (is_used(kUsed, k)) load(k);
-    if (row.extra == Extra::kCompensation) {
-      load(kExtra);
-      join_rest(values[kExtra], count, p);
-    }
-    apply<T, kUsed % kWithAverage>(scalars, p, values[kGrad], values[kState], values[kState + 1], values[kState + 2],
-                                   static_cast<T*>(nullptr), padded);
-    if (row.extra == Extra::kCompensation) part_rest(row.dtype[kParam], count, p, values[kExtra]);
-    if (row.extra == Extra::kMaster) std::copy(p, p + count, operands[kParam].place(row, kParam, start, count, padded));
-    for (int k = 0; k < kOperands; ++k)
-      if (k == kParam || (k != kGrad && k != kAverage && values[k])) operands[k].store(scalars);
-    if constexpr (is_used(kUsed, kAverage)) {
-      // Of the parameter as it is stored.
-      if (param == kParam) values[kParam] = operands[kParam].load(row, kParam, start, count, padded);
-      apply_average(scalars.around, values[param], values[kAverage], padded);
-      operands[kAverage].store(scalars);
-    }
-  }
+// The average alone.
+template <class T>
+__attribute__((noinline)) void apply_average(const Around<T>& shared, const T* p, T* average, int count) {
+  const Around<T> around = shared;
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) average[i] = around.average(average[i], p[i]);
 }
 
 // An EMA-only row.
@@ -100,99 +193,6 @@ void walk_only_average(const void* storage, const Row& row, int64_t begin, int64
     apply_average(scalars.around, p, load(average, kAverage), padded);
     average.store(scalars);
   }
-}
-
-// Sets tiles of the gradient to zero.
-inline void zero_gradient(const Row& row, int64_t begin, int64_t end) {
-  const int64_t start = begin * kTile, stop = std::min(end * kTile, row.numel);
-  const int size = size_of(row.dtype[kGrad]);
-  char* const base = static_cast<char*>(row.data[kGrad]);
-  if (!row.layout || row.layout->strides[kGrad].empty()) {
-    std::memset(base + start * size, 0, (stop - start) * size);
-    return;
-  }
-  int64_t offsets[kTile];
-  for (int64_t at = start; at < stop; at += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - at));
-    locate(row.layout->sizes, row.layout->strides[kGrad], at, count, offsets);
-    for (int i = 0; i < count; ++i) std::memset(base + offsets[i] * size, 0, size);
-  }
-}
-
-template <class T>
-__attribute__((noinline)) void multiply(T factor, int count, T* x) {
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) x[i] = factor * x[i];
-}
-
-// Takes the loss scale off tiles of the gradient.
-template <class T>
-void unscale_gradient(const Row& row, T factor, int64_t begin, int64_t end) {
-  constexpr struct {
-    uint32_t random = 0, phase = 0;
-  } kToNearest;
-  TileOperand<T> grad;
-  const int64_t stop = std::min(end * kTile, row.numel);
-  for (int64_t start = begin * kTile; start < stop; start += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
-    const int padded = (count + kLanes - 1) & -kLanes;
-    multiply(factor, padded, grad.load(row, kGrad, start, count, padded));
-    grad.store(kToNearest);
-  }
-}
-
-inline void leave_gradient(const Row& row, const Control& control, int64_t begin, int64_t end) {
-  if (control.gradients == Gradients::kZeroed) {
-    zero_gradient(row, begin, end);
-  } else if (row.dtype[kGrad] == DType::kFloat64) {
-    unscale_gradient(row, control.unscale, begin, end);
-  } else {
-    unscale_gradient(row, static_cast<float>(control.unscale), begin, end);
-  }
-}
-
-// Joins the measures of `count` elements to the sums of their places in a tile, kTile of them in turn.
-template <class M, class Codec>
-__attribute__((noinline)) void measure_direct(const typename Codec::Stored* x, int64_t count, double* sums) {
-  const auto of = [](typename Codec::Stored each) { return M::of(Codec::template decode<double>(each)); };
-  for (; count >= 4 * kTile; count -= 4 * kTile, x += 4 * kTile) {
-#pragma GCC ivdep
-    for (int i = 0; i < kTile; ++i)
-      sums[i] = M::join(M::join(M::join(M::join(sums[i], of(x[i])), of(x[i + kTile])), of(x[i + 2 * kTile])),
-                        of(x[i + 3 * kTile]));
-  }
-  for (; count > 0; count -= kTile, x += kTile) {
-    const int here = static_cast<int>(std::min<int64_t>(kTile, count));
-#pragma GCC ivdep
-    for (int i = 0; i < here; ++i) sums[i] = M::join(sums[i], of(x[i]));
-  }
-}
-
-// One span as a number, in an order that no thread count and no vector width changes: the elements at one place of
-// all tiles in turn, then the places by halves.
-template <class M, class T>
-double measure(const Row& row, int operand, int64_t span) {
-  const int64_t start = span * kSpan * kTile, stop = std::min(start + int64_t{kSpan} * kTile, row.numel);
-  int places = kTile;
-  while (places > 1 && places / 2 >= stop - start) places /= 2;  // nothing stands beyond
-  alignas(64) double sums[kTile];
-  std::fill(sums, sums + places, 0.0);
-  const auto direct = [&]<class Codec>(Codec) {
-    if (!is_direct<Codec>(row, operand)) return false;
-    measure_direct<M, Codec>(element<Codec>(row, operand, start), stop - start, sums);
-    return true;
-  };
-  if (!direct(Values<T>{}) && !direct(BFloat16{}) && !direct(Float16{})) {
-    TileOperand<T> loaded;
-    for (int64_t at = start; at < stop; at += kTile) {
-      const int count = static_cast<int>(std::min<int64_t>(kTile, stop - at));
-      measure_direct<M, Values<T>>(loaded.load(row, operand, at, count, count), count, sums);
-    }
-  }
-  for (int half = places / 2; half >= 1; half /= 2)
-#pragma GCC ivdep
-    for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
-  return sums[0];
 }
 
 template <class Rule, unsigned... kMasks>

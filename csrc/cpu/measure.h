@@ -1,0 +1,55 @@
+// Norms: one span of an operand as a number.
+#pragma once
+
+#include <algorithm>
+
+#include "../plan/norm.h"
+#include "operand.h"
+
+namespace genopt::GENOPT_CAPABILITY {
+
+// Joins the measures of `count` elements to the sums of their places in a tile, kTile of them in turn.
+template <class M, class Codec>
+__attribute__((noinline)) void measure_direct(const typename Codec::Stored* x, int64_t count, double* sums) {
+  const auto of = [](typename Codec::Stored each) { return M::of(Codec::template decode<double>(each)); };
+  for (; count >= 4 * kTile; count -= 4 * kTile, x += 4 * kTile) {
+#pragma GCC ivdep
+    for (int i = 0; i < kTile; ++i)
+      sums[i] = M::join(M::join(M::join(M::join(sums[i], of(x[i])), of(x[i + kTile])), of(x[i + 2 * kTile])),
+                        of(x[i + 3 * kTile]));
+  }
+  for (; count > 0; count -= kTile, x += kTile) {
+    const int here = static_cast<int>(std::min<int64_t>(kTile, count));
+#pragma GCC ivdep
+    for (int i = 0; i < here; ++i) sums[i] = M::join(sums[i], of(x[i]));
+  }
+}
+
+// One span as a number, in an order that no thread count and no vector width changes: the elements at one place of
+// all tiles in turn, then the places by halves.
+template <class M, class T>
+double measure(const Row& row, int operand, int64_t span) {
+  const int64_t start = span * kSpan * kTile, stop = std::min(start + int64_t{kSpan} * kTile, row.numel);
+  int places = kTile;
+  while (places > 1 && places / 2 >= stop - start) places /= 2;  // nothing stands beyond
+  alignas(64) double sums[kTile];
+  std::fill(sums, sums + places, 0.0);
+  const auto direct = [&]<class Codec>(Codec) {
+    if (!is_direct<Codec>(row, operand)) return false;
+    measure_direct<M, Codec>(element<Codec>(row, operand, start), stop - start, sums);
+    return true;
+  };
+  if (!direct(Values<T>{}) && !direct(BFloat16{}) && !direct(Float16{})) {
+    TileOperand<T> loaded;
+    for (int64_t at = start; at < stop; at += kTile) {
+      const int count = static_cast<int>(std::min<int64_t>(kTile, stop - at));
+      measure_direct<M, Values<T>>(loaded.load(row, operand, at, count, count), count, sums);
+    }
+  }
+  for (int half = places / 2; half >= 1; half /= 2)
+#pragma GCC ivdep
+    for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
+  return sums[0];
+}
+
+}  // namespace genopt::GENOPT_CAPABILITY
