@@ -96,18 +96,23 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
 
 
 def markdown(paths: Iterable[Path], root: Path = ROOT) -> str:
-    intro = (
-        "Time: the median of rounds in which all candidates take turns. Limit: a loop (on a GPU, a copy) that moves "
-        "the same bytes and computes nothing, in the same turns; of the training step, forward and backward without an "
-        "optimizer. Best peer: the fastest of torch's own (for-loop, foreach, fused, compiled), bitsandbytes, torchao, "
-        "optimi, flashoptim and DeepSpeed that do the case's arithmetic, or store more than 8 bits or other codes "
-        "where it asks for 8; of all where none does. What the best does otherwise is said in brackets. "
-        "peer / ours: above 1, ours is faster. So that caches do not flatter, copies of all tensors rotate: as many as "
-        "fill the last-level cache twice, but 8 at most, too few for tensors of one element; torch compiled, saving, "
-        f"loading, the training step and cases called warm have one. Noisy: quartiles are more than {NOISY:.0%} of the "
-        f"median apart. Few rounds: fewer than {FEW}, of which quartiles say little."
-    )
-    return "\n".join([intro, "", *(line for path in paths for line in [*section(path, root), ""])]).rstrip()
+    sections = [line for path in paths for line in [*section(path, root), ""]]
+    return "\n".join([*sections, "### How to read the table", "", *(f"- {line}" for line in LEGEND)])
+
+
+LEGEND = (
+    "**time**: the median of rounds in which all candidates take turns. Copies of all tensors rotate, so that caches "
+    "do not flatter: as many as fill the last-level cache twice, but 8 at most, too few for tensors of one element. "
+    "torch compiled, saving, loading, the training step and cases called warm have one.",
+    "**of limit**: against a loop (on a GPU, a copy) that moves the same bytes and computes nothing, in the same "
+    "turns; of the training step, against forward and backward without an optimizer.",
+    "**best peer**: the fastest of torch's own (for-loop, foreach, fused, compiled), bitsandbytes, torchao, optimi, "
+    "flashoptim and DeepSpeed that do the case's arithmetic, or store more than 8 bits or other codes where it asks "
+    "for 8; of all where none does. What the best does otherwise is said in brackets.",
+    "**peer / ours**: above 1, ours is faster.",
+    f"**noisy**: quartiles are more than {NOISY:.0%} of the median apart. **few rounds**: fewer than {FEW}, of which "
+    "quartiles say little.",
+)
 
 
 def between(text: str, begin: str) -> str:

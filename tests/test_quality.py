@@ -45,8 +45,8 @@ def test_table_goes_between_the_markers(tmp_path: Path) -> None:
         readme.write_between(page, quality_report.BEGIN, "")
 
 
-def test_readme_has_the_markers() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_page_has_the_markers() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "quality.md").read_text()
     assert readme.between(text, quality_report.BEGIN)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from genopt_ext import quant
-from genopt_ext.quant.modules import QuantizedLinear, QuantizedWeight
+from genopt_ext.quant.layers import QuantizedLinear, QuantizedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAKE = torch.ops.genopt_ext.fake_quantize_cachemask.default

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "quality" / "quality.json")
     parser.add_argument("--plot", type=Path, default=RESULTS / "quality" / "quality.png")
-    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="also put the table into docs/quality.md")
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
@@ -165,9 +165,9 @@ def main(argv: list[str] | None = None) -> list[Result]:
     save(results, args, args.json)
     plot(results, list(SUBJECTS), args.plot)
     console.print(f"results: {args.json}\nplot: {args.plot}")
-    if args.readme:
-        write_between(ROOT / "README.md", BEGIN, markdown(results, args.seeds))
-        console.print("README.md has the table")
+    if args.docs:
+        write_between(ROOT / "docs" / "quality.md", BEGIN, markdown(results, args.seeds))
+        console.print("docs/quality.md has the table")
     return results
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from .. import plots
 from ..packages import installed
 
-BEGIN = "<!-- python -m bench.experiments.quality --readme: begin -->"
+BEGIN = "<!-- python -m bench.experiments.quality --docs: begin -->"
 GOAL = 0.3  # per cent
 SMALLEST = 4096  # smaller parameters keep fp32 state, with every subject
 BASE = "genopt_ext fp32"

@@ -89,7 +89,10 @@ class Assembly {
   using V = ValuesOf<T>;
 
   GENOPT_INLINE Assembly(const Scalars<Rule, T>& scalars, const Row& row)
-      : scalars_(scalars), plain_(scalars.around.is_plain()), random_(row.unbiased >> kParam & 1), row_(row) {
+      : scalars_(scaled(scalars, row)),
+        plain_(scalars_.around.is_plain()),
+        random_(row.unbiased >> kParam & 1),
+        row_(row) {
   }
   // Whether a row's operands but for its states can be stepped where they lie.
   static bool takes(const Row& row) {
@@ -143,6 +146,10 @@ class Assembly {
   using Wide = Values<T>;
   static constexpr bool kIsBuffered = std::is_same_v<Param, Buffered<T>>;
 
+  static GENOPT_INLINE Scalars<Rule, T> scaled(Scalars<Rule, T> scalars, const Row& row) {
+    scalars.around.factor *= static_cast<T>(row.factor);
+    return scalars;
+  }
   // Returns the parameter as its dtype has it, where that is asked for.
   GENOPT_INLINE V store_param(int64_t i, V& p) const {
     constexpr bool kMayRound = sizeof(T) == 4 && !std::is_same_v<Param, Float32>;

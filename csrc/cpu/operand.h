@@ -219,9 +219,10 @@ inline void prefetch(const Row& row, int operand, int64_t start, int count) {
   for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
 }
 
+// Element i of an operand that the row has, dense and stored with a codec.
 template <class Codec>
 typename Codec::Stored* element(const Row& row, int operand, int64_t i) {
-  return row.data[operand] ? static_cast<typename Codec::Stored*>(row.data[operand]) + i : nullptr;
+  return static_cast<typename Codec::Stored*>(row.data[operand]) + i;
 }
 
 // Whether an operand lies dense and aligned, stored with a codec.

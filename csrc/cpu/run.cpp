@@ -71,9 +71,9 @@ void prefetch_ahead(const Plan& plan, int64_t r, unsigned operands) {
   const Row& row = plan.rows[r + kRowsAhead];
   if (row.device != kHost) return;
   for (int k = 0; k < kOperands; ++k) {
-    if (!(operands >> k & 1)) continue;
+    if (!(operands >> k & 1) || !row.data[k]) continue;
     const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
-    for (int64_t byte = 0; row.data[k] && byte < bytes; byte += 64)
+    for (int64_t byte = 0; byte < bytes; byte += 64)
       __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
   }
 }

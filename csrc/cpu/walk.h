@@ -99,11 +99,11 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
 
 // What one of the loops above takes of a row. Returns where it ended.
 template <class Rule, unsigned kUsed>
-int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
+GENOPT_INLINE int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
   return run_plain<Rule, kUsed, Float64, Float64, false>(scalars, row, start, stop);
 }
 template <class Rule, unsigned kUsed>
-int64_t run_direct(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
+GENOPT_INLINE int64_t run_direct(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
   start = run_plain<Rule, kUsed, Float32, Float32, false>(scalars, row, start, stop);
   if constexpr (kUsed < kWithAverage) {
     if (stop - start < kLanes) return start;
@@ -160,8 +160,7 @@ __attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, con
 // Tiles [begin, end) of a row: where they lie if there is a loop for them, the rest by way of buffers.
 template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
-  auto scalars = *static_cast<const Scalars<Rule, T>*>(storage);
-  scalars.around.factor *= static_cast<T>(row.factor);
+  const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   const int64_t stop = std::min(end * kTile, row.numel);
   int64_t start = begin * kTile;
   if (stop - start >= kLanes) start = run_direct<Rule, kUsed>(scalars, row, start, stop);

@@ -272,8 +272,8 @@ class RowReader {
       const bool reads = k == kGrad && !writes_gradients_;
       row.data[k] = reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
       // A GPU has no access to an address that is no multiple of the element's size.
-      const bool aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]) == 0;
-      if (row.device != kHost && !aligned) return refuse(name_of(row, k), Reason::kUnaligned);
+      if (row.device != kHost && reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]))
+        return refuse(name_of(row, k), Reason::kUnaligned);
     }
     row.layout = nullptr;
     if (contiguous || same_strides) return true;

@@ -32,13 +32,10 @@ class StorageReader {
   // False: something is wrong, or what goes with an option is missing; the rest is read all the same.
   bool read(PyObject* group, Storage& storage) const {
     const auto find = [group](PyObject* key) { return PyDict_GetItemWithError(group, key); };
-    PyObject* const dtype = find(state_dtype_) == Py_None ? nullptr : find(state_dtype_);
+    PyObject* const dtype = find(state_dtype_);
     PyObject *const min_size = find(min_int8_size_), *const rounding = find(param_rounding_);
     PyObject* const master = find(master_weights_);
-    const auto is_true = [&find](PyObject* key) {
-      PyObject* const value = find(key);
-      return value && PyObject_IsTrue(value) == 1;
-    };
+    const auto is_true = [](PyObject* value) { return value && PyObject_IsTrue(value) == 1; };
     bool complete = true;
     if (min_size) {
       if (!PyLong_CheckExact(min_size)) return false;
@@ -47,7 +44,7 @@ class StorageReader {
       if (overflow > 0) storage.min_int8_size = std::numeric_limits<int64_t>::max();
       if (storage.min_int8_size < 0) return false;
     }
-    if (dtype) {
+    if (dtype && dtype != Py_None) {
       if (!THPDtype_Check(dtype)) return false;
       storage.states = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
       if (storage.states != at::kFloat && storage.states != at::kBFloat16 && storage.states != at::kChar) return false;
@@ -61,10 +58,10 @@ class StorageReader {
       if (storage.extra == Extra::kNone && !storage.stochastic && !is("nearest")) return false;
     }
     if (storage.stochastic) complete &= find(rounding_seed_) != nullptr;
-    storage.differentiable = is_true(differentiable_);
-    storage.capturable = is_true(capturable_);
+    storage.differentiable = is_true(find(differentiable_));
+    storage.capturable = is_true(find(capturable_));
     if (master && !PyLong_Check(master)) return false;
-    if (is_true(master_weights_)) {
+    if (is_true(master)) {
       if (storage.stochastic || storage.extra != Extra::kNone) return false;
       storage.extra = Extra::kMaster;
     }
