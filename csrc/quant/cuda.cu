@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cuda/walk.cuh"
+#include "../cuda/tile.cuh"
 #include "cuda.h"
 
 namespace genopt::quant::cuda {
