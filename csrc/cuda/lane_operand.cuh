@@ -46,7 +46,7 @@ class LaneOperand {
     if (bytes == 16) {
       load_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
-      is_block_&& bytes == 4 ? load_pieces<uint1>(tile) : load_pieces<uint2>(tile);
+      (is_block_ && bytes == 4) ? load_pieces<uint1>(tile) : load_pieces<uint2>(tile);
     }
   }
 
@@ -128,8 +128,8 @@ class LaneOperand {
     if (tile.lane == 0) *tile.scale(operand) = scale_;
   }
 
-  // For an operand that was not loaded.
-  __device__ void place(const Tile& tile, int operand, void* data) {
+  // For an operand that is stored and not loaded.
+  __device__ void point_to(const Tile& tile, int operand, void* data) {
     load(tile, operand, data);
   }
 
@@ -148,7 +148,7 @@ class LaneOperand {
     if (bytes == 16) {
       store_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
-      is_block_&& bytes == 4 ? store_pieces<uint1>(tile) : store_pieces<uint2>(tile);
+      (is_block_ && bytes == 4) ? store_pieces<uint1>(tile) : store_pieces<uint2>(tile);
     }
   }
 
@@ -231,16 +231,16 @@ class LaneOperand {
   bool strided_, whole_, is_block_;
 };
 
-// Loads one operand at once, for what is rare or comes late.
+// Loads one operand, for what is rare or comes late.
 template <class T>
-__device__ void load_whole(LaneOperand<T>& x, const Tile& tile, int operand, void* data, T (*slots)[kThreads]) {
+__device__ void load_one(LaneOperand<T>& x, const Tile& tile, int operand, void* data, T (*slots)[kThreads]) {
   x.load(tile, operand, data);
   x.load_slots(tile, operand, slots);
   x.decode(slots);
 }
 
 template <class T>
-__device__ void store_whole(LaneOperand<T>& x, const Tile& tile, int operand, T (*slots)[kThreads]) {
+__device__ void store_one(LaneOperand<T>& x, const Tile& tile, int operand, T (*slots)[kThreads]) {
   x.store(tile, slots);
   x.store_slots(tile, operand, slots);
 }

@@ -7,7 +7,7 @@
 
 namespace genopt::cuda {
 
-// The rule, compiled once for each set of states that a row of its may have.
+// The rule, compiled once for each set of states that its rows may have.
 template <class Rule, class T>
 __device__ void apply(const Scalars<Rule, T>& scalars, unsigned used, LaneOperand<T> (&x)[kOperands]) {
   const auto apply_with = [&]<unsigned kUsed>() {
@@ -29,14 +29,14 @@ __device__ void leave_gradient(const Table& table, Gradients left, LaneOperand<T
   const T unscale = static_cast<T>(as_double(table.words[Table::kUnscale]));
 #pragma unroll
   for (int j = 0; j < kElements; ++j) grad.values[j] = zeroes ? T(0) : unscale * grad.values[j];
-  store_whole(grad, tile, kGrad, slots);
+  store_one(grad, tile, kGrad, slots);
 }
 
 // The average of the weights, from p as it has been stored.
 template <class T>
 __device__ void average(const Around<T>& around, LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> e;
-  load_whole(e, tile, kAverage, tile.row.data[kAverage], slots);
+  load_one(e, tile, kAverage, tile.row.data[kAverage], slots);
   const bool has_master = tile.row.extra == Extra::kMaster;
   with_codec(has_master ? tile.row.dtype[kExtra] : tile.row.dtype[kParam], [&](auto codec) {
 #pragma unroll
@@ -44,14 +44,14 @@ __device__ void average(const Around<T>& around, LaneOperand<T>& param, const Ti
       e.values[j] =
           around.average(e.values[j], decltype(codec)::template decode<T>(decltype(codec)::encode(param.values[j])));
   });
-  store_whole(e, tile, kAverage, slots);
+  store_one(e, tile, kAverage, slots);
 }
 
 // Before the rule, for a parameter with a compensation: p + c.
 template <class T>
 __device__ void join_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> rest;
-  load_whole(rest, tile, kExtra, tile.row.data[kExtra], slots);
+  load_one(rest, tile, kExtra, tile.row.data[kExtra], slots);
 #pragma unroll
   for (int j = 0; j < kElements; ++j) param.values[j] += rest.values[j];
 }
@@ -60,7 +60,7 @@ __device__ void join_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kT
 template <class T>
 __device__ void part_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> rest;
-  rest.place(tile, kExtra, tile.row.data[kExtra]);
+  rest.point_to(tile, kExtra, tile.row.data[kExtra]);
   with_codec(tile.row.dtype[kParam], [&](auto codec) {
     using Codec = decltype(codec);
 #pragma unroll
@@ -70,17 +70,17 @@ __device__ void part_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kT
       param.values[j] = rounded;
     }
   });
-  store_whole(rest, tile, kExtra, slots);
+  store_one(rest, tile, kExtra, slots);
 }
 
 // The parameter, rounded from its master.
 template <class T>
 __device__ void store_rounded(const LaneOperand<T>& master, const Tile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> param;
-  param.place(tile, kParam, tile.row.data[kParam]);
+  param.point_to(tile, kParam, tile.row.data[kParam]);
 #pragma unroll
   for (int j = 0; j < kElements; ++j) param.values[j] = master.values[j];
-  store_whole(param, tile, kParam, slots);
+  store_one(param, tile, kParam, slots);
 }
 
 // Which operands of its row a tile's update loads, and where from: as the parameter its master, where it has one.

@@ -15,10 +15,6 @@ using genopt::cuda::kWarp;
 using genopt::cuda::load_piece;
 using genopt::cuda::store_piece;
 
-// What kernels compute in.
-template <class Codec>
-using Compute = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
-
 // A lane has pieces of 16 bytes of numbers, and the warp's pieces lie side by side: kRows rows of them.
 template <class Codec>
 struct CodedTile {

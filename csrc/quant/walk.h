@@ -45,7 +45,7 @@ template <class Work>
 void with_types(const Quantization& q, Work work) {
   const auto with_flag = [](bool flag, auto visit) { flag ? visit(std::true_type{}) : visit(std::false_type{}); };
   with_codec(q.dtype, [&](auto codec) {
-    using T = std::conditional_t<decltype(codec)::kDType == DType::kFloat64, double, float>;
+    using T = Compute<decltype(codec)>;
     with_flag(q.zero_point == nullptr, [&](auto symmetric) {
       with_flag(q.stochastic, [&](auto stochastic) { work(codec, T{}, symmetric, stochastic); });
     });
@@ -171,7 +171,7 @@ inline void decode(const Quantization& q, bool streams, int64_t begin, int64_t e
   with_codec(q.dtype, [&](auto codec) {
     using Codec = decltype(codec);
     using Stored = typename Codec::Stored;
-    using T = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
+    using T = Compute<Codec>;
     constexpr int kStep = sizeof(Stored) == 8 ? kPiece / 2 : kPiece;
     const T largest = largest_of<T>(q.dtype);
     const Fence fence;
