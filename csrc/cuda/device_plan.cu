@@ -1,10 +1,10 @@
 // See device_plan.h.
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 
 #include "../rules/all.h"
 #include "device_plan.h"
+#include "launch.h"
 
 namespace genopt::cuda {
 namespace {
@@ -152,17 +152,12 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
 
   // Then what changes at every step. At a replay the device may hold anything: a graph brings all of it.
   if (anew || queue.capturing) changes_ = {{table_.source(0, 0), table_.first_tile(0)}};
-  const auto bits_of_double = [](double x) {
-    uint64_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-  };
   for (int g = 0; g < wanted.groups; ++g) {
     for (int k = 0; k < kMaxOptions; ++k) put(table_.source(k, g), word_of(sources[g][k].address, sources[g][k].dtype));
-    for (int k = 0; k < kAllOptions; ++k) put(table_.option(k, g), bits_of_double(groups[g][k]));
+    for (int k = 0; k < kAllOptions; ++k) put(table_.option(k, g), bits_of(groups[g][k]));
   }
-  put(table_.control(kMaxNorm), bits_of_double(control.max_norm));
-  put(table_.control(kScale), bits_of_double(control.scale));
+  put(table_.control(kMaxNorm), bits_of(control.max_norm));
+  put(table_.control(kScale), bits_of(control.scale));
   put(table_.control(kNormKind), static_cast<uint64_t>(control.norm));
   put(table_.control(kGuard), control.guard);
   for (int k = 0; k < kDeviceTensors; ++k) put(table_.tensor(k), word_of(tensors[k].address, tensors[k].dtype));
@@ -222,15 +217,11 @@ void DevicePlan::send(Range range, int rows, const Queue& queue) {
 template <class... Parameters, class... Arguments>
 void DevicePlan::launch(void (*kernel)(Parameters...), int64_t threads, const Queue& queue,
                         const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads));
-  config.blockDim = dim3(kThreads);
-  config.stream = queue.stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) {
-    memory_.reset();                        // what it holds is not known: the next step begins anew
-    static_cast<void>(cudaGetLastError());  // told here: torch must not meet it again
-    throw std::runtime_error(std::string("genopt_ext: launching a kernel failed: ") + cudaGetErrorString(error));
+  try {
+    cuda::launch(kernel, threads, queue, arguments...);
+  } catch (...) {
+    memory_.reset();  // what it holds is not known: the next step begins anew
+    throw;
   }
   ++launches_;
 }

@@ -1,4 +1,4 @@
-// The kernels of each rule, as function pointers. Each rule's .cu instantiates walk.cuh for it.
+// The kernels of each rule, as function pointers. Each rule's .cu instantiates rule_kernels.cuh for it.
 #pragma once
 
 #include "table.h"

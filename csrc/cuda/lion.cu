@@ -1,4 +1,4 @@
-#include "walk.cuh"
+#include "rule_kernels.cuh"
 
 namespace genopt::cuda {
 template <>

@@ -1,8 +1,9 @@
 // The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
-// that of cpu/walk.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one
+// that of cpu/measure.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one
 // launch does it all.
 #include "../plan/decide.h"
-#include "walk.cuh"
+#include "lane_operand.cuh"
+#include "prologue.cuh"
 
 namespace genopt::cuda {
 namespace {
@@ -34,7 +35,7 @@ __device__ double measure(const Table& table, const DeviceRow& row, int operand,
   const int64_t end = row.numel < (first_tile + kSpan) * kTile ? row.numel : (first_tile + kSpan) * kTile;
   const auto tile_at = [&](int64_t start) {
     const int64_t rest = end - start;
-    return Tile{row, layout, start, rest <= 0 ? 0 : rest < kTile ? static_cast<int>(rest) : kTile, lane};
+    return Tile{row, layout, start, rest <= 0 ? 0 : count_of(rest), lane};
   };
 #pragma unroll 1
   for (int64_t start = first_tile * kTile; start < end; start += 2 * kTile) {
@@ -183,15 +184,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     norm(const __grid_constant__ Table table, int rows) {
   __shared__ Places all_places;
   __shared__ Slots<T, 2> slots;
-  const int lane = threadIdx.x % kWarp;
+  const int lane = lane_here();
   double* const places = all_places[threadIdx.x / kWarp];
-  const int64_t span = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t span = warp_here();
   if (rows == 0 && span == 0) decide<M>(table, lane, places);
   if (span >= table.spans) return;
   const int r = find_row(table.words + table.first_span(0), table.rows, span, lane);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
-  if (!grad || row.only_average || (row.dtype[kParam] == DType::kFloat64) != (sizeof(T) == 8)) return;
+  if (!grad || row.only_average || !computes_in<T>(row)) return;
 
   const NormColumns norms(table);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);

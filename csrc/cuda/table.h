@@ -19,6 +19,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../plan/plan.h"
 
@@ -67,6 +68,13 @@ GENOPT_INLINE void* address_in(uint64_t word) {
 }
 GENOPT_INLINE DType dtype_in(uint64_t word) {
   return static_cast<DType>(word >> kDTypeShift);
+}
+
+// A word with a double: bits_of, and back.
+GENOPT_INLINE double as_double(uint64_t word) {
+  double x;
+  memcpy(&x, &word, sizeof x);
+  return x;
 }
 
 // Control and DeviceTensors as words: doubles, flags, addresses with the dtype in the top byte.

@@ -10,6 +10,10 @@
 
 namespace genopt::quant {
 
+// What numbers of a codec are computed in.
+template <class Codec>
+using Compute = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
+
 // Codes are -highest (one less if asymmetric) to highest.
 struct CodeRange {
   int lowest, highest;

@@ -1,23 +1,18 @@
-// Quantization on CUDA: one warp, one tile of 256 elements, 8 of them in each lane's registers, with the arithmetic of
-// code.h. Blocks are read once: a block of up to 256 lies in registers between its maximum and its codes, a
-// larger one is read again from the cache. Tensors and channels take a pass for their ranges, joined by integer maxima,
-// which no order changes, and one for their codes.
-#include <cuda_runtime.h>
-
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
-#include "../cuda/walk.cuh"
+// Quantization on CUDA: one warp, one tile (tile.cuh), with the arithmetic of code.h. Blocks are read once: a block of
+// up to 256 lies in registers between its maximum and its codes, a larger one is read again from the cache. Tensors and
+// channels take a pass for their ranges, joined by integer maxima, which no order changes, and one for their codes.
+#include "../cuda/launch.h"
 #include "cuda.h"
+#include "tile.cuh"
 
 namespace genopt::quant::cuda {
 namespace {
 
-using genopt::cuda::kElements;
 using genopt::cuda::kThreads;
-using genopt::cuda::kWarp;
-using genopt::cuda::kWarps;
+using genopt::cuda::lane_here;
+using genopt::cuda::launch;
+using genopt::cuda::thread_here;
+using genopt::cuda::warp_here;
 
 using Range = unsigned long long;  // a key, as atomicMax takes it
 
@@ -33,164 +28,6 @@ struct Work {
     return static_cast<uint32_t>(i) / static_cast<uint32_t>(q.run) % static_cast<uint32_t>(q.units);
   }
 };
-
-template <class Codec>
-using Compute = std::conditional_t<Codec::kDType == DType::kFloat64, double, float>;
-
-// A warp's tile. A lane has pieces of 16 bytes, and the warp's pieces lie side by side: kRows rows of them.
-template <class Codec>
-struct Tile {
-  using Stored = typename Codec::Stored;
-  using T = Compute<Codec>;
-  static constexpr int kPiece = 16 / sizeof(Stored), kRows = kElements / kPiece, kRow = kWarp * kPiece;
-
-  const Quantization& q;
-  int64_t start;
-  int lane;
-  int count;
-  bool whole;  // and can be accessed in pieces
-
-  __device__ Tile(const Quantization& q, int64_t start, int lane) : q(q), start(start), lane(lane) {
-    const int64_t rest = q.numel - start;
-    count = rest < kTile ? static_cast<int>(rest) : kTile;
-    whole = rest >= kTile && reinterpret_cast<uintptr_t>(q.numbers) % 16 == 0 &&
-            reinterpret_cast<uintptr_t>(q.codes) % 8 == 0;
-  }
-
-  // Which element of the tile is a lane's j-th.
-  __device__ int element(int j) const {
-    return j / kPiece * kRow + lane * kPiece + j % kPiece;
-  }
-
-  __device__ Stored* numbers() const {
-    return static_cast<Stored*>(q.numbers) + start;
-  }
-
-  __device__ void load_numbers(T (&x)[kElements]) const {
-    if (!whole) {
-#pragma unroll
-      for (int j = 0; j < kElements; ++j)
-        x[j] = element(j) < count ? Codec::template decode<T>(numbers()[element(j)]) : T(0);
-      return;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const uint4 piece = reinterpret_cast<const uint4*>(numbers())[r * kWarp + lane];
-      Stored stored[kPiece];
-      memcpy(stored, &piece, sizeof piece);
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) x[r * kPiece + i] = Codec::template decode<T>(stored[i]);
-    }
-  }
-
-  __device__ void store_numbers(const T (&x)[kElements]) const {
-    if (!whole) {
-#pragma unroll
-      for (int j = 0; j < kElements; ++j)
-        if (element(j) < count) numbers()[element(j)] = Codec::encode(x[j]);
-      return;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      Stored stored[kPiece];
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) stored[i] = Codec::encode(x[r * kPiece + i]);
-      uint4 piece;
-      memcpy(&piece, stored, sizeof piece);
-      reinterpret_cast<uint4*>(numbers())[r * kWarp + lane] = piece;
-    }
-  }
-
-  // A lane's codes of one row, as an integer of 8 or 4 bits each.
-  template <int kBits>
-  using Packed = std::conditional_t<
-      kPiece * kBits == 64, uint64_t,
-      std::conditional_t<kPiece * kBits == 32, uint32_t, std::conditional_t<kPiece * kBits == 16, uint16_t, uint8_t>>>;
-
-  template <int kBits>
-  __device__ void store_codes_of(const int8_t (&codes)[kElements]) const {
-    uint8_t* const to = static_cast<uint8_t*>(q.codes) + start * kBits / 8;
-    if (whole) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        Packed<kBits> packed = 0;
-#pragma unroll
-        for (int i = 0; i < kPiece; ++i)
-          packed |= static_cast<Packed<kBits>>(static_cast<Packed<kBits>>(codes[r * kPiece + i] & ((1 << kBits) - 1))
-                                               << (kBits * i));
-        reinterpret_cast<Packed<kBits>*>(to)[r * kWarp + lane] = packed;
-      }
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int i = element(j);
-      if (i >= count) continue;
-      if constexpr (kBits == 8) {
-        to[i] = static_cast<uint8_t>(codes[j]);
-      } else if (j % 2 == 0) {
-        to[i / 2] = pack(codes[j], i + 1 < count ? codes[j + 1] : 0);
-      }
-    }
-  }
-
-  template <int kBits>
-  __device__ void load_codes_of(int8_t (&codes)[kElements]) const {
-    const uint8_t* const from = static_cast<const uint8_t*>(q.codes) + start * kBits / 8;
-    if (whole) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Packed<kBits> packed = reinterpret_cast<const Packed<kBits>*>(from)[r * kWarp + lane];
-#pragma unroll
-        for (int i = 0; i < kPiece; ++i) {
-          const int bits = static_cast<int>(packed >> (kBits * i)) & ((1 << kBits) - 1);
-          codes[r * kPiece + i] = static_cast<int8_t>(kBits == 8 ? bits : (bits ^ 8) - 8);
-        }
-      }
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int i = element(j);
-      codes[j] = 0;
-      if (i < count) codes[j] = static_cast<int8_t>(kBits == 8 ? from[i] : unpack(from[i / 2], i % 2));
-    }
-  }
-
-  __device__ void store_codes(const int8_t (&codes)[kElements]) const {
-    q.bits == 8 ? store_codes_of<8>(codes) : store_codes_of<4>(codes);
-  }
-  __device__ void load_codes(int8_t (&codes)[kElements]) const {
-    q.bits == 8 ? load_codes_of<8>(codes) : load_codes_of<4>(codes);
-  }
-
-  // The lane's numbers of row r as codes.
-  __device__ void encode_row(const Encoder<T>& encoder, const T (&x)[kElements], int r, uint32_t key,
-                             int8_t (&codes)[kElements]) const {
-    if (q.stochastic) {
-#pragma unroll
-      for (int i = r * kPiece; i < (r + 1) * kPiece; ++i)
-        codes[i] = encoder.template operator()<true>(
-            x[i], random_number(key, static_cast<uint32_t>(start) + static_cast<uint32_t>(element(i))));
-    } else {
-#pragma unroll
-      for (int i = r * kPiece; i < (r + 1) * kPiece; ++i) codes[i] = encoder.template operator()<false>(x[i], 0.0f);
-    }
-  }
-
-  // A tile never crosses an index whose upper half changes.
-  __device__ uint32_t key() const {
-    if (!q.stochastic) return 0;
-    return random_key(q.seed_address ? *q.seed_address : q.seed, static_cast<uint64_t>(start));
-  }
-};
-
-__device__ inline int lane_here() {
-  return threadIdx.x % kWarp;
-}
-__device__ inline int64_t warp_here() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-}
 
 __device__ inline int32_t exchange(int32_t key, int lanes) {
   return static_cast<int32_t>(__shfl_xor_sync(~0u, static_cast<unsigned>(key), lanes));
@@ -229,7 +66,7 @@ __device__ Encoder<T> settle(const Quantization& q, const Reach<T>& reach, int64
 template <class Codec, bool kSymmetric>
 __global__ void __launch_bounds__(kThreads) quantize_small_blocks(const __grid_constant__ Work work) {
   using T = Compute<Codec>;
-  using TileHere = Tile<Codec>;
+  using TileHere = CodedTile<Codec>;
   const Quantization& q = work.q;
   const int64_t start = warp_here() * kTile;
   if (start >= q.numel) return;
@@ -269,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) quantize_small_blocks(const __grid_c
 template <class Codec, bool kSymmetric>
 __global__ void __launch_bounds__(kThreads) quantize_large_blocks(const __grid_constant__ Work work) {
   using T = Compute<Codec>;
-  using TileHere = Tile<Codec>;
+  using TileHere = CodedTile<Codec>;
   const Quantization& q = work.q;
   const int64_t unit = warp_here();
   if (unit >= q.units) return;
@@ -290,8 +127,7 @@ __global__ void __launch_bounds__(kThreads) quantize_large_blocks(const __grid_c
     tile.load_numbers(x);
     int8_t codes[kElements];
     const uint32_t key = tile.key();
-#pragma unroll
-    for (int r = 0; r < TileHere::kRows; ++r) tile.encode_row(encoder, x, r, key, codes);
+    tile.encode(encoder, x, key, codes);
     tile.store_codes(codes);
   }
 }
@@ -334,7 +170,7 @@ template <class Codec, bool kSymmetric>
 __global__ void __launch_bounds__(kThreads) measure_columns(const __grid_constant__ Work work) {
   using T = Compute<Codec>;
   const Quantization& q = work.q;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t thread = thread_here();
   const int64_t columns = q.units * q.run, column = thread % columns;
   const int64_t first = thread / columns * kColumnRows * columns + column;
   if (first >= q.numel) return;
@@ -348,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) measure_columns(const __grid_constan
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) settle_ranges(const __grid_constant__ Work work) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t unit = thread_here();
   if (unit >= work.q.units) return;
   Reach<T> reach;
   reach.high = static_cast<Key<T>>(work.ranges[unit]);
@@ -364,7 +200,7 @@ __device__ inline bool shares_unit(const Quantization& q, int64_t start, int cou
 template <class Codec>
 __global__ void __launch_bounds__(kThreads) encode_tiles(const __grid_constant__ Work work) {
   using T = Compute<Codec>;
-  using TileHere = Tile<Codec>;
+  using TileHere = CodedTile<Codec>;
   const Quantization& q = work.q;
   const int64_t start = warp_here() * kTile;
   if (start >= q.numel) return;
@@ -378,8 +214,7 @@ __global__ void __launch_bounds__(kThreads) encode_tiles(const __grid_constant__
   const uint32_t key = tile.key();
   if (shares_unit(q, start, tile.count)) {
     const Encoder<T> encoder = encoder_of(work.unit_of(start));
-#pragma unroll
-    for (int r = 0; r < TileHere::kRows; ++r) tile.encode_row(encoder, x, r, key, codes);
+    tile.encode(encoder, x, key, codes);
   } else {
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
@@ -403,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) decode_tiles(const __grid_constant__
   const Quantization& q = work.q;
   const int64_t start = warp_here() * kTile;
   if (start >= q.numel) return;
-  const Tile<Codec> tile(q, start, lane_here());
+  const CodedTile<Codec> tile(q, start, lane_here());
   const T largest = largest_of<T>(q.dtype);
   int8_t codes[kElements];
   T x[kElements];
@@ -432,17 +267,6 @@ Work work_for(const Quantization& q, void* ranges = nullptr) {
   return {q, is_shift ? shift : -1, static_cast<Range*>(ranges)};
 }
 
-void launch(void (*kernel)(Work), int64_t threads, const Work& work, const Queue& queue) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads));
-  config.blockDim = dim3(kThreads);
-  config.stream = queue.stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, work);
-  if (error == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // told here: torch must not meet it again
-  throw std::runtime_error(std::string("genopt_ext: launching a kernel failed: ") + cudaGetErrorString(error));
-}
-
 int64_t warps(int64_t elements, int64_t each) {
   return (elements + each - 1) / each * kWarp;
 }
@@ -460,9 +284,9 @@ void quantize_blocks(const Quantization& q, const Queue& queue) {
   with_types(q, [&](auto codec, auto symmetric) {
     using Codec = decltype(codec);
     if (q.run <= kTile)
-      launch(quantize_small_blocks<Codec, symmetric()>, warps(q.numel, kTile), work_for(q), queue);
+      launch(quantize_small_blocks<Codec, symmetric()>, warps(q.numel, kTile), queue, work_for(q));
     else
-      launch(quantize_large_blocks<Codec, symmetric()>, q.units * kWarp, work_for(q), queue);
+      launch(quantize_large_blocks<Codec, symmetric()>, q.units * kWarp, queue, work_for(q));
   });
 }
 
@@ -472,24 +296,24 @@ void find_scales(const Quantization& q, void* ranges, const Queue& queue) {
     with_types(q, [&](auto codec, auto symmetric) {
       using Codec = decltype(codec);
       if (q.run >= kLongRun) {
-        launch(measure_runs<Codec, symmetric()>, warps(q.numel, kSpanElements), work, queue);
+        launch(measure_runs<Codec, symmetric()>, warps(q.numel, kSpanElements), queue, work);
       } else {
         const int64_t columns = q.units * q.run, rows = q.numel / columns;
-        launch(measure_columns<Codec, symmetric()>, (rows + kColumnRows - 1) / kColumnRows * columns, work, queue);
+        launch(measure_columns<Codec, symmetric()>, (rows + kColumnRows - 1) / kColumnRows * columns, queue, work);
       }
     });
   }
-  launch(q.dtype == DType::kFloat64 ? settle_ranges<double> : settle_ranges<float>, q.units, work, queue);
+  launch(q.dtype == DType::kFloat64 ? settle_ranges<double> : settle_ranges<float>, q.units, queue, work);
 }
 
 void encode(const Quantization& q, const Queue& queue) {
   with_codec(q.dtype,
-             [&](auto codec) { launch(encode_tiles<decltype(codec)>, warps(q.numel, kTile), work_for(q), queue); });
+             [&](auto codec) { launch(encode_tiles<decltype(codec)>, warps(q.numel, kTile), queue, work_for(q)); });
 }
 
 void decode(const Quantization& q, const Queue& queue) {
   with_codec(q.dtype,
-             [&](auto codec) { launch(decode_tiles<decltype(codec)>, warps(q.numel, kTile), work_for(q), queue); });
+             [&](auto codec) { launch(decode_tiles<decltype(codec)>, warps(q.numel, kTile), queue, work_for(q)); });
 }
 
 }  // namespace genopt::quant::cuda

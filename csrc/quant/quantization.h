@@ -1,5 +1,5 @@
 // One tensor and its codes, as kernels see them: pointers and sizes. The element's arithmetic: code.h; walks: walk.h on
-// CPU, cuda.cu.
+// CPU, cuda.cu on CUDA.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,85 @@
+// A tile of 256 elements as a warp has it on CUDA, 8 of them in each lane; how a warp finds its tile's row, and where
+// an element lies. What a lane does with an operand's elements: lane_operand.cuh.
+//
+// A lane holds pieces of 2, 4 or 8 elements that lie side by side, as many as make 16 bytes of the row's widest
+// operand, and the warp's pieces lie side by side too: so every access of a warp is one contiguous range.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+#include "table.h"
+
+namespace genopt::cuda {
+
+constexpr int kWarps = kThreads / kWarp;  // of a block
+constexpr int kElements = kTile / kWarp;  // of a lane
+
+// Which thread and warp of the launch runs here, and which lane of its warp.
+__device__ inline int64_t thread_here() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+__device__ inline int64_t warp_here() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+__device__ inline int lane_here() {
+  return threadIdx.x % kWarp;
+}
+
+// How many elements a tile has that starts so many before the end.
+__device__ inline int count_of(int64_t rest) {
+  return rest < kTile ? static_cast<int>(rest) : kTile;
+}
+
+// Whether a row's kernels are those that compute in T.
+template <class T>
+__device__ bool computes_in(const DeviceRow& row) {
+  return (row.dtype[kParam] == DType::kFloat64) == (sizeof(T) == 8);
+}
+
+// The row of a tile or span: the last one that starts at or before it in its column. The warp looks at 32 candidates
+// at a time.
+__device__ inline int find_row(const uint64_t* first, int rows, int64_t tile, int lane) {
+  int low = 0;
+  for (int count = rows; count > 1;) {
+    const int stride = (count + kWarp - 1) / kWarp;
+    const int at = lane * stride;
+    const bool starts = at < count && static_cast<int64_t>(first[low + at]) <= tile;
+    const int last = __popc(__ballot_sync(~0u, starts)) - 1;  // starts holds for the lanes up to one
+    low += last * stride;
+    count = count - last * stride < stride ? count - last * stride : stride;
+  }
+  return low;
+}
+
+// Where element i of a row with a layout lies, in elements from the operand's base.
+__device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t i) {
+  const int64_t dims = static_cast<int64_t>(layout[0]);
+  const uint64_t *sizes = layout + 1, *strides = sizes + dims * (1 + operand);
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int64_t d = dims; d-- > 0;) {
+    const int64_t size = static_cast<int64_t>(sizes[d]), next = i / size;
+    offset += (i - next * size) * static_cast<int64_t>(strides[d]);
+    i = next;
+  }
+  return offset;
+}
+
+// A tile of one row.
+struct Tile {
+  const DeviceRow& row;
+  const uint64_t* layout;
+  int64_t start;
+  int count, lane;
+
+  // Which element of the tile is a lane's j-th.
+  __device__ int element(int j) const {
+    return j / row.piece * (kWarp * row.piece) + lane * row.piece + j % row.piece;
+  }
+  __device__ float* scale(int operand) const {
+    return row.scales[operand - kState] + start / kTile;
+  }
+};
+
+}  // namespace genopt::cuda
