@@ -187,6 +187,7 @@ void register_cuda(py::module_& m) {
 void register_cpu(py::module_& m) {
   m.def("cpu_capability", &cpu::capability);
   m.def("cpu_capabilities", &cpu::capabilities);
+  m.def("cpu_tuning", &cpu::tuning_in_use);
 }
 
 }  // namespace

@@ -58,7 +58,8 @@ def resolve(backend: str) -> str:
 
     Raises:
         ValueError: not the name of a backend.
-        RuntimeError: a backend that this build does not have, or a wrong ``GENOPT_CPU_CAPABILITY``.
+        RuntimeError: a backend that this build does not have, or a wrong ``GENOPT_CPU_CAPABILITY`` or
+            ``GENOPT_CPU_TUNING``.
     """
     asked = "backend"
     if backend == "auto" and os.environ.get("GENOPT_BACKEND"):

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, _backend
 
-VARIABLES = ("GENOPT_BACKEND", "GENOPT_CPU_CAPABILITY", "OMP_NUM_THREADS")
+VARIABLES = ("GENOPT_BACKEND", "GENOPT_CPU_CAPABILITY", "GENOPT_CPU_TUNING", "OMP_NUM_THREADS")
 
 
 def _cpu_model() -> str:
@@ -29,12 +29,16 @@ def _cpu_backend() -> str:
     if _backend.native is None:
         return f"reference, as {_backend.why_not_native}"
     try:
-        used = _backend.native.cpu_capability()
+        used, tuning = _backend.native.cpu_capability(), _backend.native.cpu_tuning()
     except RuntimeError as error:
         return f"none: {error}"
     available = ", ".join(_backend.native.cpu_capabilities())
     why = "set by GENOPT_CPU_CAPABILITY" if os.environ.get("GENOPT_CPU_CAPABILITY") else "the best this processor has"
-    return f"native kernels, {used} ({why}; available: {available}), {torch.get_num_threads()} threads"
+    chosen = "set by GENOPT_CPU_TUNING" if os.environ.get("GENOPT_CPU_TUNING") else "for this processor"
+    return (
+        f"native kernels, {used} ({why}; available: {available}), {tuning} ({chosen}), "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def _cuda_backend() -> str:

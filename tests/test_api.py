@@ -539,8 +539,11 @@ def test_environment_variables(fresh):
     )
     code = STEP + "import genopt_ext._backend as b; print(b.resolve('auto'), b.resolve('cpu'))"
     assert fresh(code, GENOPT_BACKEND="reference").stdout.split()[-2:] == ["reference", "cpu"]
-    code = STEP + "from genopt_ext import _C; print(_C.cpu_capability())"
-    assert fresh(code, GENOPT_CPU_CAPABILITY="default").stdout.split()[-1] == "default"
+    code = STEP + "from genopt_ext import _C; print(_C.cpu_capability(), _C.cpu_tuning())"
+    out = fresh(code, GENOPT_CPU_CAPABILITY="default", GENOPT_CPU_TUNING="prefetch=5")
+    assert out.stdout.split()[-2:] == ["default", "prefetch=5"]
+    for tuning in ("prefetch", "prefetch=-1", "prefetch=2x", "prefetch=1000", "stores=1"):
+        assert f"GENOPT_CPU_TUNING is '{tuning}', expected prefetch=N" in fresh(STEP, GENOPT_CPU_TUNING=tuning).stderr
 
 
 def test_env_report(fresh):
@@ -549,6 +552,10 @@ def test_env_report(fresh):
     assert out.returncode == 0, out.stderr
     for line in ("genopt_ext", "torch", "built with", "cpu", "cuda"):
         assert re.search(rf"^{line}\b.*: \S", out.stdout, re.MULTILINE), out.stdout
+    assert (
+        _backend.native is None
+        or "prefetch=7 (set by GENOPT_CPU_TUNING)" in fresh(report, GENOPT_CPU_TUNING="prefetch=7").stdout
+    )
     out = fresh(report, GENOPT_CPU_CAPABILITY="none")
     assert out.returncode == 0 and "GENOPT_CPU_CAPABILITY is 'none'" in out.stdout, out
 

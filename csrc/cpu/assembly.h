@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "operand.h"
+#include "tuning.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 
@@ -62,13 +63,15 @@ GENOPT_INLINE void each_state(Visit&& visit) {
   visit_used(std::integral_constant<int, 2>{});
 }
 
-// While a tile is stepped, a later one of the row is asked for, a line or less with each vector: a core has room for
-// some ten lines under way, and its own prefetchers stop at the end of a page.
+// While a tile is stepped, a later one of the row is asked for, a line or less with each vector, where the processor
+// gains by it (Tuning::prefetch): a core has room for some ten lines under way, and prefetchers of some stop at the end
+// of a page.
 class Ahead {
  public:
   // For the tile at `start` of those that end at `stop`.
   GENOPT_INLINE void begin(int64_t start, int64_t stop) {
-    distance_ = stop - start > kTilesAhead * kTile ? kTilesAhead * kTile : 0;  // else what is there anyway
+    const int wanted = cpu::tuning.prefetch * kTile;
+    distance_ = stop - start > wanted ? wanted : 0;  // else what is there anyway
   }
   // For the element i of the tile. Narrow operands come slowly enough to be left to the processor.
   template <class Stored>
@@ -77,7 +80,6 @@ class Ahead {
   }
 
  private:
-  static constexpr int kTilesAhead = 2;
   int distance_ = 0;
 };
 

@@ -2,11 +2,13 @@
 #include "run.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 
 #include "../plan/lane_sums.h"
 #include "threads.h"
+#include "tuning.h"
 
 namespace genopt {
 
@@ -56,8 +58,29 @@ Capability choose() {
                            "', but this processor and build have " + names + "; set it to one of these, or unset it");
 }
 
+// Two tiles ahead is 10 to 20 % faster on one Intel Xeon and 13 % slower on an AMD Zen 4: bench/NOTES.md. Others have
+// not been measured.
+Tuning choose_tuning() {
+  Tuning chosen;
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("intel")) chosen.prefetch = 2;
+#endif
+  const char* const wanted = std::getenv("GENOPT_CPU_TUNING");
+  if (!wanted || !*wanted) return chosen;
+  int read = 0;
+  if (std::sscanf(wanted, "prefetch=%d%n", &chosen.prefetch, &read) != 1 || wanted[read] || chosen.prefetch < 0 ||
+      chosen.prefetch > kSpan)
+    throw std::runtime_error("GENOPT_CPU_TUNING is '" + std::string(wanted) +
+                             "', expected prefetch=N with N from 0 to " + std::to_string(kSpan) +
+                             ", the tiles to ask memory for ahead; or unset it");
+  return chosen;
+}
+
 const Capability& chosen() {
-  static const Capability capability = choose();
+  static const Capability capability = [] {
+    tuning = choose_tuning();
+    return choose();
+  }();
   return capability;
 }
 
@@ -73,8 +96,7 @@ void prefetch_ahead(const Plan& plan, int64_t r, unsigned operands) {
   for (int k = 0; k < kOperands; ++k) {
     if (!(operands >> k & 1) || !row.data[k]) continue;
     const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
-    for (int64_t byte = 0; byte < bytes; byte += 64)
-      __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
   }
 }
 
@@ -121,6 +143,11 @@ std::vector<std::string> capabilities() {
   std::vector<std::string> names;
   for (const Capability& each : available()) names.push_back(each.name);
   return names;
+}
+
+std::string tuning_in_use() {
+  chosen();
+  return "prefetch=" + std::to_string(tuning.prefetch);
 }
 
 const KernelTable& kernel_table() {

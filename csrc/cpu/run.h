@@ -16,6 +16,9 @@ const std::string& capability();
 // Those that this build and this processor both have, best first.
 std::vector<std::string> capabilities();
 
+// What was chosen for this processor, or by GENOPT_CPU_TUNING, in its form; throws std::runtime_error as capability().
+std::string tuning_in_use();
+
 const KernelTable& kernel_table();
 
 // All work on up to `threads` threads; results do not depend on their number.
