@@ -183,7 +183,7 @@ class TileOperand {
   float& scale() const {
     return row_->scales[operand_ - kState][start_ / kTile];
   }
-  // Codes lie dense, and only beside parameters that compute in float.
+  // Codes are contiguous, and only beside parameters that compute in float.
   void load_block() {
     if constexpr (sizeof(T) == 4)
       with_block(dtype_, scale(), [this]<class Block>(const Block& block) {
@@ -219,13 +219,13 @@ inline void prefetch(const Row& row, int operand, int64_t start, int count) {
   for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
 }
 
-// Element i of an operand that the row has, dense and stored with a codec.
+// Element i of an operand that the row has, contiguous and stored with a codec.
 template <class Codec>
 typename Codec::Stored* element(const Row& row, int operand, int64_t i) {
   return static_cast<typename Codec::Stored*>(row.data[operand]) + i;
 }
 
-// Whether an operand lies dense and aligned, stored with a codec.
+// Whether an operand is contiguous and aligned, stored with a codec.
 template <class Codec>
 bool is_direct(const Row& row, int operand) {
   return !row.layout && row.dtype[operand] == Codec::kDType &&

@@ -34,9 +34,10 @@ GENOPT_INLINE U random_bits(uint32_t tile_key, U i) {
 }
 
 // Moments move by a small part of what separates two codes. For them evenly spread thresholds do better than random
-// bits: a Weyl sequence, frac(phase + t golden ratio), in units of 2^-32, by which an element is rounded up in as many
-// of a hundred steps as it is hundredths above the lower code. All moments of an element share its threshold. The phase
-// changes every 256 steps: gradients that return after a Fibonacci number of steps would else meet the same thresholds.
+// bits: a Weyl sequence, frac(phase + t · φ) with the golden ratio φ, in units of 2^-32, by which an element is rounded
+// up in as many of a hundred steps as it is hundredths above the lower code. All moments of an element share its
+// threshold. The phase changes every 256 steps: gradients that return after a Fibonacci number of steps would else meet
+// the same thresholds.
 GENOPT_INLINE uint32_t step_phase(double t) {
   const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t > 0 ? t : 0));
   return step * 0x9e3779b9u + mix(step >> 8);

@@ -51,7 +51,7 @@ __device__ Reach<T> join_lanes(Reach<T> reach, int lanes) {
 
 // Scale and zero point of a unit, written by one lane, as an encoder.
 template <class T>
-__device__ Encoder<T> settle(const Quantization& q, const Reach<T>& reach, int64_t unit, bool writes) {
+__device__ Encoder<T> resolve(const Quantization& q, const Reach<T>& reach, int64_t unit, bool writes) {
   const CodeRange range = q.code_range();
   const float scale = scale_of(reach, range);
   const int zero_point = zero_point_of(reach, scale, range);
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kThreads) quantize_small_blocks(const __grid_c
 #pragma unroll
   for (int r = 0; r < TileHere::kRows; ++r) {
     if ((r & (rows - 1)) == 0)
-      encoder = settle(q, join_lanes<kSymmetric>(reach[r], lanes),
-                       work.unit_of(start + r * TileHere::kRow + tile.lane * TileHere::kPiece),
-                       (tile.lane & (lanes - 1)) == 0);
+      encoder = resolve(q, join_lanes<kSymmetric>(reach[r], lanes),
+                        work.unit_of(start + r * TileHere::kRow + tile.lane * TileHere::kPiece),
+                        (tile.lane & (lanes - 1)) == 0);
     tile.encode_row(encoder, x, r, key, codes);
   }
   if (q.codes) tile.store_codes(codes);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) quantize_large_blocks(const __grid_c
 #pragma unroll
     for (int j = 0; j < kElements; ++j) reach.template add<kSymmetric>(x[j]);
   }
-  const Encoder<T> encoder = settle(q, join_lanes<kSymmetric>(reach, kWarp), unit, lane_here() == 0);
+  const Encoder<T> encoder = resolve(q, join_lanes<kSymmetric>(reach, kWarp), unit, lane_here() == 0);
   if (!q.codes) return;
 #pragma unroll 1
   for (int64_t start = begin; start < end; start += kTile) {
@@ -183,13 +183,13 @@ __global__ void __launch_bounds__(kThreads) measure_columns(const __grid_constan
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) settle_ranges(const __grid_constant__ Work work) {
+__global__ void __launch_bounds__(kThreads) resolve_ranges(const __grid_constant__ Work work) {
   const int64_t unit = thread_here();
   if (unit >= work.q.units) return;
   Reach<T> reach;
   reach.high = static_cast<Key<T>>(work.ranges[unit]);
   reach.low = static_cast<Key<T>>(work.ranges[work.q.units + unit]);
-  settle(work.q, reach, unit, true);
+  resolve(work.q, reach, unit, true);
 }
 
 // Whether all of a tile is in one unit, as far as can be told at once.
@@ -303,7 +303,7 @@ void find_scales(const Quantization& q, void* ranges, const Queue& queue) {
       }
     });
   }
-  launch(q.dtype == DType::kFloat64 ? settle_ranges<double> : settle_ranges<float>, q.units, queue, work);
+  launch(q.dtype == DType::kFloat64 ? resolve_ranges<double> : resolve_ranges<float>, q.units, queue, work);
 }
 
 void encode(const Quantization& q, const Queue& queue) {

@@ -1,4 +1,4 @@
-"""One step of one parameter: load, rule, store, as ``csrc/cpu/walk.h`` does it."""
+"""One step of one parameter: load, rule, store, as ``csrc/cpu/assembly.h`` does it."""
 
 from __future__ import annotations
 
