@@ -56,7 +56,7 @@ class RowReader {
     if (!may_be_written(param)) return refuse(parameter_, Reason::kInference);
     if (grad) {
       if (!check_grad(*grad, param, row.device, objects.grads != nullptr)) return false;
-      if (storage.capturable && row.device == kHost) return refuse(parameter_, Reason::kCapturable);
+      if (storage.capturable && param.is_cpu()) return refuse(parameter_, Reason::kCapturable);
     }
 
     Handles& handles = objects.handles[r];
