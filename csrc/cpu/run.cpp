@@ -73,8 +73,7 @@ void prefetch_ahead(const Plan& plan, int64_t r, unsigned operands) {
   for (int k = 0; k < kOperands; ++k) {
     if (!(operands >> k & 1) || !row.data[k]) continue;
     const int64_t bytes = std::min<int64_t>(kBytes, row.numel * size_of(row.dtype[k]));
-    for (int64_t byte = 0; byte < bytes; byte += 64)
-      __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row.data[k]) + byte);
   }
 }
 
