@@ -1,5 +1,5 @@
 // The extension module genopt_ext._C: one register function per subsystem. Its Python side is declared
-// in genopt_ext/_C.pyi. The only file that knows pybind11.
+// in genopt_ext/_C.pyi. The only file that knows pybind11, but for torch/hooks.h, which takes the GIL by it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,7 +24,7 @@ Gradients gradients_of(const std::string& left) {
   throw std::invalid_argument("gradients must be 'zeroed', 'unscaled' or None, got '" + left + "'");
 }
 
-// The names that Python has for what a step is told; lists with a tensor for each device as in DeviceTensorKind.
+// The names that Python has for the kinds in DeviceTensorKind, in its order: each a list with a tensor a device.
 constexpr const char* kTensorNames[] = {"grad_scale", "found_inf", "group_scales",
                                         "grad_norm",  "nonfinite", "skipped_steps"};
 static_assert(std::size(kTensorNames) == kDeviceTensors);

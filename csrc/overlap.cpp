@@ -24,7 +24,7 @@ struct Term {
   int64_t stride, least, most;
 };
 
-// Places of the region's elements as sums of terms; those of another, with `sign` -1, to be taken off.
+// The offsets of a region's elements, as sums of terms. `sign` is -1 for a region whose offsets are subtracted.
 void add_terms(const Region& region, int sign, std::vector<Term>& terms) {
   const auto add = [&](int64_t stride, int64_t size) {
     const bool back = stride * sign < 0;

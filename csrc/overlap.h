@@ -9,7 +9,7 @@
 
 namespace genopt {
 
-// The memory of one tensor. sizes and strides (in elements) are only given where it is not contiguous.
+// The memory of one tensor. sizes and strides (in elements) are only given where its elements leave gaps or meet.
 struct Region {
   const char* base;
   int64_t item_size;

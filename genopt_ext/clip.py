@@ -28,12 +28,12 @@ _NARROW = (torch.float16, torch.bfloat16)
 _of_this_thread = threading.local()
 
 
-def _plan() -> Any:
-    """A plan of this thread's own: a step in another thread must not disturb what it keeps."""
-    if not hasattr(_of_this_thread, "plan"):
+def _stepper() -> Any:
+    """The native stepper of this thread: a step in another thread must not disturb what it keeps."""
+    if not hasattr(_of_this_thread, "stepper"):
         assert _backend.native is not None
-        _of_this_thread.plan = _backend.native.Stepper("transfer", "auto")
-    return _of_this_thread.plan
+        _of_this_thread.stepper = _backend.native.Stepper("transfer", "auto")
+    return _of_this_thread.stepper
 
 
 def _run(targets: list[Tensor], grads: list[Any], options: dict[str, Any], **arguments: Any) -> bool:
@@ -41,7 +41,7 @@ def _run(targets: list[Tensor], grads: list[Any], options: dict[str, Any], **arg
     if _backend.resolve("auto") == "reference":
         return False
     group = {"params": targets, "add": 0.0, **options}
-    return _plan().step([group], {}, (), grads=grads, **arguments) is None
+    return _stepper().step([group], {}, (), grads=grads, **arguments) is None
 
 
 def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
@@ -265,7 +265,7 @@ def clip_grad_norm_(
         if _run(grads, list(grads), {}, max_norm=bound, norm=NORMS[norm], grad_norm=[total]):
             return total
     overlap.refuse_unwritable("clip_grad_norm_", grads)
-    if error_if_nonfinite:  # by its place among all parameters, with a gradient or without
+    if error_if_nonfinite:  # named by its index among all parameters, with a gradient or without
         everything = [grads[0].new_zeros(0) if p.grad is None else p.grad for p in listed] if grads else []
         total = get_total_norm(everything, norm, True, foreach)
     else:

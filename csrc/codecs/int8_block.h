@@ -9,11 +9,11 @@
 //   UInt8        255   12                              15.75
 //
 // Both ways are integer shifts. What was read is stored as the same code again, and between two codes a value is linear
-// in its bits, so that rounding by evenly spread numbers (math/random.h) is unbiased. It has to be: a moment moves by
+// in its bits, so that rounding by thresholds (math/random.h) is unbiased. It has to be: a moment moves by
 // a tenth or a thousandth of itself at a step, codes stand 4 to 25 % apart, and what is rounded to the nearest stays
-// where it was. bench/mappings.py compares this map with others on real gradients. A scale that is not positive is the
-// value of all, and all codes are 0: 0, -0 ("not yet set": math/numbers.h), NaN (one was not finite). The format is a
-// contract with checkpoints: docs/8-bit-format.md.
+// where it was. bench/experiments/mappings.py compares this map with others on real gradients. A scale that is not
+// positive is the value of all, and all codes are 0: 0, -0 ("not yet set": math/numbers.h), NaN (one was not finite).
+// The format is a contract with checkpoints: docs/8-bit-format.md.
 #pragma once
 
 #include <type_traits>

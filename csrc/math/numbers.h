@@ -18,8 +18,8 @@
 
 namespace genopt {
 
-// What follows takes numbers, or several at once (cpu/vectors.h), as V: those bring spellings of their own of
-// these functions, of is_unset, square_root and multiply_add.
+// V: a number, or several at once (cpu/vectors.h). Vectors have overloads of their own of choose, larger, smaller,
+// absolute, bits_of, is_unset, square_root and multiply_add; all else is written once for both.
 
 template <class T>
 GENOPT_INLINE T choose(bool condition, T a, T b) {
@@ -117,7 +117,7 @@ GENOPT_INLINE double multiply_add(double a, double x, double b) {
   return a * x + b;
 }
 
-// A factor that T alone is too coarse for, as what T can tell of it and the rest.
+// A factor for which T is too coarse, in two parts: the nearest T, and the rest.
 template <class T>
 struct Factor {
   T most, rest;

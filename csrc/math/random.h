@@ -1,6 +1,6 @@
-// What decides on the way to round, for weights (random bits) and for moments (evenly spread ones): a function of seed,
-// step and element alone, so that a run repeats and every backend draws the same. 32-bit integer arithmetic, which
-// vectorizes everywhere.
+// What decides which way to round: random bits for weights, evenly spread thresholds for moments. Functions of step and
+// element (bits: and of the seed) alone, so that a run repeats and every backend draws the same. 32-bit integer
+// arithmetic, which vectorizes everywhere.
 #pragma once
 
 #include "numbers.h"

@@ -10,13 +10,17 @@ namespace genopt {
 // A ledger has what was measured, and takes what is decided. All lanes of one call this; groups and rows are shared out
 // among them, and only join() is done together.
 //
-//   lane, lanes, rows, groups                  this lane and numbers of each
-//   kind, scale, max_norm                      of norms; of all gradients; the bound of groups that do not clip alone
-//   is_told                                    whether groups' coefficients were decided elsewhere, and are in
-//   scale_of() join(first, count, number)                 number(r) of so many rows, joined as LaneSums does sum(r),
-//   weights(r), group_of(r)            of a row: its gradient's norm and its parameter's, not yet norm_of() options(g),
-//   first_row(g), scale_of(g)      of a group; also first_row(groups) clips_alone(r), clips_by_tensor(r) whether a row
-//   does; by tensor only where it is stepped group_factor(g), row_factor(r)             where factors go
+//   lane, lanes, rows, groups      this lane, and how many there are of each
+//   kind, scale, max_norm          which norm; of all gradients; the bound for groups that do not clip alone
+//   is_told                        the coefficients of groups were decided elsewhere: scale_of() has them
+//   join(first, count, number)     number(r) of so many rows, joined as LaneSums does
+//   sum(r), weights(r)             of a row's gradient and parameter: norm_of() makes norms of them
+//   group_of(r)                    the group of a row
+//   options(g), scale_of(g)        of a group
+//   first_row(g)                   the group's first row; first_row(groups): the number of rows
+//   clips_alone(r)                 the row's group has a norm of its own
+//   clips_by_tensor(r)             the row has one, and is stepped
+//   group_factor(g), row_factor(r) where factors go
 //
 // Returns the norm of all gradients, with their scale.
 #pragma nv_exec_check_disable

@@ -39,7 +39,7 @@ struct Control {
   }
 };
 
-// An option that stands in a device's memory, where a step reads it; without address: a number in Options.
+// An option that a step reads from a device's memory; without address: a number in Options.
 struct Source {
   const void* address = nullptr;
   DType dtype = DType::kFloat32;
@@ -80,8 +80,8 @@ class Plan {
   // Numbers tiles and spans of active rows.
   void number();
 
-  // From the rows' norms: the factor of each row's gradient, and whether the step is to be taken. The norms that
-  // are given and told are of gradients with their scale.
+  // From the rows' norms: the factor of each row's gradient, and whether the step is to be taken. Bounds and
+  // total_norm() are of gradients times Control::scale.
   bool decide();
 
   // Advances the step counters of active rows and derives their scalars in double.

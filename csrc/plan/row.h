@@ -33,7 +33,7 @@ struct Row {
   std::array<DType, kOperands> dtype{};
   std::array<float*, kMaxStates> scales{};  // of states that are stored in codes, one for each tile
   const Layout* layout = nullptr;           // null: every operand is contiguous, in one order
-  void* step = nullptr;                     // the step counter, where the rule has one
+  void* step = nullptr;                     // the step counter, where the row has one
   DType step_dtype = DType::kFloat32;
   bool active = false;        // takes part in this step
   bool only_average = false;  // without gradient: only the weights' average moves
@@ -45,7 +45,7 @@ struct Row {
   double norm = 0, weights = 0;  // of gradient and parameter, where measured
   double factor = 1;             // of the gradient
 
-  // Tiles to step on `device`.
+  // Tiles to step on the device `on_device`.
   int64_t tiles(int on_device) const {
     return active && device == on_device ? tiles_of(numel) : 0;
   }

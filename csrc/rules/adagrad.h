@@ -1,4 +1,5 @@
-// Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011). With s the sum of g^2:
+// Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011). With p parameter, g gradient, w weight decay,
+// s the sum of g^2:
 //
 //   g <- g + w p
 //   s <- s + g^2

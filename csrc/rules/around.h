@@ -1,11 +1,12 @@
 // What a step does around an optimizer's rule: to the gradient before it, and to the average of the weights after it.
 //
-//   g <- factor g                          unscaled, averaged, clipped by a norm, ascending: all in one factor
+//   g <- factor g                          unscaled, averaged, clipped by a norm, negated to maximize: one factor
 //   g <- min(max(g, -limit), limit)
 //   (the rule)
 //   e <- lerp(e, p, 1 - decay)             as torch's AveragedModel: the first average is p itself
 //
-// A factor is the product of 1 / loss scale, 1 / micro-batches and a clip's coefficient, formed in double.
+// A factor is the product of 1 / loss scale, 1 / micro-batches and a clip's coefficient, formed in double, and of the
+// rule's sign. With p parameter, g gradient, e the average.
 #pragma once
 
 #include <cstring>

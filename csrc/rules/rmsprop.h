@@ -1,5 +1,5 @@
 // RMSprop (Tieleman and Hinton, lecture 6.5, 2012), centered (Graves, arXiv 1308.0850) and with momentum.
-// With s the average of g^2, c the average of g, b the momentum buffer:
+// With p parameter, g gradient, w weight decay, s the average of g^2, c that of g, b the momentum buffer:
 //
 //   g <- g + w p
 //   s <- lerp(s, g^2, 1 - alpha)

@@ -1,4 +1,13 @@
-// What every rule is made of, beside the arithmetic of math/numbers.h: the names of its options, its sets of states.
+// What every rule is made of. A rule is a struct, adam.h for one, that has no data and is only named, as Rule:
+//
+//   kName, kHasStep, kStates   its name; whether it counts steps; the keys of its states, in the order of apply()
+//   kSquares                   states that are never negative, as a mask
+//   Masks                      the sets of states that it can be asked to run with
+//   Options, kOptions          its hyperparameters, each a double, and where param_groups has them
+//   used_states(options)       which of the Masks these options ask for
+//   Update<T>(options, t)      what step t's options come to, derived in double and rounded to T
+//     .apply<kUsed>(p, g, ...)   the element's arithmetic, on T or on several at once, with the states in kUsed
+//     .sign                      -1 to maximize: Around applies it
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,6 @@
 // SGD with momentum, dampening and Nesterov momentum, in torch.optim.SGD's formulation
-// (Sutskever et al., 2013, with lr outside of the buffer). With b the momentum buffer:
+// (Sutskever et al., 2013, with lr outside of the buffer). With p parameter, g gradient, w weight decay, b the momentum
+// buffer:
 //
 //   g <- g + w p
 //   b <- momentum b + (1 - dampening) g        b <- g where b is not yet set (-0.0: see math/numbers.h)

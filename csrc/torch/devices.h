@@ -1,4 +1,4 @@
-// The backends behind one optimizer: which serves a tensor, and one step on every CUDA device.
+// Which device's kernels serve a tensor, and an optimizer's plans on CUDA devices; without CUDA, that there are none.
 #pragma once
 
 #include <ATen/core/Tensor.h>

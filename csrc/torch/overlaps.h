@@ -18,8 +18,8 @@ class Overlaps {
  public:
   // Before the rows of a step are noted. `writes_gradients`: as Control::may_write_gradients().
   void begin(size_t rows, bool writes_gradients) {
-    places_.resize(rows);
-    grad_places_.resize(rows);
+    fingerprints_.resize(rows);
+    grad_fingerprints_.resize(rows);
     writes_gradients_ = writes_gradients;
     moved_ = recheck_;
     grads_moved_ = false;
@@ -27,9 +27,9 @@ class Overlaps {
 
   // Notes where an active row's tensors are.
   void note(size_t r, const Row& row, const Objects& objects) {
-    const uint64_t place = fingerprint(row);
-    moved_ |= place != places_[r];
-    places_[r] = place;
+    const uint64_t now = fingerprint(row);
+    moved_ |= now != fingerprints_[r];
+    fingerprints_[r] = now;
     grads_moved_ |= has_moved_grad(r, objects);
   }
 
@@ -76,15 +76,15 @@ class Overlaps {
 
   // Whether the gradient of an active row has to be looked at again.
   bool has_moved_grad(size_t r, const Objects& objects) {
-    uint64_t place = 0;
+    uint64_t now = 0;  // none is looked for
     if (const at::Tensor* const grad = objects.handles[r][kGrad]; grad && (objects.grads || !is_alone(*grad))) {
-      place = mixed(kSeedOfHash, reinterpret_cast<uintptr_t>(grad->const_data_ptr()));
-      for (const int64_t size : grad->sizes()) place = mixed(place, size);
-      for (const int64_t stride : grad->strides()) place = mixed(place, stride);
-      place = mixed(place, static_cast<uint64_t>(grad->scalar_type()));
+      now = mixed(kSeedOfHash, reinterpret_cast<uintptr_t>(grad->const_data_ptr()));
+      for (const int64_t size : grad->sizes()) now = mixed(now, size);
+      for (const int64_t stride : grad->strides()) now = mixed(now, stride);
+      now = mixed(now, static_cast<uint64_t>(grad->scalar_type()));
     }
-    const bool moved = place && place != grad_places_[r];
-    grad_places_[r] = place;
+    const bool moved = now && now != grad_fingerprints_[r];
+    grad_fingerprints_[r] = now;
     return moved;
   }
 
@@ -178,9 +178,9 @@ class Overlaps {
 
   bool writes_gradients_ = false, moved_ = false, grads_moved_ = false;  // in the step that is read now
   bool recheck_ = false, gradients_overlap_ = false;
-  Regions written_;                    // of the last check
-  std::vector<uint64_t> places_;       // fingerprints of rows at the last check
-  std::vector<uint64_t> grad_places_;  // and of gradients that may share memory with others
+  Regions written_;                          // of the last check
+  std::vector<uint64_t> fingerprints_;       // of rows when they were last noted
+  std::vector<uint64_t> grad_fingerprints_;  // of gradients that may share memory with others; 0: of none
 };
 
 }  // namespace genopt

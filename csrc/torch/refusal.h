@@ -57,7 +57,7 @@ struct Unsupported {
 // Rows are numbered across all groups.
 struct Refusal {
   std::vector<Unsupported> rows;
-  std::vector<int64_t> groups;                             // with an option that is no finite number
+  std::vector<int64_t> groups;                             // with an option that is wrong, or lacks what goes with it
   std::vector<std::pair<int64_t, int64_t>> overlaps;       // of what belongs to one row with what belongs to another
   std::vector<std::pair<int64_t, int64_t>> grad_overlaps;  // of a row's gradient with what belongs to a row
   std::vector<int> devices;        // of active rows, where a norm has to meet on one, or a tensor is missing on one

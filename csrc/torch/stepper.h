@@ -1,5 +1,5 @@
 // One step of one optimizer, from its Python objects: reads param_groups, state and gradients afresh into plan rows,
-// and has the backends take them. No pointer is kept from one step to the next, so nothing can be stale; what is kept
+// and has the backends take them. No pointer of one step is followed in the next, so nothing can be stale; what is kept
 // only says where to look first and whether memory has moved.
 //
 // A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device, a tensor

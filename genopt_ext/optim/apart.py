@@ -21,7 +21,7 @@ from .step import Place, Step
 if TYPE_CHECKING:
     from .stepper import Results
 
-# Calls the native plan with the rows to leave out and what it is told; returns what it refused, or None.
+# Calls the native stepper with the rows to leave out and what it is told; returns what it refused, or None.
 Native = Callable[[Sequence[int], dict[str, Any]], Any]
 
 

@@ -1,7 +1,7 @@
 """What torch's own code steps: groups with ``differentiable=True``, and sparse gradients of SGD and Adagrad.
 
 Our state and groups are torch's, so its class runs on them as they are: it is given an optimizer that shares the state
-and lists only these parameters; kernels have stepped the others before.
+and lists only these parameters; the others have been stepped before, by kernels or the reference.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Refuse = Callable[[str, str], None]
 
-# Options of a group that only kernels know, and how to see that one is set.
-_ONLY_KERNELS = ("max_grad_norm", "clip_per_param", "agc", "clip_grad_value")
+# Options of a group that torch's code does not know.
+_UNKNOWN_TO_TORCH = ("max_grad_norm", "clip_per_param", "agc", "clip_grad_value")
 
 # What a step was asked for besides, by the names of what the native plan is told.
 _ASKED = {
@@ -54,7 +54,7 @@ def check(step: Step, place: Place, g: Tensor, refuse: Refuse) -> None:
         refuse(f"{served}, and there is none of {step.owner}", "use differentiable=False")
     if step.backend not in ("auto", "reference"):
         refuse(f"backend is {step.backend!r}, but {served}", "use backend='auto'")
-    options = [name for name in _ONLY_KERNELS if group.get(name) is not None]
+    options = [name for name in _UNKNOWN_TO_TORCH if group.get(name) is not None]
     options += ["state_dtype"] if states.state_dtype(group, p) not in (None, p.dtype) else []
     options += ["master_weights"] if states.extra(group, p) == "master" else []
     narrow = states.extra(group, p) == "compensation" or states.is_stochastic(group, p)

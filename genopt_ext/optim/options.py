@@ -17,7 +17,7 @@ from .state import FORMAT, MIN_INT8_SIZE, NAMED, complete
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may be: finite, and ``at_least <= x < below``."""
+    """The numbers that an option may be: ``at_least <= x < below``, and finite unless ``finite`` is False."""
 
     label: str
     at_least: float | None = 0.0

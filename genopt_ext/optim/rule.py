@@ -25,14 +25,14 @@ class Rule:
         states: the tensors that a parameter has beside ``step``, in torch's order, each with the option that asks for
             it, or None.
         ranges: the numbers that options may be.
-        torch_class: steps what kernels do not know: ``differentiable=True`` and, where it does, sparse gradients.
+        torch_class: torch's own, which steps ``differentiable=True`` and, where ``serves_sparse``, sparse gradients.
         counts_steps: whether a parameter has ``step`` whatever the options.
         squares: states that are never negative.
         begins_unset: states that a first gradient sets rather than changes: they begin as -0.0.
         made_when_set: those that torch's class makes at a parameter's first step, and knows that step by.
         initial: options that say with what a state begins, where that is not 0.
-        serves_sparse: whether ``torch_class`` takes sparse gradients.
-        sparse_class: who takes them else.
+        serves_sparse: whether ``torch_class`` is given sparse gradients.
+        sparse_class: what a message recommends for them else.
     """
 
     name: str

@@ -58,12 +58,12 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     code, scale = codecs.encode(number, signed)
     filler = number if value == 0 else scale  # -0.0 stays
     return {
-        name + "_codes": _dense_like(p, code.dtype).copy_(code.squeeze(0)),
+        name + "_codes": _compact_like(p, code.dtype).copy_(code.squeeze(0)),
         name + "_scales": filler.expand(-(-p.numel() // BLOCK)).clone(memory_format=torch.contiguous_format),
     }
 
 
-def _dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+def _compact_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for ``p``'s elements in their order, without the holes that a slice has."""
     t = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if _lie_alike(t, p):
@@ -97,7 +97,7 @@ def _lie_alike(codes: Tensor, p: Tensor) -> bool:
 
 
 def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | None, signed: bool) -> None:
-    """Stores ``name`` anew, as ``dtype`` asks for it. None: codes become float32, in the place of float32 itself."""
+    """Stores ``name`` anew, as ``dtype`` asks for it. None: codes become float32; other states keep their dtype."""
     values = codecs.read(state, name)
     for suffix in ("", "_codes", "_scales"):
         state.pop(name + suffix, None)
@@ -121,7 +121,7 @@ def further_names(rule: Rule, group: Group, p: Tensor) -> list[str]:
         names.append(kept)
     narrow = state_dtype(group, p) in (torch.int8, torch.bfloat16)
     if is_stochastic(group, p) or (narrow and rule.state_names(group)):
-        names.append("step")  # rounding turns with it
+        names.append("step")  # rounding thresholds move with it
     return names
 
 
@@ -130,7 +130,7 @@ def counts_steps(rule: Rule, group: Group, p: Tensor) -> bool:
 
 
 def complete(group: Group) -> None:
-    """Adds to a group what its other options ask for."""
+    """Adds the keys that go with a group's options: the format of its codes, the seed of its rounding."""
     if group.get("state_dtype") == torch.int8:
         group.setdefault("min_int8_size", MIN_INT8_SIZE)
         group["int8_format"] = FORMAT

@@ -71,7 +71,7 @@ class Stepper:
     def __init__(self, owner: str, rule: Rule, backend: str) -> None:
         self.owner, self.rule, self.backend = owner, rule, backend
         self.results: Results | None = None
-        self.plan: Any = None  # the native one
+        self.plan: Any = None  # the native stepper, with its plan
         self._resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
         # The first piece of FSDP1's, and where it was sought.
         self._piece: tuple[list[tuple[int, int, bool]], Place | None] = ([], None)
@@ -142,19 +142,20 @@ class Stepper:
         if only is None:
             refused = self.plan.step(groups, state, skipped, **arguments)
             return None if refused is None else Refusal(**refused)
-        # The plan sees an optimizer of one parameter: reading through the state of all would cost each of them n.
+        # The native stepper sees an optimizer of one parameter: reading through the state of all n would cost each of
+        # them n look-ups.
         i, _, p = only
         refused = self.plan.step(
             [{**groups[i], "params": [p]}], {p: state[p]} if p in state else {}, skipped, **arguments
         )
         return None if refused is None else Refusal(**refused)._replace(groups=(i,) if refused["groups"] else ())
 
-    # What the native plan is told beside the groups
+    # What the native stepper is told beside the groups
 
     def _arguments(
         self, groups: list[Group], inputs: Inputs, device: torch.device | None, writes_gradients: bool = True
     ) -> dict[str, Any]:
-        """Results are made on ``device``."""
+        """Keyword arguments of the native ``step()``. ``device``: where results are; None: with the parameters."""
         arguments: dict[str, Any] = {}
         if inputs.sums is not None:
             sums = [inputs.sums.get(p) for group in groups for p in group["params"]]
@@ -228,7 +229,7 @@ class Stepper:
         if asked or others:
             sharding.refuse_piece(f"{self.owner}.step: {describe(groups, piece)}", [*sorted(asked), *others])
 
-    # What the native plan could not take
+    # What the native stepper could not take
 
     @torch.no_grad()
     def _resolve(self, refusal: Refusal, step: Step, only: Place | None, arguments: dict[str, Any]) -> None:

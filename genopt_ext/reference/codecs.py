@@ -57,13 +57,13 @@ def _scales_for(largest: Tensor, signed: bool) -> Tensor:
     return torch.where(largest >= 0x7F800000, torch.nan, scales)
 
 
-def encode(x: Tensor, signed: bool, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, signed: bool, thresholds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of a vector.
 
     Args:
         x: float32, 1-D.
         signed: whether values may be negative.
-        turns: int64 in [0, 2**32), one an element, which decides on the way to round; None: to the nearest code.
+        thresholds: int64 in [0, 2**32), one an element, which decide which way to round; None: to the nearest code.
 
     Returns:
         Codes (int8, or uint8 where not signed) and scales (float32, one for each block of 256).
@@ -72,9 +72,9 @@ def encode(x: Tensor, signed: bool, turns: Tensor | None = None) -> tuple[Tensor
     size = bits & 0x7FFFFFFF
     scales = _scales_for(size.amax(1) if len(size) else size.new_zeros(0), signed)
     border, code, largest = _border(scales, signed)
-    turn = torch.full_like(size, 1 << 31, dtype=torch.int64) if turns is None else blocks(turns)
+    up = torch.full_like(size, 1 << 31, dtype=torch.int64) if thresholds is None else blocks(thresholds)
     fine = size - border
-    codes = ((torch.maximum(fine, fine >> 2) + (turn >> (32 - _FINE)).int()) >> _FINE) + code
+    codes = ((torch.maximum(fine, fine >> 2) + (up >> (32 - _FINE)).int()) >> _FINE) + code
     codes = codes.clamp(0 if signed else 1, largest)
     codes = torch.where((scales.unsqueeze(1) > 0) & ((size != 0) | signed), codes, 0)
     codes = torch.where(bits < 0, -codes, codes) if signed else codes
@@ -106,15 +106,15 @@ def read(state: dict[str, Any], name: str) -> Tensor:
     return values
 
 
-def write(state: dict[str, Any], name: str, p: Tensor, values: Tensor, turns: Tensor | None = None) -> None:
-    """Stores ``values`` of ``p``'s shape as ``state`` has them; ``turns`` as of :func:`encode`, in ``p``'s order."""
+def write(state: dict[str, Any], name: str, p: Tensor, values: Tensor, thresholds: Tensor | None = None) -> None:
+    """Stores values of ``p``'s shape as ``state`` keeps it; ``thresholds``: for :func:`encode`, in ``p``'s order."""
     plain = state.get(name)
     if plain is None:
         codes = state[name + "_codes"]
-        new, scales = encode(flat(values, p), codes.dtype == torch.int8, turns)
+        new, scales = encode(flat(values, p), codes.dtype == torch.int8, thresholds)
         fill(codes, new, p)
         state[name + "_scales"].copy_(scales)
-    elif turns is not None and plain.dtype in HALVES:
-        fill(plain, round_by(flat(values, p), plain.dtype, turns), p)
+    elif thresholds is not None and plain.dtype in HALVES:
+        fill(plain, round_by(flat(values, p), plain.dtype, thresholds), p)
     else:
         plain.copy_(values)

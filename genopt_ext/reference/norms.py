@@ -1,4 +1,4 @@
-"""Norms, in the order of ``csrc/plan/lane_sums.h``: by place in a tile of 256 elements, 32 tiles a span, 32 spans."""
+"""Norms, added up in the order that "Norms" in ``csrc/README.md`` spells out."""
 
 from __future__ import annotations
 

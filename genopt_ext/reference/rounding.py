@@ -1,4 +1,7 @@
-"""What decides on the way to round, for weights and for moments: ``csrc/math/random.h``, ``csrc/codecs/plain.h``."""
+"""What decides which way to round: random bits for weights, thresholds for moments.
+
+As ``csrc/math/random.h``, and ``round_by`` in ``csrc/codecs/plain.h``.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ def random_bits(p: Tensor, seed: int, t: Number) -> Tensor:
     return mix((mix((i >> 32) ^ step) + i) & 0xFFFFFFFF)
 
 
-def turns(p: Tensor, t: Number) -> Tensor:
-    """The elements' turns at step ``t``: as :func:`random_bits`, evenly spread over elements and steps."""
+def thresholds(p: Tensor, t: Number) -> Tensor:
+    """As :func:`random_bits`, but evenly spread over elements and steps: a Weyl sequence of rounding thresholds."""
     i = torch.arange(p.numel(), device=p.device)
     step = _counted(t)
     return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(step >> 8)) & 0xFFFFFFFF

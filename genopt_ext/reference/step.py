@@ -1,4 +1,4 @@
-"""One step of one parameter: load, rule, store, as ``csrc/cpu/assembly.h`` does it."""
+"""One step of one parameter: load, join, rule, part, round, average, as ``csrc/cpu/assembly.h`` does them."""
 
 from __future__ import annotations
 
@@ -76,11 +76,12 @@ def step(
         codecs.fill(param, rounding.round_by(codecs.flat(new, param), param.dtype, bits), param)
     for name in names:
         coded = state.get(name) is None
-        turns = rounding.turns(param, t) if coded or (unbiased and state[name].dtype in codecs.HALVES) else None
+        evenly = coded or (unbiased and state[name].dtype in codecs.HALVES)
+        thresholds = rounding.thresholds(param, t) if evenly else None
         if param.is_complex():
             real(state[name]).copy_(values[name])
         else:
-            codecs.write(state, name, param, values[name], turns)
+            codecs.write(state, name, param, values[name], thresholds)
 
 
 @contextlib.contextmanager
