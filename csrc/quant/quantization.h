@@ -9,8 +9,8 @@
 
 namespace genopt::quant {
 
-// Numbers are contiguous, in row-major order. Element i belongs to unit i / run % units, which shares one scale. A block is a
-// unit of one run, a power of two from 32 to 4096; the last one may be short.
+// Numbers are contiguous, in row-major order. Element i belongs to unit i / run % units, which shares one scale. A
+// block is a unit of one run, a power of two from 32 to 4096; the last one may be short.
 struct Quantization {
   void* numbers;  // quantizing reads them, dequantizing writes them
   DType dtype;
