@@ -1,4 +1,4 @@
-"""Results of quality.py: a table, for the README too, what it says of the goals, and a figure."""
+"""Results of quality.py: a table, for docs/quality.md too, what it says of the goals, and a figure."""
 
 from __future__ import annotations
 
