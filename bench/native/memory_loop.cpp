@@ -51,7 +51,7 @@ struct Arrays {
 // `written`. Each is aligned to 64. `fresh`: these are not read but only written, non-temporally where the kernels
 // would (csrc/cpu/threads.h). `capability`: as the kernels name it.
 extern "C" void move_bytes(const char* capability, const uintptr_t* addresses, int count, int written, int64_t bytes,
-                       int threads, bool fresh) {
+                           int threads, bool fresh) {
   Arrays arrays{{}, count, written, fresh, bytes >= 4 << 20 && threads >= 8};
   for (int k = 0; k < count; ++k) arrays.base[k] = reinterpret_cast<char*>(addresses[k]);
   void (*move)(const Arrays&, int64_t, int64_t) = baseline::move<>;
