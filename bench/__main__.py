@@ -31,10 +31,10 @@ def measured(table: list[Case], settings: session.Settings, path: Path) -> dict[
     stderr = Console(file=sys.stderr)  # this one: while pytest runs, sys.stderr is another
     with Progress(*columns, TimeElapsedColumn(), console=stderr, redirect_stdout=False) as progress:
         task = progress.add_task("", total=len(table))
-        place = {case.name: i for i, case in enumerate(table)}
+        index = {case.name: i for i, case in enumerate(table)}
 
         def told(case: Case, share: float) -> None:
-            progress.update(task, completed=place[case.name] + share, description=case.name)
+            progress.update(task, completed=index[case.name] + share, description=case.name)
 
         failed = session.run(table, settings, path, told)
         progress.update(task, completed=len(table), description="done")

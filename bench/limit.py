@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cases import Case, Move
 from .method import Run
-from .native import ARRAYS, Stream
+from .native import ARRAYS, MemoryLoop
 
 LARGEST = 4 << 30  # bytes of a device copy, which does not get faster from there on
 
@@ -60,7 +60,7 @@ def limit(case: Case, device: str) -> tuple[Run, float]:
         buffers = [torch.zeros(n + 64, dtype=torch.uint8) for _ in each.written]
         kept += buffers
         arrays = [(-(-b.data_ptr() // 64) * 64, written) for b, written in zip(buffers, each.written, strict=True)]
-        calls.append(Stream(arrays, n, threads, each.fresh))
+        calls.append(MemoryLoop(arrays, n, threads, each.fresh))
         moved += n / each.width * each.bytes
 
     def run(kept: list[Tensor] = kept) -> None:  # keeps the memory that the addresses are of

@@ -101,17 +101,13 @@ def markdown(paths: Iterable[Path], root: Path = ROOT) -> str:
 
 
 LEGEND = (
-    "**time**: the median of rounds in which all candidates take turns. Copies of all tensors rotate, so that caches "
-    "do not flatter: as many as fill the last-level cache twice, but 8 at most, too few for tensors of one element. "
-    "torch compiled, saving, loading, the training step and cases called warm have one.",
-    "**of limit**: against a loop (on a GPU, a copy) that moves the same bytes and computes nothing, in the same "
-    "turns; of the training step, against forward and backward without an optimizer.",
-    "**best peer**: the fastest of torch's own (for-loop, foreach, fused, compiled), bitsandbytes, torchao, optimi, "
-    "flashoptim and DeepSpeed that do the case's arithmetic, or store more than 8 bits or other codes where it asks "
-    "for 8; of all where none does. What the best does otherwise is said in brackets.",
+    "**time**: the median of rounds in which all candidates take turns. Tensors rotate, so that most come from memory.",
+    "**of limit**: against a loop that moves the same bytes and computes nothing; for the training step, against "
+    "forward and backward alone.",
+    "**best peer**: the fastest that does the case's arithmetic. What it does otherwise is in brackets.",
     "**peer / ours**: above 1, ours is faster.",
-    f"**noisy**: quartiles are more than {NOISY:.0%} of the median apart. **few rounds**: fewer than {FEW}, of which "
-    "quartiles say little.",
+    f"**noisy**: quartiles are more than {NOISY:.0%} of the median apart. **few rounds**: fewer than {FEW}.",
+    "More on each: [how benchmarks measure](CONTRIBUTING.md#how-benchmarks-measure).",
 )
 
 

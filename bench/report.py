@@ -187,8 +187,8 @@ def footnotes(data: dict[str, Any]) -> list[str]:
     total = len(by_case(data))
     said = []
     for (subject, reason), where in sorted(reasons.items()):
-        place = f"{len(where)} cases" if 4 < len(where) <= total else ", ".join(where)
-        said.append(f"Absent: {subject} ({reason}): {place}.")
+        named = f"{len(where)} cases" if 4 < len(where) <= total else ", ".join(where)
+        said.append(f"Absent: {subject} ({reason}): {named}.")
     said += [f"FAILED: {case}: {why}" for case, why in data.get("failed", {}).items()]
     return said
 

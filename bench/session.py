@@ -238,7 +238,7 @@ class Plugin:
             "noise": round(method.noise(seconds), 4),
             "weight_bytes": case.dtype.itemsize,
             "other": differs,
-            # In the place of 8-bit state, other codes and more precise state are fair choices: who has them is a peer.
+            # Instead of 8-bit state, other codes and more precise state are fair choices: who has them is a peer.
             "rival": differs in ("", OWN_CODES) or (case.kind == "step" and case.state == torch.int8),
             "scale": self.settings.scale,
             "main": case.main,

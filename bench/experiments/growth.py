@@ -31,7 +31,7 @@ from torch import nn
 from genopt_ext import optim
 
 from ..method import LIMIT, OURS, RESULTS, Run, device_folder, free_memory, in_turn, machine, noise
-from ..native import Stream
+from ..native import MemoryLoop
 from .growth_report import Axis, Curve, Point, figure, table
 
 SMALL = 64  # elements of a tensor where it is their number that counts
@@ -82,7 +82,7 @@ def moving(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> Run:
     arrays = [(t.data_ptr(), True) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
     arrays.append((p.grad.data_ptr(), False))
     size, threads = p.numel() * 4, torch.get_num_threads() if p.numel() >= SHARED else 1
-    return Stream(arrays, size, threads)
+    return MemoryLoop(arrays, size, threads)
 
 
 def tensor_points(names: Sequence[str], up_to: int) -> Iterator[Point]:

@@ -3,8 +3,9 @@
 Maps: powers (largest * (code / last code)^power), the dynamic-exponent code book of Dettmers et al.
 (arXiv 2110.02861), and the bits of a float32 without the lowest ones ("bits 4,2": 4 fraction bits for the larger
 values, 2 for the smaller ones). Roundings: to nearest; random; and "sequence": up with the same probability, but an
-element's numbers over the steps are frac(phase + step * golden ratio), which are spread far more evenly. Every 256
-steps the phase jumps, as gradients that come back after 89, 144, ... steps would meet almost the same number for long.
+element's numbers over the steps are a Weyl sequence, frac(phase + step * golden ratio), spread far more evenly. Every
+256 steps the phase jumps, as gradients that come back after 89, 144, ... steps would meet almost the same number for
+long.
 """
 
 from __future__ import annotations

@@ -31,14 +31,14 @@ def build() -> Path:
     compile_flags = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
     link_flags = ["-shared", "-Wl,--no-as-needed", f"-L{torch_folder}", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}"]
     made_of = [*(path.read_bytes() for path in sorted(HERE.glob("*.[ch]*"))), repr([compiler, torch_folder]).encode()]
-    library = BUILD / f"stream-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
+    library = BUILD / f"memory_loop-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         # In a folder of its own, and then moved: another process may be building it too.
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            made, object_file = Path(folder) / library.name, str(Path(folder) / "stream.o")
+            made, object_file = Path(folder) / library.name, str(Path(folder) / "memory_loop.o")
             for command in (
-                [*compiler, *compile_flags, "-c", str(HERE / "stream.cpp"), "-o", object_file],
+                [*compiler, *compile_flags, "-c", str(HERE / "memory_loop.cpp"), "-o", object_file],
                 [*compiler, object_file, *link_flags, "-o", str(made)],
             ):
                 done = subprocess.run(command, capture_output=True, text=True)
@@ -53,12 +53,12 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     addresses, flag = ctypes.POINTER(ctypes.c_size_t), ctypes.c_bool
     numbers = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
-    library.stream.argtypes = [ctypes.c_char_p, addresses, *numbers, flag]
-    library.stream.restype = None
+    library.move_bytes.argtypes = [ctypes.c_char_p, addresses, *numbers, flag]
+    library.move_bytes.restype = None
     return library
 
 
-class Stream:
+class MemoryLoop:
     """Reads ``bytes`` (a multiple of 64) of every array together, front to back, and writes back some, when called.
 
     ``arrays``: an address, aligned to 64, and whether it is written, for each. ``fresh``: those written are not read,
@@ -74,7 +74,7 @@ class Stream:
         kept = (ctypes.c_size_t * len(addresses))(*addresses)
         written = sum(written for _, written in arrays)
         self._arguments = (_C.cpu_capability().encode(), kept, len(arrays), written, bytes, threads, fresh)
-        self._call = _library().stream
+        self._call = _library().move_bytes
 
     def __call__(self) -> None:
         self._call(*self._arguments)

@@ -65,7 +65,6 @@ FLAGS = (
     "differentiable",
     "master_weights",
     "maximize",
-) + (
     "nesterov",
     "skip_nonfinite",
 )

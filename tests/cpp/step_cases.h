@@ -18,7 +18,7 @@ constexpr DType kDTypes[][3] = {{k32, k32, k32},    {k64, k64, k64},   {kB16, kB
                                 {kF16, kF16, kF16}, {kB16, kB16, k32}, {k32, kB16, kF16},
                                 {kF16, k32, kB16},  {k64, k32, kB16}};  // of param, grad, states
 constexpr int64_t kSizes[] = {1, 7, 255, 256, 257, 4099, 0, 4096};
-enum Kind { kDense, kOneElementOn, kTransposed, kSliced, kOneByteOn, kKinds };
+enum Kind { kContiguous, kOneElementOn, kTransposed, kSliced, kOneByteOn, kKinds };
 
 struct Buffer {
   std::vector<unsigned char> bytes;

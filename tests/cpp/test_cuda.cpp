@@ -180,7 +180,7 @@ void test_changes(const char* rule) {
       twins.groups.push_back(options_of(info, 0.4));
       twins.sources.emplace_back();
     }
-    if (step == 8) twins.add(300, kDense, kDTypes[0]);
+    if (step == 8) twins.add(300, kContiguous, kDTypes[0]);
     if (step == 9) check(cudaStreamCreate(&twins.stream));
     twins.step();
     twins.compare(std::string(rule) + " step " + std::to_string(step));
@@ -190,7 +190,7 @@ void test_changes(const char* rule) {
 void test_launches() {
   for (const int count : {1, 2000, 4000, 10'000}) {
     Twins twins("adam", std::vector<Options>(count >= 2000 ? 500 : 1, options_of(rule_info("adam"), 0.1)));
-    for (int i = 0; i < count; ++i) twins.add(1 + i % 3 * 200, kDense, kDTypes[0], i);
+    for (int i = 0; i < count; ++i) twins.add(1 + i % 3 * 200, kContiguous, kDTypes[0], i);
     twins.step();
     CHECK(twins.step() == 2, count);  // nothing changed: prologue and update
     for (int step = 0; step < 2; ++step) {
@@ -205,8 +205,8 @@ void test_launches() {
     twins.compare("launches");
   }
   Twins twins("sgd", {options_of(rule_info("sgd"), 0.1)});
-  twins.add(300, kDense, kDTypes[0]);
-  twins.add(300, kDense, kDTypes[1]);
+  twins.add(300, kContiguous, kDTypes[0]);
+  twins.add(300, kContiguous, kDTypes[1]);
   twins.step();
   CHECK(twins.step() == 3, "float and double rows");
   twins.compare("float and double");
@@ -225,7 +225,7 @@ void test_gradient_path(const char* rule) {
   for (int i = 0; i < 80; ++i)
     twins.add(kSizes[i % std::size(kSizes)] * (i % 7 == 0 ? 5 : 1), static_cast<Kind>(i % kOneByteOn), kDTypes[i % 8],
               i, kWithAverage);
-  twins.add(kSpan * kTile * 33 + 5, kDense, kDTypes[0], 1, kWithAverage);  // more than 32 spans
+  twins.add(kSpan * kTile * 33 + 5, kContiguous, kDTypes[0], 1, kWithAverage);  // more than 32 spans
   twins.set_loss_scale(3);
   using enum Gradients;
   constexpr Gradients kLeft[] = {kKept, kZeroed, kUnscaled, kUnscaled, kKept, kUnscaled, kZeroed, kUnscaled};
@@ -241,7 +241,7 @@ void test_gradient_path(const char* rule) {
       Tensor& t = twins.tensors[i];
       t.active = (i + step) % 5 != 0;
       Buffer& grad = t.operands[kGrad];
-      for (int64_t at = 0; t.kind == kDense && at < t.numel; at += 3)
+      for (int64_t at = 0; t.kind == kContiguous && at < t.numel; at += 3)
         grad.set(at, (step + 1.0) / static_cast<double>(at + 1));
       if (t.numel == 4099 && step > 5) grad.set(0, step == 6 ? NAN : INFINITY);
       twins.on_device[i].send(t, kGrad);

@@ -50,8 +50,8 @@ static Layout layout(const Dims& sizes, const Dims& param, const Dims& others, c
 int main() {
   Layout l = layout({2, 3, 4}, {12, 4, 1}, {12, 4, 1}, "contiguous");
   CHECK((l.sizes == Dims{24}) && l.strides[kParam].empty() && l.strides[kGrad].empty(), "contiguous");
-  l = layout({2, 3, 4}, {12, 1, 3}, {12, 1, 3}, "dense in another order");
-  CHECK((l.sizes == Dims{24}) && l.strides[kParam].empty(), "dense in another order");
+  l = layout({2, 3, 4}, {12, 1, 3}, {12, 1, 3}, "contiguous in another order");
+  CHECK((l.sizes == Dims{24}) && l.strides[kParam].empty(), "contiguous in another order");
   l = layout({2, 3, 4, 5}, {60, 1, 15, 3}, {60, 1, 15, 3}, "channels last");
   CHECK((l.sizes == Dims{120}) && l.strides[kParam].empty() && l.strides[kState].empty(), "channels last");
   l = layout({2, 3, 4, 5}, {60, 1, 15, 3}, {60, 20, 5, 1}, "channels-last param only");

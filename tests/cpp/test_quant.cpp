@@ -98,7 +98,7 @@ int main() {
            {Shape{1, 1, 1}, {3, 5, 7}, {2, 40, 1}, {300, 33, 1}, {4, 3, 2000}, {1, 1, 4099}, {9, 700, 5}})
         all(s.outer * s.units * s.run, s.run, s.units, false);
     }
-  // Large enough, and by enough threads, to be written past the caches.
+  // Large enough, and by enough threads, to be stored non-temporally.
   threads = 8;
   test<Float32, float>((4 << 20) + 77, 256, (4 << 12) + 1, true, 8, true, false);
 }

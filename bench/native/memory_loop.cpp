@@ -1,4 +1,4 @@
-// The floor that benchmarks compare with: a walk that moves the bytes of a step and computes nothing, with the vectors
+// The limit that benchmarks compare with: a loop that moves the bytes of a step and computes nothing, with the vectors
 // of the instruction set that the kernels use. Built and called by __init__.py.
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,7 +21,7 @@ struct Arrays {
 
 #define GENOPT_CAPABILITY baseline
 #define GENOPT_VECTOR_BYTES 16
-#include "loops.h"
+#include "move_lines.h"
 #undef GENOPT_CAPABILITY
 #undef GENOPT_VECTOR_BYTES
 
@@ -30,7 +30,7 @@ struct Arrays {
 #pragma GCC target("avx2")
 #define GENOPT_CAPABILITY avx2
 #define GENOPT_VECTOR_BYTES 32
-#include "loops.h"
+#include "move_lines.h"
 #undef GENOPT_CAPABILITY
 #undef GENOPT_VECTOR_BYTES
 #pragma GCC pop_options
@@ -39,7 +39,7 @@ struct Arrays {
 #pragma GCC target("avx512f,prefer-vector-width=512")
 #define GENOPT_CAPABILITY avx512
 #define GENOPT_VECTOR_BYTES 64
-#include "loops.h"
+#include "move_lines.h"
 #undef GENOPT_CAPABILITY
 #undef GENOPT_VECTOR_BYTES
 #pragma GCC pop_options
@@ -50,8 +50,8 @@ struct Arrays {
 // Reads `bytes` (a multiple of 64) of each of `count` arrays together, front to back, and writes back the first
 // `written`. Each is aligned to 64. `fresh`: these are not read but only written, non-temporally where the kernels
 // would (csrc/cpu/threads.h). `capability`: as the kernels name it.
-extern "C" void stream(const char* capability, const uintptr_t* addresses, int count, int written, int64_t bytes,
-                       int threads, bool fresh) {
+extern "C" void move_bytes(const char* capability, const uintptr_t* addresses, int count, int written, int64_t bytes,
+                           int threads, bool fresh) {
   Arrays arrays{{}, count, written, fresh, bytes >= 4 << 20 && threads >= 8};
   for (int k = 0; k < count; ++k) arrays.base[k] = reinterpret_cast<char*>(addresses[k]);
   void (*move)(const Arrays&, int64_t, int64_t) = baseline::move<>;

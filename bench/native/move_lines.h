@@ -1,5 +1,5 @@
-// The loops of one instruction set: included by stream.cpp once for each, with GENOPT_CAPABILITY, the namespace that
-// keeps the copies apart, and GENOPT_VECTOR_BYTES.
+// The loops of one instruction set: included by memory_loop.cpp once for each, with GENOPT_CAPABILITY, the namespace
+// that keeps the copies apart, and GENOPT_VECTOR_BYTES.
 
 namespace GENOPT_CAPABILITY {
 
