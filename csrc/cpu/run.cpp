@@ -87,7 +87,7 @@ const Capability& chosen() {
 // Below this much work for a thread, waking it costs more than it brings.
 constexpr int64_t kTilesPerThread = 128;
 
-// Asks for the first lines of a row a few rows on: a walk over many small tensors would else wait for each.
+// Prefetches the first lines of a row a few rows on: a walk over many small tensors would else wait for each.
 void prefetch_ahead(const Plan& plan, int64_t r, unsigned operands) {
   constexpr int64_t kRowsAhead = 3, kBytes = 512;
   if (r + kRowsAhead >= static_cast<int64_t>(plan.rows.size())) return;
