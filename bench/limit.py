@@ -60,7 +60,7 @@ def limit(case: Case, device: str) -> tuple[Run, float]:
         buffers = [torch.zeros(n + 64, dtype=torch.uint8) for _ in each.written]
         kept += buffers
         arrays = [(-(-b.data_ptr() // 64) * 64, written) for b, written in zip(buffers, each.written, strict=True)]
-        calls.append(MemoryLoop(arrays, n, threads, each.fresh))
+        calls.append(MemoryLoop.fastest(arrays, n, threads, each.fresh))
         moved += n / each.width * each.bytes
 
     def run(kept: list[Tensor] = kept) -> None:  # keeps the memory that the addresses are of

@@ -17,7 +17,7 @@ import torch
 report = pytest.importorskip("bench.report", reason="run from the repository's root")
 from bench import __main__ as command_line  # noqa: E402
 from bench import cases as tables  # noqa: E402
-from bench import checks, limit, memory, method, packages, plots, readme, rounds, session, subjects  # noqa: E402
+from bench import checks, limit, memory, method, native, packages, plots, readme, rounds, session, subjects  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.method import OURS  # noqa: E402
 
@@ -146,6 +146,18 @@ def test_limit_moves_the_bytes(case: Case) -> None:
     run, moved = limit.limit(case, "cpu")
     run()
     assert moved == pytest.approx(case.elements * an_element, abs=64 * 12 * 8) or case.elements < 4096
+
+
+@pytest.mark.parametrize("fresh", (False, True))
+def test_every_loop_of_the_limit_leaves_numbers_as_they_are(fresh: bool) -> None:
+    kept = [torch.zeros(4096 + 16) if fresh else torch.randn(4096 + 16) for _ in range(3)]
+    before = [t.clone() for t in kept]
+    arrays = [(-(-t.data_ptr() // 64) * 64, written) for t, written in zip(kept, (True, False, True), strict=True)]
+    for prefetches in (False, True):
+        for non_temporal in (False, True):
+            native.MemoryLoop(arrays, 4096 * 4, 2, fresh, prefetches, non_temporal)()
+    native.MemoryLoop.fastest(arrays, 4096 * 4, 2, fresh)()
+    assert all(torch.equal(t, old) for t, old in zip(kept, before, strict=True))
 
 
 def test_only_packages_imports_what_others_made() -> None:

@@ -82,7 +82,7 @@ def moving(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> Run:
     arrays = [(t.data_ptr(), True) for t in (p, state["exp_avg"], state["exp_avg_sq"])]
     arrays.append((p.grad.data_ptr(), False))
     size, threads = p.numel() * 4, torch.get_num_threads() if p.numel() >= SHARED else 1
-    return MemoryLoop(arrays, size, threads)
+    return MemoryLoop.fastest(arrays, size, threads)
 
 
 def tensor_points(names: Sequence[str], up_to: int) -> Iterator[Point]:

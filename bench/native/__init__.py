@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -34,7 +37,7 @@ def build() -> Path:
     library = BUILD / f"memory_loop-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own, and then moved: another process may be building it too.
+        # In a folder of its own, and then moved : another process may be building it too.
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             made, object_file = Path(folder) / library.name, str(Path(folder) / "memory_loop.o")
             for command in (
@@ -53,7 +56,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     addresses, flag = ctypes.POINTER(ctypes.c_size_t), ctypes.c_bool
     numbers = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
-    library.move_bytes.argtypes = [ctypes.c_char_p, addresses, *numbers, flag]
+    library.move_bytes.argtypes = [ctypes.c_char_p, addresses, *numbers, flag, flag, flag]
     library.move_bytes.restype = None
     return library
 
@@ -61,11 +64,18 @@ def _library() -> ctypes.CDLL:
 class MemoryLoop:
     """Reads ``bytes`` (a multiple of 64) of every array together, front to back, and writes back some, when called.
 
-    ``arrays``: an address, aligned to 64, and whether it is written, for each. ``fresh``: those written are not read,
-    and written non-temporally where that is faster.
+    ``arrays``: an address, aligned to 64, and whether it is written, for each. ``fresh``: those written are not read.
     """
 
-    def __init__(self, arrays: Sequence[tuple[int, bool]], bytes: int, threads: int, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        arrays: Sequence[tuple[int, bool]],
+        bytes: int,
+        threads: int,
+        fresh: bool = False,
+        prefetches: bool = True,
+        non_temporal: bool = False,
+    ) -> None:
         from genopt_ext import _C  # not above: what only shows results needs no extension
 
         if len(arrays) > ARRAYS:
@@ -73,8 +83,24 @@ class MemoryLoop:
         addresses = [address for address, _ in sorted(arrays, key=lambda array: not array[1])]
         kept = (ctypes.c_size_t * len(addresses))(*addresses)
         written = sum(written for _, written in arrays)
-        self._arguments = (_C.cpu_capability().encode(), kept, len(arrays), written, bytes, threads, fresh)
+        how = fresh, prefetches, non_temporal
+        self._arguments = (_C.cpu_capability().encode(), kept, len(arrays), written, bytes, threads, *how)
         self._call = _library().move_bytes
+
+    @classmethod
+    def fastest(
+        cls, arrays: Sequence[tuple[int, bool]], bytes: int, threads: int, fresh: bool = False, rounds: int = 5
+    ) -> MemoryLoop:
+        """The fastest on this machine of those that prefetch or do not, and store non-temporally or do not."""
+        stores = (False, True) if any(written for _, written in arrays) else (False,)
+        loops = [cls(arrays, bytes, threads, fresh, *how) for how in itertools.product((False, True), stores)]
+        times: list[list[float]] = [[] for _ in loops]
+        for _ in range(rounds):
+            for loop, taken in zip(loops, times, strict=True):
+                begin = time.perf_counter()
+                loop()
+                taken.append(time.perf_counter() - begin)
+        return min(zip(loops, times, strict=True), key=lambda each: statistics.median(each[1]))[0]
 
     def __call__(self) -> None:
         self._call(*self._arguments)

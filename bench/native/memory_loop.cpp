@@ -12,11 +12,12 @@ namespace {
 
 constexpr int kMaxArrays = 8;
 
-// Of which the first `written` are written. `fresh`: these are not read.
+// Of which the first `written` are written. `fresh`: these are not read. `ahead`: bytes, 0: nothing is prefetched.
 struct Arrays {
   char* base[kMaxArrays];
   int count, written;
   bool fresh, non_temporal;
+  int64_t ahead;
 };
 
 #define GENOPT_CAPABILITY baseline
@@ -48,11 +49,10 @@ struct Arrays {
 }  // namespace
 
 // Reads `bytes` (a multiple of 64) of each of `count` arrays together, front to back, and writes back the first
-// `written`. Each is aligned to 64. `fresh`: these are not read but only written, non-temporally where the kernels
-// would (csrc/cpu/threads.h). `capability`: as the kernels name it.
+// `written`. Each is aligned to 64. `fresh`: these are not read but only written. `capability`: as the kernels name it.
 extern "C" void move_bytes(const char* capability, const uintptr_t* addresses, int count, int written, int64_t bytes,
-                           int threads, bool fresh) {
-  Arrays arrays{{}, count, written, fresh, bytes >= 4 << 20 && threads >= 8};
+                           int threads, bool fresh, bool prefetches, bool non_temporal) {
+  Arrays arrays{{}, count, written, fresh, non_temporal, prefetches ? 2048 : 0};
   for (int k = 0; k < count; ++k) arrays.base[k] = reinterpret_cast<char*>(addresses[k]);
   void (*move)(const Arrays&, int64_t, int64_t) = baseline::move<>;
 #if defined(__x86_64__)

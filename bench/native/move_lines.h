@@ -20,8 +20,8 @@ inline void write_non_temporally(char* to, Words x) {
 // The number of arrays and of those written are compile-time constants: written ones come first.
 template <int kArrays, int kWritten, bool kFresh>
 void move_lines(const Arrays& arrays, int64_t begin, int64_t end) {
-  constexpr int kAhead = 2048;  // bytes
-  const bool non_temporal = kFresh && arrays.non_temporal;
+  const bool non_temporal = arrays.non_temporal;
+  const int64_t ahead = arrays.ahead;
   static std::atomic<uint32_t> zero{0}, sink;
   const Words nothing = zero.load() - Words{};  // the compiler must not see that the values stay the same
   Words sum{};
@@ -29,7 +29,7 @@ void move_lines(const Arrays& arrays, int64_t begin, int64_t end) {
   for (int k = 0; k < kArrays; ++k) base[k] = arrays.base[k];
   for (int64_t at = begin; at < end; at += GENOPT_VECTOR_BYTES) {
     for (int k = 0; k < kArrays; ++k)
-      if (k >= kWritten || !non_temporal) __builtin_prefetch(base[k] + at + kAhead);
+      if (ahead && (k >= kWritten || !kFresh || !non_temporal)) __builtin_prefetch(base[k] + at + ahead);
     Words values[kArrays];
     for (int k = kFresh ? kWritten : 0; k < kArrays; ++k) memcpy(&values[k], base[k] + at, sizeof values[k]);
     for (int k = kWritten; k < kArrays; ++k) sum ^= values[k];
