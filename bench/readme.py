@@ -102,8 +102,8 @@ def markdown(paths: Iterable[Path], root: Path = ROOT) -> str:
 
 LEGEND = (
     "**time**: the median of rounds in which all candidates take turns. Tensors rotate, so that most come from memory.",
-    "**of limit**: against the fastest loop that moves the same bytes and computes nothing; for the training step, against "
-    "forward and backward alone.",
+    "**of limit**: against the fastest loop that moves the same bytes and computes nothing; for the training step, "
+    "against forward and backward alone.",
     "**best peer**: the fastest that does the case's arithmetic. What it does otherwise is in brackets.",
     "**peer / ours**: above 1, ours is faster.",
     f"**noisy**: quartiles are more than {NOISY:.0%} of the median apart. **few rounds**: fewer than {FEW}.",
