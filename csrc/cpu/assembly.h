@@ -63,10 +63,10 @@ GENOPT_INLINE void each_state(Visit&& visit) {
   visit_used(std::integral_constant<int, 2>{});
 }
 
-// While a tile is stepped, a later one of the row is asked for, a line or less with each vector, where the processor
+// While a tile is stepped, a later one of the row is prefetched, a line or less with each vector, where the processor
 // gains by it (Tuning::prefetch): a core has room for some ten lines under way, and prefetchers of some stop at the end
 // of a page.
-class Ahead {
+class Prefetcher {
  public:
   // For the tile at `start` of those that end at `stop`.
   GENOPT_INLINE void begin(int64_t start, int64_t stop) {
@@ -75,7 +75,7 @@ class Ahead {
   }
   // For the element i of the tile. Narrow operands come slowly enough to be left to the processor.
   template <class Stored>
-  GENOPT_INLINE void ask(const Stored* tile, int64_t i) const {
+  GENOPT_INLINE void prefetch(const Stored* tile, int64_t i) const {
     if constexpr (sizeof(Stored) == 4) __builtin_prefetch(tile + distance_ + i);
   }
 
@@ -106,7 +106,7 @@ class Assembly {
 
   // Goes to the whole tile that begins at element `start`, where it lies.
   GENOPT_INLINE void begin(int64_t start, int64_t stop) {
-    ahead_.begin(start, stop);
+    prefetcher_.begin(start, stop);
     begin(start, [&]<class Codec>(int operand, Codec) { return element<Codec>(row_, operand, start); });
   }
   // Goes to a tile whose operands are elsewhere: at(operand, codec).
@@ -119,15 +119,15 @@ class Assembly {
     average_ = is_used(kUsed, kAverage) ? at(kAverage, Wide{}) : nullptr;
     key_ = tile_key(scalars_.random, start);
   }
-  const Ahead& ahead() const {
-    return ahead_;
+  const Prefetcher& prefetcher() const {
+    return prefetcher_;
   }
-  GENOPT_INLINE void ask_ahead(int64_t i) const {
-    ahead_.ask(p_, i);
-    ahead_.ask(g_, i);
-    if (kHasExtra && master_) ahead_.ask(master_, i);
-    if (kHasExtra && rest_) ahead_.ask(rest_, i);
-    if (is_used(kUsed, kAverage)) ahead_.ask(average_, i);
+  GENOPT_INLINE void prefetch_operands(int64_t i) const {
+    prefetcher_.prefetch(p_, i);
+    prefetcher_.prefetch(g_, i);
+    if (kHasExtra && master_) prefetcher_.prefetch(master_, i);
+    if (kHasExtra && rest_) prefetcher_.prefetch(rest_, i);
+    if (is_used(kUsed, kAverage)) prefetcher_.prefetch(average_, i);
   }
   // Elements of the tile from i on; `states`: theirs.
   GENOPT_INLINE void step(int64_t i, V (&states)[kMaxStates]) const {
@@ -181,7 +181,7 @@ class Assembly {
   const Scalars<Rule, T> scalars_;
   const bool plain_, random_;
   const Row& row_;
-  Ahead ahead_;
+  Prefetcher prefetcher_;
   typename Param::Stored *p_, *rest_;
   T *master_, *average_;
   const typename Param::Stored* g_;

@@ -210,7 +210,7 @@ class TileOperand {
   bool in_place_;
 };
 
-// Asks for an operand's memory from element `start` on. Loading, computing and storing a tile take turns;
+// Prefetches an operand from element `start` on. Loading, computing and storing a tile take turns;
 // with the next tile under way the memory is not idle while the rule computes.
 inline void prefetch(const Row& row, int operand, int64_t start, int count) {
   if (!row.data[operand] || (row.layout && !row.layout->strides[operand].empty())) return;

@@ -4,7 +4,7 @@
 namespace genopt::cpu {
 
 struct Tuning {
-  // How many tiles ahead of the one that is stepped memory is asked for; 0: that is left to the processor.
+  // How many tiles ahead of the one that is stepped memory is prefetched; 0: that is left to the processor.
   int prefetch = 0;
 };
 inline Tuning tuning;

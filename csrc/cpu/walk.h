@@ -23,19 +23,19 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
   if (!fits) return start;
   Step assembly(scalars, row);
   const bool by_threshold = row.unbiased >> kState;
-  const auto run = [&]<bool kAsks>(std::bool_constant<kAsks>, int64_t count) {
+  const auto run = [&]<bool kPrefetches>(std::bool_constant<kPrefetches>, int64_t count) {
     const uint32_t phase = tile_phase(scalars.phase, start);
     typename State::Stored* states[kMaxStates];
     each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
     assembly.begin(start, stop);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < (kAsks ? kTile : count); i += kAtOnce<T>) {
+    for (int64_t i = 0; i < (kPrefetches ? kTile : count); i += kAtOnce<T>) {
       typename Step::V x[kMaxStates];
       each_state<Rule, kUsed>([&](auto k, auto) {
-        if constexpr (kAsks) assembly.ahead().ask(states[k], i);
+        if constexpr (kPrefetches) assembly.prefetcher().prefetch(states[k], i);
         x[k] = load_values<State>(states[k] + i);
       });
-      if constexpr (kAsks) assembly.ask_ahead(i);
+      if constexpr (kPrefetches) assembly.prefetch_operands(i);
       assembly.step(i, x);
       each_state<Rule, kUsed>([&](auto k, auto) {
         if constexpr (sizeof *states[k] == 2)
@@ -44,8 +44,9 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
       });
     }
   };
-  const bool asks = cpu::tuning.prefetch > 0;
-  for (; stop - start >= kTile; start += kTile) asks ? run(std::true_type{}, kTile) : run(std::false_type{}, kTile);
+  const bool prefetches = cpu::tuning.prefetch > 0;
+  for (; stop - start >= kTile; start += kTile)
+    prefetches ? run(std::true_type{}, kTile) : run(std::false_type{}, kTile);
   const int64_t rest = (stop - start) & -int64_t{kLanes};
   if (rest) run(std::false_type{}, rest);
   return start + rest;
@@ -60,7 +61,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
   if (!fits) return start;
   Assembly<Rule, kUsed, float, Param, kHasExtra> step(scalars, row);
   alignas(64) float values[kMaxStates][kTile];
-  const bool asks = cpu::tuning.prefetch > 0;
+  const bool prefetches = cpu::tuning.prefetch > 0;
   for (; stop - start >= kTile; start += kTile) {
     float scales[kMaxStates];
     void* codes[kMaxStates];
@@ -73,7 +74,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
     step.begin(start, stop);
     for (int i = 0; i < kTile; i += kWidth) {
       Floats x[kMaxStates];
-      if (asks) step.ask_ahead(i);
+      if (prefetches) step.prefetch_operands(i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
         x[k] = Block(scales[k]).decode(load_ints(static_cast<const typename Block::Stored*>(codes[k]) + i));
       });

@@ -14,28 +14,28 @@
 namespace genopt::quant::GENOPT_CAPABILITY {
 
 #if defined(__AVX512F__)
-inline void stream_line(char* to, const char* from) {
+inline void write_line_non_temporally(char* to, const char* from) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
 }
 #elif defined(__AVX__)
-inline void stream_line(char* to, const char* from) {
+inline void write_line_non_temporally(char* to, const char* from) {
   for (int i = 0; i < 64; i += 32)
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
 }
 #elif defined(__x86_64__)
-inline void stream_line(char* to, const char* from) {
+inline void write_line_non_temporally(char* to, const char* from) {
   for (int i = 0; i < 64; i += 16)
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
 }
 #else
-inline void stream_line(char* to, const char* from) {
+inline void write_line_non_temporally(char* to, const char* from) {
   std::memcpy(to, from, 64);
 }
 #endif
 
-inline void stream_bytes(char* to, const char* from, size_t bytes) {
-  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) stream_line(to, from);
+inline void write_non_temporally(char* to, const char* from, size_t bytes) {
+  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) write_line_non_temporally(to, from);
   std::memcpy(to, from, bytes);
 }
 
@@ -48,24 +48,24 @@ struct Fence {
   }
 };
 
-// to[i] = make(i); whole lines non-temporally, if `streams`. Indices are 64-bit: with -fwrapv, sums of narrower ones
-// do not vectorize.
+// to[i] = make(i); whole lines non-temporally, if `non_temporal`. Indices are 64-bit: with -fwrapv, sums of narrower
+// ones do not vectorize.
 template <class Stored, class Make>
-GENOPT_INLINE void fill(Stored* to, int count, bool streams, Make make) {
+GENOPT_INLINE void fill(Stored* to, int count, bool non_temporal, Make make) {
   int64_t done = 0;
-  if (streams && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+  if (non_temporal && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
     for (; done + 64 <= count; done += 64) {
       alignas(64) Stored lines[64];
 #pragma GCC ivdep
       for (int64_t i = 0; i < 64; ++i) lines[i] = make(done + i);
-      stream_bytes(reinterpret_cast<char*>(to + done), reinterpret_cast<const char*>(lines), sizeof lines);
+      write_non_temporally(reinterpret_cast<char*>(to + done), reinterpret_cast<const char*>(lines), sizeof lines);
     }
   }
 #pragma GCC ivdep
   for (int64_t i = done; i < count; ++i) to[i] = make(i);
 }
 
-// Asks for memory that is read or written later, also beyond the tensor's end: memory is to be busy meanwhile.
+// Prefetches memory that is read or written later, also beyond the tensor's end: memory is to be busy meanwhile.
 template <int kLevel = 3>
 inline void prefetch(const void* from, size_t bytes) {
   for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte, 0, kLevel);
@@ -96,9 +96,9 @@ __attribute__((noinline)) void measure_each(const typename Codec::Stored* x, int
 
 template <class Codec, bool kStochastic, class T>
 __attribute__((noinline)) void encode_run(const typename Codec::Stored* x, int count, const Encoder<T>& shared,
-                                          uint32_t key, uint32_t index, int8_t* codes, bool streams) {
+                                          uint32_t key, uint32_t index, int8_t* codes, bool non_temporal) {
   const Encoder<T> encoder = shared;  // a copy, which no store below can change
-  fill(codes, count, streams, [=](int64_t i) {
+  fill(codes, count, non_temporal, [=](int64_t i) {
     return encoder.template operator()<kStochastic>(
         Codec::template decode<T>(x[i]), kStochastic ? random_number(key, index + static_cast<uint32_t>(i)) : 0.0f);
   });
@@ -135,10 +135,10 @@ __attribute__((noinline)) void decode_each(const int8_t* codes, int count, const
 }
 
 // `count` codes; an odd last one shares its byte with 0, for which there has to be room in `codes`.
-__attribute__((noinline)) inline void pack_run(int8_t* codes, int count, uint8_t* bytes, bool streams) {
+__attribute__((noinline)) inline void pack_run(int8_t* codes, int count, uint8_t* bytes, bool non_temporal) {
   if (count & 1) codes[count] = 0;
   const int8_t* const from = codes;
-  fill(bytes, (count + 1) / 2, streams, [=](int64_t i) { return pack(from[2 * i], from[2 * i + 1]); });
+  fill(bytes, (count + 1) / 2, non_temporal, [=](int64_t i) { return pack(from[2 * i], from[2 * i + 1]); });
 }
 
 __attribute__((noinline)) inline void unpack_run(const uint8_t* bytes, int count, int8_t* codes) {

@@ -52,12 +52,12 @@ struct Encoders {
 };
 
 // What one instruction set offers, over pieces [begin, end). `reaches` are Reaches<T>, which what is measured is joined
-// to; `encoders` are Encoders<T>; with `streams` results are written non-temporally.
+// to; `encoders` are Encoders<T>; with `non_temporal` results are written non-temporally.
 struct Kernels {
-  void (*quantize_blocks)(const Quantization& q, bool streams, int64_t begin, int64_t end);
+  void (*quantize_blocks)(const Quantization& q, bool non_temporal, int64_t begin, int64_t end);
   void (*measure)(const Quantization& q, const void* reaches, int64_t begin, int64_t end);
-  void (*encode)(const Quantization& q, bool streams, const void* encoders, int64_t begin, int64_t end);
-  void (*decode)(const Quantization& q, bool streams, int64_t begin, int64_t end);
+  void (*encode)(const Quantization& q, bool non_temporal, const void* encoders, int64_t begin, int64_t end);
+  void (*decode)(const Quantization& q, bool non_temporal, int64_t begin, int64_t end);
 };
 
 }  // namespace genopt::quant

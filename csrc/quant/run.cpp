@@ -34,7 +34,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-bool streams_codes(const Quantization& q, int threads) {
+bool writes_codes_non_temporally(const Quantization& q, int threads) {
   return genopt::cpu::writes_non_temporally(q.numel * q.bits / 8, threads);
 }
 
@@ -80,15 +80,15 @@ void encode_in(const Quantization& q, int threads) {
     zero_point.push_back(encoder.zero_point);
   }
   const Encoders<T> encoders{inverse.data(), lowest.data(), highest.data(), zero_point.data()};
-  const bool streams = streams_codes(q, threads);
-  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().encode(q, streams, &encoders, begin, end); });
+  const bool non_temporal = writes_codes_non_temporally(q, threads);
+  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().encode(q, non_temporal, &encoders, begin, end); });
 }
 
 }  // namespace
 
 void quantize_blocks(const Quantization& q, int threads) {
-  const bool streams = streams_codes(q, threads);
-  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().quantize_blocks(q, streams, begin, end); });
+  const bool non_temporal = writes_codes_non_temporally(q, threads);
+  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().quantize_blocks(q, non_temporal, begin, end); });
 }
 
 void find_scales(const Quantization& q, int threads) {
@@ -100,8 +100,8 @@ void encode(const Quantization& q, int threads) {
 }
 
 void decode(const Quantization& q, int threads) {
-  const bool streams = genopt::cpu::writes_non_temporally(q.numel * size_of(q.dtype), threads);
-  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().decode(q, streams, begin, end); });
+  const bool non_temporal = genopt::cpu::writes_non_temporally(q.numel * size_of(q.dtype), threads);
+  for_pieces(q, threads, [&](int64_t begin, int64_t end) { kernels().decode(q, non_temporal, begin, end); });
 }
 
 }  // namespace cpu

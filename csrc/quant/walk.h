@@ -54,31 +54,31 @@ void with_types(const Quantization& q, Work work) {
 
 // Calls encode(first element, their number, where their codes go, whether non-temporally, random key) for each piece.
 template <class Encode>
-void for_codes(const Quantization& q, bool streams, int64_t begin, int64_t end, Encode encode) {
+void for_codes(const Quantization& q, bool non_temporal, int64_t begin, int64_t end, Encode encode) {
   const Fence fence;
   alignas(64) int8_t wide[kPiece + 1];
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t at = piece * kPiece;
     const int count = static_cast<int>(std::min<int64_t>(kPiece, q.numel - at));
     const uint32_t key = q.stochastic ? random_key(q.seed, static_cast<uint64_t>(at)) : 0;
-    if (q.codes && !streams) prefetch(static_cast<const char*>(q.codes) + at * q.bits / 8, count * q.bits / 8);
+    if (q.codes && !non_temporal) prefetch(static_cast<const char*>(q.codes) + at * q.bits / 8, count * q.bits / 8);
     if (q.bits == 8 && q.codes) {
-      encode(at, count, static_cast<int8_t*>(q.codes) + at, streams, key);
+      encode(at, count, static_cast<int8_t*>(q.codes) + at, non_temporal, key);
     } else {
       encode(at, count, wide, false, key);
-      if (q.codes) pack_run(wide, count, static_cast<uint8_t*>(q.codes) + at / 2, streams);
+      if (q.codes) pack_run(wide, count, static_cast<uint8_t*>(q.codes) + at / 2, non_temporal);
     }
   }
 }
 
-inline void quantize_blocks(const Quantization& q, bool streams, int64_t begin, int64_t end) {
+inline void quantize_blocks(const Quantization& q, bool non_temporal, int64_t begin, int64_t end) {
   with_types(q, [&](auto codec, auto t, auto symmetric, auto stochastic) {
     using Codec = decltype(codec);
     using T = decltype(t);
     const CodeRange range = q.code_range();
     const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
     const int run = static_cast<int>(q.run);
-    for_codes(q, streams, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+    for_codes(q, non_temporal, begin, end, [&](int64_t at, int count, int8_t* codes, bool non_temporal, uint32_t key) {
       // All blocks of a piece together: none has to wait for another's maximum and divisions.
       Reach<T> reach[kPiece / kSmallestBlock];
       const int blocks = (count + run - 1) / run;
@@ -94,7 +94,7 @@ inline void quantize_blocks(const Quantization& q, bool streams, int64_t begin, 
         prefetch<2>(x + at + kPiece + i * run, size(i) * sizeof *x);
         encode_run<Codec, stochastic(), T>(x + at + i * run, size(i),
                                            Encoder<T>(q.scale[unit + i], q.zero_point_at(unit + i), range), key,
-                                           static_cast<uint32_t>(at + i * run), codes + i * run, streams);
+                                           static_cast<uint32_t>(at + i * run), codes + i * run, non_temporal);
       }
     });
   });
@@ -126,7 +126,7 @@ inline void measure(const Quantization& q, const void* all, int64_t begin, int64
   });
 }
 
-inline void encode(const Quantization& q, bool streams, const void* all, int64_t begin, int64_t end) {
+inline void encode(const Quantization& q, bool non_temporal, const void* all, int64_t begin, int64_t end) {
   with_types(q, [&](auto codec, auto t, auto, auto stochastic) {
     using Codec = decltype(codec);
     using T = decltype(t);
@@ -134,11 +134,11 @@ inline void encode(const Quantization& q, bool streams, const void* all, int64_t
     const auto* const x = static_cast<const typename Codec::Stored*>(q.numbers);
     T inverse[kTogether], lowest[kTogether], highest[kTogether];
     int zero_point[kTogether];
-    for_codes(q, streams, begin, end, [&](int64_t at, int count, int8_t* codes, bool streams, uint32_t key) {
+    for_codes(q, non_temporal, begin, end, [&](int64_t at, int count, int8_t* codes, bool non_temporal, uint32_t key) {
       if (q.run >= kShortRun) {
         for_runs(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
           encode_run<Codec, stochastic(), T>(x + first, static_cast<int>(last - first), encoders[unit], key,
-                                             static_cast<uint32_t>(first), codes + (first - at), streams);
+                                             static_cast<uint32_t>(first), codes + (first - at), non_temporal);
         });
       } else if (has_rows(q)) {
         for_rows(q, at, at + count, [&](int64_t unit, int64_t first, int64_t last) {
@@ -167,7 +167,7 @@ inline void encode(const Quantization& q, bool streams, const void* all, int64_t
   });
 }
 
-inline void decode(const Quantization& q, bool streams, int64_t begin, int64_t end) {
+inline void decode(const Quantization& q, bool non_temporal, int64_t begin, int64_t end) {
   with_codec(q.dtype, [&](auto codec) {
     using Codec = decltype(codec);
     using Stored = typename Codec::Stored;
@@ -175,8 +175,8 @@ inline void decode(const Quantization& q, bool streams, int64_t begin, int64_t e
     constexpr int kStep = sizeof(Stored) == 8 ? kPiece / 2 : kPiece;
     const T largest = largest_of<T>(q.dtype);
     const Fence fence;
-    const bool buffers = streams && reinterpret_cast<uintptr_t>(q.numbers) % 64 == 0;
-    alignas(64) Stored buffer[kStep];  // some KB at a time are streamed faster than single lines
+    const bool buffers = non_temporal && reinterpret_cast<uintptr_t>(q.numbers) % 64 == 0;
+    alignas(64) Stored buffer[kStep];  // some KB at a time are written non-temporally faster than single lines
     alignas(64) int8_t wide[kStep + 1];
     float scale[kTogether];
     int8_t zero_point[kTogether];
@@ -216,7 +216,8 @@ inline void decode(const Quantization& q, bool streams, int64_t begin, int64_t e
         }
       }
       if (buffers)
-        stream_bytes(reinterpret_cast<char*>(place), reinterpret_cast<const char*>(buffer), count * sizeof(Stored));
+        write_non_temporally(reinterpret_cast<char*>(place), reinterpret_cast<const char*>(buffer),
+                             count * sizeof(Stored));
     }
   });
 }
