@@ -80,7 +80,8 @@ def parse(output: str, dumps: Sequence[str]) -> Counts:
 
 
 def count(options: Sequence[str], program: Sequence[str]) -> Counts:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    # The choices for one kind of processor, on any.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GENOPT_CPU_TUNING": "prefetch=2"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         command = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}", *options, *program]

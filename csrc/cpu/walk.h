@@ -23,13 +23,14 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
   if (!fits) return start;
   Step assembly(scalars, row);
   const bool by_threshold = row.unbiased >> kState;
-  const auto run = [&]<bool kPrefetches>(std::bool_constant<kPrefetches>, int64_t count) {
+  const auto run = [&]<bool kWhole, bool kPrefetches>(std::bool_constant<kWhole>, std::bool_constant<kPrefetches>,
+                                                      int64_t count) __attribute__((always_inline)) {
     const uint32_t phase = tile_phase(scalars.phase, start);
     typename State::Stored* states[kMaxStates];
     each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
     assembly.begin(start, stop);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < (kPrefetches ? kTile : count); i += kAtOnce<T>) {
+    for (int64_t i = 0; i < (kWhole ? kTile : count); i += kAtOnce<T>) {
       typename Step::V x[kMaxStates];
       each_state<Rule, kUsed>([&](auto k, auto) {
         if constexpr (kPrefetches) assembly.prefetcher().prefetch(states[k], i);
@@ -44,11 +45,13 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
       });
     }
   };
-  const bool prefetches = cpu::tuning.prefetch > 0;
-  for (; stop - start >= kTile; start += kTile)
-    prefetches ? run(std::true_type{}, kTile) : run(std::false_type{}, kTile);
+  if (cpu::tuning.prefetch) {
+    for (; stop - start >= kTile; start += kTile) run(std::true_type{}, std::true_type{}, kTile);
+  } else {
+    for (; stop - start >= kTile; start += kTile) run(std::true_type{}, std::false_type{}, kTile);
+  }
   const int64_t rest = (stop - start) & -int64_t{kLanes};
-  if (rest) run(std::false_type{}, rest);
+  if (rest) run(std::false_type{}, std::false_type{}, rest);
   return start + rest;
 }
 
@@ -61,8 +64,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
   if (!fits) return start;
   Assembly<Rule, kUsed, float, Param, kHasExtra> step(scalars, row);
   alignas(64) float values[kMaxStates][kTile];
-  const bool prefetches = cpu::tuning.prefetch > 0;
-  for (; stop - start >= kTile; start += kTile) {
+  const auto run = [&]<bool kPrefetches>(std::bool_constant<kPrefetches>) __attribute__((always_inline)) {
     float scales[kMaxStates];
     void* codes[kMaxStates];
     Words most[kMaxStates];
@@ -74,7 +76,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
     step.begin(start, stop);
     for (int i = 0; i < kTile; i += kWidth) {
       Floats x[kMaxStates];
-      if (prefetches) step.prefetch_operands(i);
+      if constexpr (kPrefetches) step.prefetch_operands(i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
         x[k] = Block(scales[k]).decode(load_ints(static_cast<const typename Block::Stored*>(codes[k]) + i));
       });
@@ -96,6 +98,11 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
                    Block(scales[k]).encode(load<Floats>(values[k] + i), thresholds));
       });
     }
+  };
+  if (cpu::tuning.prefetch) {
+    for (; stop - start >= kTile; start += kTile) run(std::true_type{});
+  } else {
+    for (; stop - start >= kTile; start += kTile) run(std::false_type{});
   }
   return start;
 }
