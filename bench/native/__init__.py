@@ -61,6 +61,10 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+# Whether the fastest loop prefetches, and stores non-temporally, by what it was asked for.
+_fastest: dict[tuple[tuple[bool, ...], int, int, bool], tuple[bool, bool]] = {}
+
+
 class MemoryLoop:
     """Reads ``bytes`` (a multiple of 64) of every array together, front to back, and writes back some, when called.
 
@@ -91,16 +95,24 @@ class MemoryLoop:
     def fastest(
         cls, arrays: Sequence[tuple[int, bool]], bytes: int, threads: int, fresh: bool = False, rounds: int = 5
     ) -> MemoryLoop:
-        """The fastest on this machine of those that prefetch or do not, and store non-temporally or do not."""
-        stores = (False, True) if any(written for _, written in arrays) else (False,)
-        loops = [cls(arrays, bytes, threads, fresh, *how) for how in itertools.product((False, True), stores)]
+        """The fastest on this machine of those that prefetch or do not, and store non-temporally or do not.
+
+        It is measured once for arrays of a kind.
+        """
+        kind = tuple(written for _, written in arrays), bytes, threads, fresh
+        if kind in _fastest:
+            return cls(arrays, bytes, threads, fresh, *_fastest[kind])
+        hows = list(itertools.product((False, True), (False, True) if any(kind[0]) else (False,)))
+        loops = [cls(arrays, bytes, threads, fresh, *how) for how in hows]
         times: list[list[float]] = [[] for _ in loops]
         for _ in range(rounds):
             for loop, taken in zip(loops, times, strict=True):
                 begin = time.perf_counter()
                 loop()
                 taken.append(time.perf_counter() - begin)
-        return min(zip(loops, times, strict=True), key=lambda each: statistics.median(each[1]))[0]
+        best = min(range(len(loops)), key=lambda i: statistics.median(times[i]))
+        _fastest[kind] = hows[best]
+        return loops[best]
 
     def __call__(self) -> None:
         self._call(*self._arguments)

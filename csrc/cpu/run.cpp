@@ -72,7 +72,7 @@ Tuning choose_tuning() {
       chosen.prefetch > kSpan)
     throw std::runtime_error("GENOPT_CPU_TUNING is '" + std::string(wanted) +
                              "', expected prefetch=N with N from 0 to " + std::to_string(kSpan) +
-                             ", the tiles to ask memory for ahead; or unset it");
+                             ", the tiles to prefetch ahead; or unset it");
   return chosen;
 }
 

@@ -1,5 +1,5 @@
-// How one row's tiles are walked on CPU: load, rule, store (assembly.h), for tiles that are stored in one of the usual
-// ways each a loop of its own, for all others one by way of buffers. Included once by each cpu/walk_*.cpp, which sets
+// How one row's tiles are walked on CPU: load, rule, store (assembly.h). Contiguous tiles of fp32, bf16, fp64 and 8-bit
+// codes are stepped where they lie, all others by way of buffers. Included once by each cpu/walk_*.cpp, which sets
 // the instruction set, GENOPT_VECTOR_BYTES and GENOPT_CAPABILITY, the namespace that keeps the copies apart.
 #pragma once
 
@@ -12,6 +12,12 @@
 #include "measure.h"
 
 namespace genopt::GENOPT_CAPABILITY {
+
+// Calls visit(std::bool_constant): whether whole tiles are prefetched on this processor.
+template <class Visit>
+GENOPT_INLINE void with_prefetch(Visit visit) {
+  cpu::tuning.prefetch ? visit(std::true_type{}) : visit(std::false_type{});
+}
 
 // Whole vectors of a row whose states are all stored with the codec State. Returns where it ended.
 template <class Rule, unsigned kUsed, class Param, class State, bool kHasExtra, class T>
@@ -45,11 +51,9 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
       });
     }
   };
-  if (cpu::tuning.prefetch) {
-    for (; stop - start >= kTile; start += kTile) run(std::true_type{}, std::true_type{}, kTile);
-  } else {
-    for (; stop - start >= kTile; start += kTile) run(std::true_type{}, std::false_type{}, kTile);
-  }
+  with_prefetch([&](auto prefetches) __attribute__((always_inline)) {
+    for (; stop - start >= kTile; start += kTile) run(std::true_type{}, prefetches, kTile);
+  });
   const int64_t rest = (stop - start) & -int64_t{kLanes};
   if (rest) run(std::false_type{}, std::false_type{}, rest);
   return start + rest;
@@ -59,10 +63,11 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
 template <class Rule, unsigned kUsed, class Param, bool kHasExtra>
 __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars, const Row& row, int64_t start,
                                             int64_t stop) {
-  bool fits = Assembly<Rule, kUsed, float, Param, kHasExtra>::takes(row);
+  using Step = Assembly<Rule, kUsed, float, Param, kHasExtra>;
+  bool fits = Step::takes(row);
   each_state<Rule, kUsed>([&]<class Block>(auto k, Block) { fits = fits && is_direct<Block>(row, kState + k); });
   if (!fits) return start;
-  Assembly<Rule, kUsed, float, Param, kHasExtra> step(scalars, row);
+  Step assembly(scalars, row);
   alignas(64) float values[kMaxStates][kTile];
   const auto run = [&]<bool kPrefetches>(std::bool_constant<kPrefetches>) __attribute__((always_inline)) {
     float scales[kMaxStates];
@@ -73,14 +78,14 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
       codes[k] = element<Block>(row, kState + k, start);
       most[k] = Words(0);
     });
-    step.begin(start, stop);
+    assembly.begin(start, stop);
     for (int i = 0; i < kTile; i += kWidth) {
       Floats x[kMaxStates];
-      if constexpr (kPrefetches) step.prefetch_operands(i);
+      if constexpr (kPrefetches) assembly.prefetch_operands(i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
         x[k] = Block(scales[k]).decode(load_ints(static_cast<const typename Block::Stored*>(codes[k]) + i));
       });
-      step.step(i, x);
+      assembly.step(i, x);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
         store(values[k] + i, x[k]);
         most[k] = larger(most[k], as_unsigned(Block::magnitude(x[k])));
@@ -99,11 +104,9 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
       });
     }
   };
-  if (cpu::tuning.prefetch) {
-    for (; stop - start >= kTile; start += kTile) run(std::true_type{});
-  } else {
-    for (; stop - start >= kTile; start += kTile) run(std::false_type{});
-  }
+  with_prefetch([&](auto prefetches) __attribute__((always_inline)) {
+    for (; stop - start >= kTile; start += kTile) run(prefetches);
+  });
   return start;
 }
 
