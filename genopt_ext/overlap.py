@@ -23,6 +23,14 @@ def has_memory(t: Tensor) -> bool:
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def is_backed(t: Tensor) -> bool:
+    """Whether a tensor's storage, where it has one, holds all of its elements: it may have been resized since."""
+    if not has_memory(t) or t.numel() == 0:
+        return True
+    last = sum(stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (t.storage_offset() + last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
 def _ends(t: Tensor) -> tuple[int, int]:
     """The bytes that a tensor's elements lie in, as addresses: [first, last)."""
     reach = [stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True)]

@@ -30,6 +30,12 @@ def inference_like(t):
         return torch.ones_like(t)
 
 
+def freed(t):
+    t = t.clone()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
 # What may be done to an entry of a state dict, or to a gradient.
 FAULTS = {
     "missing": None,
@@ -43,6 +49,7 @@ FAULTS = {
     "int8": lambda t: torch.ones(t.shape, dtype=torch.int8),
     "complex": lambda t: t.to(torch.complex64),
     "inference": inference_like,
+    "freed": freed,
     "sparse": lambda t: t.detach().to_sparse(),
     "meta": lambda t: t.to("meta"),
     "zero tensor": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),

@@ -1,5 +1,5 @@
 // The step plan: what one step of one optimizer does to its tensors, on whichever devices, free of torch.
-// A caller (torch/stepper.h) fills `rows` afresh at every step; where gradients are clipped or checked, a backend
+// A caller (torch/stepper.h) fills `rows` before every step; where gradients are clipped or checked, a backend
 // measures them and decide() turns norms into factors; prepare() turns hyperparameters and step counts into scalars;
 // the backend (cpu/run.h) then walks the tiles of all rows together.
 #pragma once

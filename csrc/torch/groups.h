@@ -33,18 +33,20 @@ class Groups {
     options_on_devices_.clear();
     devices_.clear();
     group_devices_.assign(count, kNoDevice);
-    used_.assign(count, 0);
-    storages_.assign(count, Storage{});
+    kept_.resize(count);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* group = PyList_GET_ITEM(param_groups, i);
       static PyObject* const params_key = PyUnicode_InternFromString("params");
       PyObject* list = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
       if (!list || !PyList_Check(list)) throw std::invalid_argument("a param group has no list of 'params'");
       Options& options = plan.groups[i];
+      Storage storage;
       if (!read_options(group, static_cast<int>(i), plan.rule, watched, options) ||
-          !storage_reader_.read(group, storages_[i]))
+          !storage_reader_.read(group, storage))
         refusal.groups.push_back(i);
-      used_[i] = plan.rule.used_states(options) | (options[kEmaDecay] >= 0 ? kWithAverage : 0);
+      const unsigned used = plan.rule.used_states(options) | (options[kEmaDecay] >= 0 ? kWithAverage : 0);
+      if (!kept_[i].version || kept_[i].storage != storage || kept_[i].used != used)
+        kept_[i] = {storage, used, ++versions_};
       if (clips_alone(options.data())) plan.control.measure = true;
       const size_t first = params.size(), last = first + PyList_GET_SIZE(list);
       params.resize(last);
@@ -59,10 +61,14 @@ class Groups {
 
   // The operands that a group's rows use: its states, and the average.
   unsigned used(int group) const {
-    return used_[group];
+    return kept_[group].used;
   }
   const Storage& storage(int group) const {
-    return storages_[group];
+    return kept_[group].storage;
+  }
+  // Another number, which no group has had, where either has changed.
+  int64_t version(int group) const {
+    return kept_[group].version;
   }
   const std::vector<Sources>& sources() const {
     return sources_;
@@ -107,6 +113,11 @@ class Groups {
   struct OptionOnDevice {
     int group, option;
     const at::Tensor* tensor;
+  };
+  struct Kept {
+    Storage storage;
+    unsigned used = 0;
+    int64_t version = 0;
   };
 
   // False: an option is no number, or not one that it may be.
@@ -154,9 +165,9 @@ class Groups {
   // Keys are interned and never freed.
   std::vector<PyObject*> option_keys_, common_keys_;
   StorageReader storage_reader_;
+  int64_t versions_ = 0;
   // By group.
-  std::vector<unsigned> used_;
-  std::vector<Storage> storages_;
+  std::vector<Kept> kept_;
   std::vector<Sources> sources_;
   std::vector<int> group_devices_;  // of its active rows
 

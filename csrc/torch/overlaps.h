@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstring>
 #include <vector>
 
 #include "../overlap.h"
@@ -18,6 +17,7 @@ class Overlaps {
  public:
   // Before the rows of a step are noted. `writes_gradients`: as Control::may_write_gradients().
   void begin(size_t rows, bool writes_gradients) {
+    own_.resize(rows);
     fingerprints_.resize(rows);
     grad_fingerprints_.resize(rows);
     writes_gradients_ = writes_gradients;
@@ -25,12 +25,14 @@ class Overlaps {
     grads_moved_ = false;
   }
 
-  // Notes where an active row's tensors are.
-  void note(size_t r, const Row& row, const Objects& objects) {
-    const uint64_t now = fingerprint(row);
+  // Notes where an active row's tensors are. `holds`: all but the gradient is where it was.
+  void note(size_t r, const Row& row, bool holds, const Objects& objects) {
+    if (!holds) own_[r] = fingerprint(r, objects);
+    const uint64_t now = writes_gradients_ ? mixed(own_[r], reinterpret_cast<uintptr_t>(row.data[kGrad])) : own_[r];
     moved_ |= now != fingerprints_[r];
     fingerprints_[r] = now;
     grads_moved_ |= has_moved_grad(r, objects);
+    recheck_ |= moved_ || grads_moved_;  // should check() not be reached
   }
 
   // Once all active rows are noted.
@@ -39,6 +41,7 @@ class Overlaps {
     if (moved_ || !refusal.rows.empty()) {
       check_all(rows, objects, refusal);
     } else if (grads_moved_) {
+      recheck_ = false;
       check_grads(rows, objects, refusal);
     }
   }
@@ -53,36 +56,26 @@ class Overlaps {
     return (hash ^ value) * 0xff51afd7ed558ccdu + (hash >> 29);
   }
 
-  // Where a row writes, as one number.
-  uint64_t fingerprint(const Row& row) const {
+  // Where a row's own tensors lie, as one number.
+  static uint64_t fingerprint(size_t r, const Objects& objects) {
     uint64_t hash = kSeedOfHash;
-    const auto mix = [&hash](uint64_t value) { hash = mixed(hash, value); };
-    for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad || writes_gradients_) mix(reinterpret_cast<uintptr_t>(row.data[k]));
-    uint64_t kinds = 0;
-    static_assert(sizeof row.dtype < sizeof kinds);
-    std::memcpy(&kinds, row.dtype.data(), sizeof row.dtype);
-    mix(kinds << 8 | writes_gradients_);
-    for (const float* scales : row.scales) mix(reinterpret_cast<uintptr_t>(scales));
-    mix(reinterpret_cast<uintptr_t>(row.step));
-    mix(row.numel);
-    if (row.layout) {
-      for (const int64_t size : row.layout->sizes) mix(size);
-      for (const auto& operand : row.layout->strides)
-        for (const int64_t stride : operand) mix(stride);
-    }
+    objects.for_each_own(r, [&hash](const at::Tensor& t) {
+      if (is_in_memory(t)) hash = mixed(hash, is_backed(t) ? of_place(t) : 0);
+    });
     return hash;
+  }
+  static uint64_t of_place(const at::Tensor& t) {
+    uint64_t hash = mixed(kSeedOfHash, reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+    for (const int64_t size : t.sizes()) hash = mixed(hash, size);
+    for (const int64_t stride : t.strides()) hash = mixed(hash, stride);
+    return mixed(hash, static_cast<uint64_t>(t.scalar_type()));
   }
 
   // Whether the gradient of an active row has to be looked at again.
   bool has_moved_grad(size_t r, const Objects& objects) {
     uint64_t now = 0;  // none is looked for
-    if (const at::Tensor* const grad = objects.handles[r][kGrad]; grad && (objects.grads || !is_alone(*grad))) {
-      now = mixed(kSeedOfHash, reinterpret_cast<uintptr_t>(grad->const_data_ptr()));
-      for (const int64_t size : grad->sizes()) now = mixed(now, size);
-      for (const int64_t stride : grad->strides()) now = mixed(now, stride);
-      now = mixed(now, static_cast<uint64_t>(grad->scalar_type()));
-    }
+    if (const at::Tensor* const grad = objects.handles[r][kGrad]; grad && (objects.grads || !is_alone(*grad)))
+      now = of_place(*grad);
     const bool moved = now && now != grad_fingerprints_[r];
     grad_fingerprints_[r] = now;
     return moved;
@@ -107,7 +100,7 @@ class Overlaps {
       if (writes_gradients_ && objects.has_grad[r] && rows[r].active)
         gradients.push_back(region_of(*objects.handles[r][kGrad], r));
       objects.for_each_own(r, [&](const at::Tensor& t) {
-        if (is_in_memory(t)) regions.push_back(region_of(t, r));
+        if (is_in_memory(t) && is_backed(t)) regions.push_back(region_of(t, r));
       });
     }
     written_ = Regions(std::move(regions));
@@ -125,7 +118,7 @@ class Overlaps {
   void check_grads(const std::vector<Row>& rows, const Objects& objects, Refusal& refusal) {
     for (size_t r = 0; r < objects.rows(); ++r) {
       const at::Tensor* const grad = objects.has_grad[r] ? objects.grad(r) : nullptr;
-      if (!grad || !is_in_memory(*grad) || (!objects.grads && is_alone(*grad))) continue;
+      if (!grad || !is_in_memory(*grad) || !is_backed(*grad) || (!objects.grads && is_alone(*grad))) continue;
       for (const Region* met : written_.find_met(region_of(*grad, r))) {
         const size_t owner = static_cast<size_t>(met->owner);
         if (!writes_gradients_ && owner == r && is_own(*grad, r, objects)) continue;
@@ -179,7 +172,8 @@ class Overlaps {
   bool writes_gradients_ = false, moved_ = false, grads_moved_ = false;  // in the step that is read now
   bool recheck_ = false, gradients_overlap_ = false;
   Regions written_;                          // of the last check
-  std::vector<uint64_t> fingerprints_;       // of rows when they were last noted
+  std::vector<uint64_t> own_;                // of rows but for their gradients
+  std::vector<uint64_t> fingerprints_;       // of what rows wrote when they were last noted
   std::vector<uint64_t> grad_fingerprints_;  // of gradients that may share memory with others; 0: of none
 };
 

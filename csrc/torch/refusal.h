@@ -28,6 +28,7 @@ enum class Reason : uint8_t {
   kNotADict,
   kNotATensor,
   kInference,  // an inference tensor that would be written
+  kFreed,      // its storage was made smaller than it is
   kShape,
   kDtype,
   kDevice,
@@ -38,9 +39,10 @@ enum class Reason : uint8_t {
 constexpr Reason kLastMendable = Reason::kAway;
 
 // The names that Python has for them.
-constexpr const char* kReasonNames[] = {
-    "missing",    "storage",      "away",      "watched", "differentiable", "no kernel", "unaligned", "incomplete",
-    "not a dict", "not a tensor", "inference", "shape",   "dtype",          "device",    "count",     "capturable"};
+constexpr const char* kReasonNames[] = {"missing",   "storage",   "away",       "watched",    "differentiable",
+                                        "no kernel", "unaligned", "incomplete", "not a dict", "not a tensor",
+                                        "inference", "freed",     "shape",      "dtype",      "device",
+                                        "count",     "capturable"};
 static_assert(sizeof kReasonNames / sizeof *kReasonNames == static_cast<int>(Reason::kReasons));
 
 struct Problem {

@@ -14,6 +14,7 @@
 #include "numbers.h"
 #include "state_dicts.h"
 #include "state_keys.h"
+#include "witness.h"
 
 namespace genopt {
 
@@ -54,6 +55,7 @@ class RowReader {
     row.device = kernel_device(param);
     if (!(row.device == kHost ? serves_host_ : serves_devices_)) return refuse(parameter_, Reason::kNoKernel);
     if (!may_be_written(param)) return refuse(parameter_, Reason::kInference);
+    if (!is_backed(param)) return refuse(parameter_, Reason::kFreed);
     if (grad) {
       if (!check_grad(*grad, param, row.device, objects.grads != nullptr)) return false;
       if (storage.capturable && param.is_cpu()) return refuse(parameter_, Reason::kCapturable);
@@ -69,6 +71,21 @@ class RowReader {
     if (!read_state(row, state.find(r, objects), storage.states_of(param), handles)) return false;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
     row.active = locate(row, handles);
+    return row.active;
+  }
+
+  // Takes what may be another at each step of a row whose witness holds: its gradient and step count. False: it is to
+  // be read.
+  bool renew(size_t r, Row& row, const Witnesses& witnesses, Objects& objects) const {
+    if (!objects.gives_tensor_or_none(r)) return false;
+    const at::Tensor* const grad = objects.grad(r);
+    if (!grad) return !(row.used & kWithAverage);
+    if (!witnesses.takes(r, *grad, *objects.handles[r][kParam]) || !is_backed(*grad)) return false;
+    if (row.step && row.device == kHost && !is_step_count(read_number({row.step, row.step_dtype, 1}))) return false;
+    objects.handles[r][kGrad] = grad;
+    row.data[kGrad] = address_of(*grad, kGrad);
+    row.active = is_aligned(row, kGrad);
+    objects.has_grad[r] = row.active;
     return row.active;
   }
 
@@ -92,6 +109,7 @@ class RowReader {
   bool check_grad(const at::Tensor& grad, const at::Tensor& param, int device, bool is_sum) {
     if (writes_gradients_ && !may_be_written(grad)) return refuse(gradient_, Reason::kInference);
     if (!is_plain(grad)) return refuse(gradient_, Reason::kNoKernel);
+    if (!is_backed(grad)) return refuse(gradient_, Reason::kFreed);
     if (grad.sizes() != param.sizes()) return refuse(gradient_, Reason::kShape);
     const bool mixes = may_mix(grad.scalar_type()) && may_mix(param.scalar_type());
     if (grad.is_complex() != param.is_complex() || (!is_sum && !mixes && grad.scalar_type() != param.scalar_type()))
@@ -155,6 +173,7 @@ class RowReader {
     const at::Tensor& t = THPVariable_Unpack(value);
     if (!is_in_memory(t)) return refuse(key.name, Reason::kNoKernel);
     if (!may_be_written(t)) return refuse(key.name, Reason::kInference);
+    if (!is_backed(t)) return refuse(key.name, Reason::kFreed);
     if (handle == kStepHandle) {
       found.others |= 1u << handle;
       if (!read_step(row, key.name, t)) return false;
@@ -269,11 +288,8 @@ class RowReader {
       contiguous = contiguous && t.is_contiguous();
       same_strides = same_strides && t.strides() == param.strides();
       row.dtype[k] = stored_dtype(t.scalar_type());
-      const bool reads = k == kGrad && !writes_gradients_;
-      row.data[k] = reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
-      // A GPU has no access to an address that is no multiple of the element's size.
-      if (row.device != kHost && reinterpret_cast<uintptr_t>(row.data[k]) % size_of(row.dtype[k]))
-        return refuse(name_of(row, k), Reason::kUnaligned);
+      row.data[k] = address_of(t, k);
+      if (!is_aligned(row, k)) return refuse(name_of(row, k), Reason::kUnaligned);
     }
     row.layout = nullptr;
     if (contiguous || same_strides) return true;
@@ -283,6 +299,17 @@ class RowReader {
       if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty())
         return refuse(name_of(row, k), Reason::kStorage);
     return true;
+  }
+
+  // A tensor that shares its storage until it is written gets one of its own.
+  void* address_of(const at::Tensor& t, int operand) const {
+    const bool reads = operand == kGrad && !writes_gradients_;
+    return reads ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr();
+  }
+
+  // A GPU has no access to an address that is no multiple of the element's size.
+  static bool is_aligned(const Row& row, int operand) {
+    return row.device == kHost || reinterpret_cast<uintptr_t>(row.data[operand]) % size_of(row.dtype[operand]) == 0;
   }
 
   static Layout layout_of(const Handles& handles) {

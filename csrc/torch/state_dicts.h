@@ -5,6 +5,7 @@
 
 #include "objects.h"
 #include "refusal.h"
+#include "witness.h"
 
 namespace genopt {
 
@@ -16,22 +17,27 @@ class StateDicts {
   void find_all(PyObject* state, Objects& objects) {
     if (!PyDict_Check(state)) throw std::invalid_argument("an optimizer's state must be a dict");
     state_ = state;
-    if (static_cast<size_t>(PyDict_Size(state)) == order_.size() && match(objects)) return;
-    std::unordered_map<PyObject*, int64_t> row_of;
-    for (size_t r = 0; r < objects.rows(); ++r) row_of.emplace(objects.params[r], static_cast<int64_t>(r));
-    order_.clear();
-    PyObject *key, *value;
-    for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
-      const auto found = row_of.find(key);
-      order_.push_back(found == row_of.end() ? -1 : found->second);
+    if (found_.holds(state) && objects.params == params_) return;
+    found_.take(nullptr);
+    if (static_cast<size_t>(PyDict_Size(state)) != order_.size() || !match(objects)) {
+      std::unordered_map<PyObject*, int64_t> row_of;
+      for (size_t r = 0; r < objects.rows(); ++r) row_of.emplace(objects.params[r], static_cast<int64_t>(r));
+      order_.clear();
+      PyObject *key, *value;
+      for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
+        const auto found = row_of.find(key);
+        order_.push_back(found == row_of.end() ? -1 : found->second);
+      }
+      match(objects);
     }
-    match(objects);
+    params_ = objects.params;
+    found_.take(state);
   }
 
   // A row's state, which may be no dict, or null.
-  PyObject* find(size_t r, const Objects& objects) {
-    PyObject* entries = objects.states[r];
-    if (!entries) {
+  PyObject* find(size_t r, Objects& objects) {
+    PyObject*& entries = objects.states[r];
+    if (!entries && PyDict_GET_SIZE(state_)) {
       entries = PyDict_GetItemWithError(state_, objects.params[r]);
       if (!entries && PyErr_Occurred()) throw PythonError();
       if (entries) order_.clear();  // learn the order anew at the next step
@@ -56,6 +62,9 @@ class StateDicts {
 
   PyObject* state_ = nullptr;   // of the step that is read now
   std::vector<int64_t> order_;  // the row of each key of `state`, in its order; -1: of none
+  // What objects.states was found from.
+  std::vector<PyObject*> params_;
+  DictWitness found_;
 };
 
 }  // namespace genopt

@@ -1,6 +1,5 @@
-// One step of one optimizer, from its Python objects: reads param_groups, state and gradients afresh into plan rows,
-// and has the backends take them. No pointer of one step is followed in the next, so nothing can be stale; what is kept
-// only says where to look first and whether memory has moved.
+// One step of one optimizer, from its Python objects: reads param_groups, state and gradients into plan rows, and has
+// the backends take them. A row that is as it was at the last step is only compared with what it was (witness.h).
 //
 // A row that the kernels can not take as it is (state yet to be made, a wrong dtype, another device, a tensor
 // subclass, ...) is unsupported: the step then changes nothing and says of each such row what is wrong with it.
@@ -48,6 +47,7 @@ class Stepper {
     const bool watched = is_watched();
     groups_.read(param_groups, watched, plan_, objects_.params, refusal);
     objects_.resize();
+    witnesses_.resize(objects_.rows());
     objects_.set_grads(arguments.grads);
     states_.find_all(state, objects_);
     const int64_t host_elements = read_rows(watched, arguments.skipped, refusal);
@@ -66,7 +66,7 @@ class Stepper {
     if (devices.empty() && arguments.tensors[kGradNorm]) refusal.devices = {kNoDevice};  // nothing to write it
     if (!refusal.is_empty()) return refusal;
 
-    std::vector<at::Tensor> held;  // what handles then point to
+    Held held;
     for (size_t i = 0; i < devices.size(); ++i)
       if (devices[i] != kHost) cuda_.step(devices[i], plan_, groups_.sources(), tensors[i]);
     for (size_t i = 0; i < devices.size(); ++i) {  // last: it changes the plan's control
@@ -75,7 +75,7 @@ class Stepper {
       run(host_elements, held);
       write_host_tensors(tensors[i], plan_);
     }
-    bump_versions();
+    bump_versions(held.handles.empty() ? objects_.handles : held.handles);
     return std::nullopt;
   }
 
@@ -92,6 +92,9 @@ class Stepper {
     std::vector<bool> skip(rows);
     for (const int64_t row : skipped) skip.at(row) = true;
     hints_.resize(rows);
+    const std::array<bool, 3> now{writes_gradients, objects_.grads != nullptr, c10::InferenceMode::is_enabled()};
+    if (now != read_under_) witnesses_.drop_all();
+    read_under_ = now;
     reader_.begin(watched, writes_gradients);
     overlaps_.begin(rows, writes_gradients);
     int64_t host_elements = 0;
@@ -101,21 +104,35 @@ class Stepper {
       row.active = false;
       objects_.has_grad[r] = false;
       if (skip[r]) continue;
-      if (!reader_.read(r, row, groups_, states_, objects_)) {
-        refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
-        continue;
+      const int64_t version = groups_.version(row.group);
+      const bool holds =
+          !watched && witnesses_.holds(r, version, objects_) && reader_.renew(r, row, witnesses_, objects_);
+      if (!holds) {
+        witnesses_.drop(r);
+        if (!reader_.read(r, row, groups_, states_, objects_)) {
+          refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
+          continue;
+        }
+        if (!row.active) continue;
+        hints_.note(r, objects_.handles[r], reader_.owners());
+        if (!row.only_average && !plan_.control.only_measure) witnesses_.take(r, row, version, objects_);
       }
       if (!row.active) continue;
-      hints_.note(r, objects_.handles[r], reader_.owners());
-      if (!plan_.control.only_measure) overlaps_.note(r, row, objects_);
+      if (!plan_.control.only_measure) overlaps_.note(r, row, holds, objects_);
       if (row.device == kHost) host_elements += row.numel;
       groups_.note_device(row);
     }
     return host_elements;
   }
 
+  // Tensors that live on while other Python threads work, and handles of these.
+  struct Held {
+    std::vector<at::Tensor> tensors;
+    std::vector<Handles> handles;
+  };
+
   // Steps the rows on the CPU.
-  void run(int64_t elements, std::vector<at::Tensor>& held) {
+  void run(int64_t elements, Held& held) {
     const int threads = at::get_num_threads();
     // A long run lets other Python threads work, and so holds what they could take away: worth it where
     // rows are large, as holding one costs about as much as stepping a thousand elements.
@@ -124,21 +141,22 @@ class Stepper {
       cpu::step(plan_, threads);
       return;
     }
+    held.handles = objects_.handles;
     for (size_t r = 0; r < objects_.rows(); ++r)
       if (plan_.rows[r].active)
-        for (const at::Tensor* t : objects_.handles[r])
-          if (t) held.push_back(*t);
+        for (const at::Tensor* t : held.handles[r])
+          if (t) held.tensors.push_back(*t);
     for (size_t r = 0, i = 0; r < objects_.rows(); ++r)
       if (plan_.rows[r].active)
-        for (const at::Tensor*& t : objects_.handles[r])
-          if (t) t = &held[i++];
+        for (const at::Tensor*& t : held.handles[r])
+          if (t) t = &held.tensors[i++];
     PyThreadState* thread = nullptr;
     const Scope without_gil([&thread] { thread = PyEval_SaveThread(); }, [&thread] { PyEval_RestoreThread(thread); });
     cpu::step(plan_, threads);
   }
 
   // Autograd then knows that these changed; torch's own fused kernels leave this out.
-  void bump_versions() const {
+  void bump_versions(const std::vector<Handles>& handles) const {
     const Control& control = plan_.control;
     for (size_t r = 0; r < objects_.rows(); ++r) {
       hints_.prefetch_versions(r);
@@ -147,7 +165,7 @@ class Stepper {
       const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;
       const bool zeroes = control.gradients == Gradients::kZeroed;
       for (int k = 0; k < kHandles; ++k) {
-        const at::Tensor* const t = objects_.handles[r][k];
+        const at::Tensor* const t = handles[r][k];
         if (!t) continue;
         const bool written = k == kGrad ? control.may_write_gradients() && (steps || zeroes)
                                         : steps && !(k == kParam && row.only_average);
@@ -160,10 +178,12 @@ class Stepper {
   Plan plan_;
   CudaDevices cuda_;
   bool busy_ = false;
+  std::array<bool, 3> read_under_{};  // what the last step was read under
   Objects objects_;
   Groups groups_;
   StateDicts states_;
   RowReader reader_;
+  Witnesses witnesses_;
   Hints hints_;
   Overlaps overlaps_;
 };

@@ -19,6 +19,8 @@ struct Storage {
   bool differentiable = false;  // its gradients are left to torch's own code
   bool capturable = false;
 
+  bool operator==(const Storage&) const = default;
+
   // How the states of one parameter are to be stored: kChar as codes, none: in any dtype of numbers.
   std::optional<at::ScalarType> states_of(const at::Tensor& param) const {
     if (!may_mix(param.scalar_type())) return std::nullopt;

@@ -60,6 +60,14 @@ inline bool is_in_memory(const at::Tensor& t) {
 inline bool may_be_written(const at::Tensor& t) {
   return !t.is_inference() || c10::InferenceMode::is_enabled();
 }
+// Whether its storage holds all of its elements: it may have been resized since.
+inline bool is_backed(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const size_t bytes = t.unsafeGetTensorImpl()->unsafe_storage().nbytes();
+  return static_cast<size_t>(last + 1) * t.element_size() <= bytes;
+}
 // Whether it is in memory, and holds floating-point numbers.
 inline bool is_plain(const at::Tensor& t) {
   return is_in_memory(t) && plain_dtype(t.scalar_type()).has_value();

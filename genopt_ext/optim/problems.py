@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tracing
+from .. import overlap, tracing
 from ..reference.codecs import BLOCK, MIXES, STEPPED
 from . import by_torch
 from . import state as states
@@ -83,7 +83,7 @@ def _of_memory(t: Tensor, is_written: bool, may_be_sparse: bool) -> str | None:
         return "zero tensor"
     if is_written and t.is_inference() and not torch.is_inference_mode_enabled():
         return "inference"
-    return None
+    return None if overlap.is_backed(t) else "freed"
 
 
 def find_in_state(row: Row, only_averages: bool) -> Sequence[Problem]:

@@ -47,6 +47,8 @@ def words(row: Row, operand: str, reason: str) -> tuple[str, str]:
     t: Any = row.state.get(operand) if isinstance(row.state, dict) else None
     if reason == "inference":
         return f"{what} is an inference tensor", "make it outside of torch.inference_mode()"
+    if reason == "freed":
+        return f"{what} has a storage that was made smaller than it is", "resize it back, or give it other memory"
     if reason == "zero tensor":
         return f"{what} is a zero tensor, without memory", "use its .clone()"
     if operand == "parameter":
@@ -157,10 +159,15 @@ def find_overlaps(step: Step, rows: Sequence[int]) -> tuple[Pairs, Pairs]:
     owned: list[Tensor] = []
     owners: list[int] = []
     for r, (_, _, p) in enumerate(step.places):
-        own = [t for t in (p, *step.state_of(p).values()) if isinstance(t, Tensor) and overlap.has_memory(t)]
+        own = [
+            t
+            for t in (p, *step.state_of(p).values())
+            if isinstance(t, Tensor) and overlap.has_memory(t) and overlap.is_backed(t)
+        ]
         owned += own
         owners += [r] * len(own)
-    grads = [(r, g) for r in rows if (g := step.gradient(step.places[r][2])) is not None and overlap.has_memory(g)]
+    gradients = [(r, step.gradient(step.places[r][2])) for r in rows]
+    grads = [(r, g) for r, g in gradients if g is not None and overlap.has_memory(g) and overlap.is_backed(g)]
     overlaps, of_gradients = [], []
     for a, b in overlap.pairs([*owned, *(g for _, g in grads)]):
         if b < len(owned):
