@@ -17,10 +17,13 @@ class Hints {
     hints_.resize(rows);
   }
 
-  // `owners`: the Python objects of `handles`.
-  void note(size_t r, const Handles& handles, const std::array<PyObject*, kHandles>& owners) {
-    for (int k = 0; k < kHandles; ++k)
-      hints_[r][k] = handles[k] && k != kGrad ? hint_of(*handles[k], owners[k]) : Hint{};
+  // `owners`: the Python objects of the handles.
+  void note(size_t r, const Objects& objects, const std::array<PyObject*, kHandles>& owners) {
+    RowHints& hints = hints_[r];
+    hints.count = 0;
+    objects.for_each_present(r, objects.handles[r], [&](int k, const at::Tensor& t) {
+      if (k != kGrad) hints.of[hints.count++] = hint_of(t, owners[k]);
+    });
   }
 
   // Prefetches what the rows after `r` will read, in the order in which one thing leads to the next.
@@ -28,8 +31,9 @@ class Hints {
     const size_t rows = objects.rows();
     if (r + kAhead < rows) {
       fetch(objects.states[r + kAhead], 64);
-      for (const Hint& hint : hints_[r + kAhead]) {
-        if (!hint.impl) continue;
+      const RowHints& hints = hints_[r + kAhead];
+      for (int i = 0; i < hints.count; ++i) {
+        const Hint& hint = hints.of[i];
         fetch(hint.object, 64);
         fetch(hint.impl, sizeof(c10::TensorImpl));
         fetch(hint.storage, 128);
@@ -50,9 +54,10 @@ class Hints {
   // Prefetches version counters of rows after `r`.
   void prefetch_versions(size_t r) const {
     if (r + kAhead >= hints_.size()) return;
-    for (const Hint& hint : hints_[r + kAhead]) {
-      __builtin_prefetch(static_cast<const char*>(hint.impl) + 40);  // where it points to its version
-      __builtin_prefetch(hint.version, 1);
+    const RowHints& hints = hints_[r + kAhead];
+    for (int i = 0; i < hints.count; ++i) {
+      __builtin_prefetch(static_cast<const char*>(hints.of[i].impl) + 40);  // where it points to its version
+      __builtin_prefetch(hints.of[i].version, 1);
     }
   }
 
@@ -62,6 +67,10 @@ class Hints {
     const void* impl;
     const void* storage;
     const void* version;
+  };
+  struct RowHints {
+    int count = 0;
+    std::array<Hint, kHandles> of;
   };
   static constexpr size_t kAhead = 12, kNear = 6, kNext = 3;  // rows
 
@@ -82,7 +91,7 @@ class Hints {
     return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
   }
 
-  std::vector<std::array<Hint, kHandles>> hints_;
+  std::vector<RowHints> hints_;
 };
 
 }  // namespace genopt

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
+#include <bit>
 #include <stdexcept>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct Objects {
   std::vector<PyObject*> params;
   std::vector<PyObject*> states;  // a parameter's state dict, or null
   std::vector<Handles> handles;   // of active rows
+  std::vector<unsigned> present;  // which handles are not null, as a mask
   std::vector<char> has_grad;     // of rows that take part
   PyObject* grads = nullptr;      // a list with a gradient for each row, or None; without it: the parameters' .grad
 
@@ -31,6 +33,7 @@ struct Objects {
   // Makes room for as many rows as there are parameters.
   void resize() {
     handles.resize(rows());
+    present.resize(rows());
     has_grad.resize(rows());
   }
 
@@ -38,6 +41,21 @@ struct Objects {
     grads = list;
     if (list && (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(rows())))
       throw std::invalid_argument("grads must be a list with one entry for each parameter");
+  }
+
+  // Notes which handles of a row there are.
+  void note_present(size_t r) {
+    present[r] = 0;
+    for (int k = 0; k < kHandles; ++k) present[r] |= (handles[r][k] != nullptr) << k;
+  }
+
+  // Visits the row's handles that there are, in order: visit(k, tensor), the tensors as `given` has them.
+  template <class Visit>
+  void for_each_present(size_t r, const Handles& given, Visit visit) const {
+    for (unsigned rest = present[r]; rest; rest &= rest - 1) {
+      const int k = std::countr_zero(rest);
+      visit(k, *given[k]);
+    }
   }
 
   // Visits a row's parameter and the tensors of its state.

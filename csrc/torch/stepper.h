@@ -114,7 +114,8 @@ class Stepper {
           continue;
         }
         if (!row.active) continue;
-        hints_.note(r, objects_.handles[r], reader_.owners());
+        objects_.note_present(r);
+        hints_.note(r, objects_, reader_.owners());
         if (!row.only_average && !plan_.control.only_measure) witnesses_.take(r, row, version, objects_);
       }
       if (!row.active) continue;
@@ -164,14 +165,12 @@ class Stepper {
       if (!row.active) continue;
       const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;
       const bool zeroes = control.gradients == Gradients::kZeroed;
-      for (int k = 0; k < kHandles; ++k) {
-        const at::Tensor* const t = handles[r][k];
-        if (!t) continue;
+      objects_.for_each_present(r, handles[r], [&](int k, const at::Tensor& t) {
         const bool written = k == kGrad ? control.may_write_gradients() && (steps || zeroes)
                                         : steps && !(k == kParam && row.only_average);
         // Tensors made in inference mode have no version.
-        if (written && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
-      }
+        if (written && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+      });
     }
   }
 

@@ -63,8 +63,11 @@ inline bool may_be_written(const at::Tensor& t) {
 // Whether its storage holds all of its elements: it may have been resized since.
 inline bool is_backed(const at::Tensor& t) {
   if (t.numel() == 0) return true;
-  int64_t last = t.storage_offset();
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  int64_t last = t.storage_offset() + t.numel() - 1;
+  if (!t.is_contiguous()) {
+    last = t.storage_offset();
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  }
   const size_t bytes = t.unsafeGetTensorImpl()->unsafe_storage().nbytes();
   return static_cast<size_t>(last + 1) * t.element_size() <= bytes;
 }

@@ -86,7 +86,7 @@ class TensorWitness {
     offset_ = t.storage_offset();
   }
 
-  bool holds(const at::Tensor& t) const {
+  GENOPT_INLINE bool holds(const at::Tensor& t) const {
     if (t.key_set() != keys_) return false;  // first: other kinds may have no storage to look at
     const c10::StorageImpl& storage = storage_of(t);
     return storage.data_ptr().get() == memory_ && t.dtype() == dtype_ && t.storage_offset() == offset_ &&
@@ -127,15 +127,12 @@ class Witnesses {
     now.version = version;
     now.numel = handles[kParam]->numel();
     now.entries.take(objects.states[r]);
-    now.others = 0;
-    now.contiguous = handles[kGrad]->is_contiguous();
+    now.contiguous = true;
     size_t taken = 0;
-    for (int k = 0; k < kHandles; ++k) {
-      if (!handles[k] || k == kGrad) continue;
-      now.tensors[taken++].take(*handles[k]);
-      if (k != kParam) now.others |= 1u << k;
-      if (k < kOperands) now.contiguous = now.contiguous && handles[k]->is_contiguous();
-    }
+    objects.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
+      if (k != kGrad) now.tensors[taken++].take(t);
+      if (k < kOperands) now.contiguous = now.contiguous && t.is_contiguous();
+    });
     now.grad_keys = handles[kGrad]->key_set();
     now.grad_dtype = handles[kGrad]->dtype();
   }
@@ -159,7 +156,7 @@ class Witnesses {
     const TensorWitness* expected = was.tensors.data();
     if (!expected->holds(param) || param.numel() != was.numel) return false;
     if (was.contiguous ? !param.is_contiguous() : !param.is_non_overlapping_and_dense()) return false;
-    for (unsigned rest = was.others; rest; rest &= rest - 1) {
+    for (unsigned rest = objects.present[r] & ~(1u << kParam | 1u << kGrad); rest; rest &= rest - 1) {
       const int k = std::countr_zero(rest);
       const at::Tensor& t = *handles[k];
       if (!(++expected)->holds(t)) return false;
@@ -184,15 +181,22 @@ class Witnesses {
     PyTypeObject* type = nullptr;
     int64_t version = 0, numel = 0;
     DictWitness entries;
-    unsigned others = 0;      // handles beside parameter and gradient, as a mask
     bool contiguous = false;  // all operands are; else they have the parameter's strides
     c10::DispatchKeySet grad_keys;
     caffe2::TypeMeta grad_dtype;
-    std::array<TensorWitness, kHandles> tensors;  // of the parameter, then of `others` in their order
+    std::array<TensorWitness, kHandles> tensors;  // of the handles that there are, in order, but for the gradient
   };
 
-  static bool lies_as(const RowWitness& was, const at::Tensor& t, const at::Tensor& param) {
-    return t.sizes() == param.sizes() && (was.contiguous ? t.is_contiguous() : t.strides() == param.strides());
+  static GENOPT_INLINE bool lies_as(const RowWitness& was, const at::Tensor& t, const at::Tensor& param) {
+    return equal(t.sizes(), param.sizes()) &&
+           (was.contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
+  }
+  // Without a call, for a few dimensions.
+  static GENOPT_INLINE bool equal(at::IntArrayRef a, at::IntArrayRef b) {
+    if (a.size() != b.size()) return false;
+    for (size_t d = 0; d < a.size(); ++d)
+      if (a[d] != b[d]) return false;
+    return true;
   }
 
   std::vector<RowWitness> rows_;
