@@ -181,6 +181,7 @@ def change_data(world, draw):
             lambda: t.data.reshape(-1),
             lambda: t.data[:1],
             lambda: t.data.new_empty(0),
+            lambda: t.data.view({4: torch.int32, 2: torch.int16, 1: torch.bool}[t.element_size()]),
         ]
     )()
 
@@ -335,6 +336,23 @@ def assert_same_world(a, b):
     assert a.kept is None or torch.equal(bytes_of(a.kept), bytes_of(b.kept))
 
 
+def assert_alike(case, kept, actions):
+    told, forgetful = World(case, kept, forgets=False), World(case, kept, forgets=True)
+    for name, seed in [("step", 0), ("step", 0), *(each for action in actions for each in (action, ("step", 0)))]:
+        told.act(name, seed)
+        forgetful.act(name, seed)
+        assert told.outcome == forgetful.outcome
+    assert_same_world(told, forgetful)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(ACTIONS))
+def test_each_action_alone(name):
+    kept = sorted(KEPT)
+    for seed in range(40):
+        assert_alike(STATEFUL[seed % len(STATEFUL)], kept[seed % len(kept)], [(name, seed), ("backward", seed)])
+
+
 @pytest.mark.filterwarnings("ignore")
 @settings(deadline=None, max_examples=int(os.environ.get("GENOPT_WITNESS_EXAMPLES", 300)))
 @given(
@@ -343,9 +361,4 @@ def assert_same_world(a, b):
     st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 2**16)), min_size=1, max_size=6),
 )
 def test_whatever_was_done_between_two_steps(case, kept, actions):
-    told, forgetful = World(case, kept, forgets=False), World(case, kept, forgets=True)
-    for name, seed in [("step", 0), ("step", 0), *(each for action in actions for each in (action, ("step", 0)))]:
-        told.act(name, seed)
-        forgetful.act(name, seed)
-        assert told.outcome == forgetful.outcome
-    assert_same_world(told, forgetful)
+    assert_alike(case, kept, actions)
