@@ -82,7 +82,13 @@ class World:
             self.outcome.append(ACTIONS[name](self, draw))
         except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError, IndexError, AttributeError) as e:
             # A KeyError of torch's names an address, and which of two is named first goes by addresses.
-            text = "" if isinstance(e, KeyError) else "share memory" if re.search("shares? memory", str(e)) else str(e)
+            text = (
+                ""
+                if isinstance(e, KeyError)
+                else "share memory"
+                if re.search(r"shares? memory|overlaps=\[\(", str(e))
+                else str(e)
+            )
             self.outcome.append(f"{type(e).__name__}: {text}")
 
     def step(self, take=lambda opt: opt.step()):
