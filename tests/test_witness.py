@@ -20,6 +20,8 @@ from genopt_ext.overlap import has_memory, is_backed
 
 pytestmark = pytest.mark.skipif(NATIVE != "cpu" or DEVICE != "cpu" or EMULATED, reason="frees memory on the CPU")
 
+EXAMPLES = os.environ.get("GENOPT_WITNESS_EXAMPLES")  # random sequences, for a longer search
+
 SHAPES = [(3,), (2, 8), (2, 8), (), (4, 4), (300,), (2, 3, 4, 4)]
 
 # How rows are kept: dtype and options.
@@ -360,7 +362,7 @@ def test_each_action_alone(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(deadline=None, max_examples=int(os.environ.get("GENOPT_WITNESS_EXAMPLES", 300)))
+@settings(deadline=None, max_examples=int(EXAMPLES or 300), derandomize=not EXAMPLES)
 @given(
     st.sampled_from(STATEFUL),
     st.sampled_from(sorted(KEPT)),
