@@ -35,6 +35,11 @@ class Overlaps {
     recheck_ |= moved_ || grads_moved_;  // should check() not be reached
   }
 
+  // Of a row that may be another by the time it is noted again: what the others were compared with since was not this.
+  void forget(size_t r) {
+    fingerprints_[r] = 0;
+  }
+
   // Once all active rows are noted.
   void check(const std::vector<Row>& rows, const Objects& objects, Refusal& refusal) {
     // With unsupported rows too: their state must not be made for a step that will be refused.

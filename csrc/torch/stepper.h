@@ -109,11 +109,12 @@ class Stepper {
           !watched && witnesses_.holds(r, version, objects_) && reader_.renew(r, row, witnesses_, objects_);
       if (!holds) {
         witnesses_.drop(r);
-        if (!reader_.read(r, row, groups_, states_, objects_)) {
+        if (!reader_.read(r, row, groups_, states_, objects_))
           refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
+        if (!row.active) {
+          overlaps_.forget(r);
           continue;
         }
-        if (!row.active) continue;
         objects_.note_present(r);
         hints_.note(r, objects_, reader_.owners());
         if (!row.only_average && !plan_.control.only_measure) witnesses_.take(r, row, version, objects_);
