@@ -31,6 +31,11 @@ def is_backed(t: Tensor) -> bool:
     return (t.storage_offset() + last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 
+def can_meet(t: Tensor) -> bool:
+    """Whether other tensors may share a tensor's memory: it is where its address says, and there."""
+    return has_memory(t) and is_backed(t)
+
+
 def _ends(t: Tensor) -> tuple[int, int]:
     """The bytes that a tensor's elements lie in, as addresses: [first, last)."""
     reach = [stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True)]

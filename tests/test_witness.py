@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 
 import genopt_ext
 from genopt_ext import _backend
-from genopt_ext.overlap import has_memory, is_backed
+from genopt_ext.overlap import can_meet, is_backed
 
 pytestmark = pytest.mark.skipif(NATIVE != "cpu" or DEVICE != "cpu" or EMULATED, reason="frees memory on the CPU")
 
@@ -33,7 +33,6 @@ KEPT = {
     "kahan": (torch.bfloat16, dict(param_rounding="kahan")),
     "master": (torch.bfloat16, dict(master_weights=True)),
 }
-
 
 # Actions that read all of a tensor.
 READING = {
@@ -84,14 +83,11 @@ class World:
         try:
             self.outcome.append(ACTIONS[name](self, draw))
         except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError, IndexError, AttributeError) as e:
-            # A KeyError of torch's names an address, and which of two is named first goes by addresses.
-            text = (
-                ""
-                if isinstance(e, KeyError)
-                else "share memory"
-                if re.search(r"shares? memory|overlaps=\[\(", str(e))
-                else str(e)
-            )
+            text = str(e)
+            if isinstance(e, KeyError):
+                text = ""  # torch's names an address
+            if re.search(r"shares? memory|overlaps=\[\(", text):
+                text = "share memory"  # which of two is named first goes by addresses
             self.outcome.append(f"{type(e).__name__}: {text}")
 
     def step(self, take=lambda opt: opt.step()):
@@ -339,7 +335,7 @@ def assert_same_world(a, b):
         of_both = (p, p.grad, *a.tensors(p)), (q, q.grad, *b.tensors(q))
         for x, y in zip(*of_both, strict=True):
             assert (x is None) == (y is None)
-            if x is not None and has_memory(x) and is_backed(x):
+            if x is not None and can_meet(x):
                 assert (x.dtype, x.shape, x._version) == (y.dtype, y.shape, y._version)
                 assert torch.equal(bytes_of(x), bytes_of(y))
     assert a.kept is None or torch.equal(bytes_of(a.kept), bytes_of(b.kept))

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "groups.h"
+#include "layouts.h"
 #include "numbers.h"
 #include "state_dicts.h"
 #include "state_keys.h"
@@ -310,27 +311,6 @@ class RowReader {
   // A GPU has no access to an address that is no multiple of the element's size.
   static bool is_aligned(const Row& row, int operand) {
     return row.device == kHost || reinterpret_cast<uintptr_t>(row.data[operand]) % size_of(row.dtype[operand]) == 0;
-  }
-
-  static Layout layout_of(const Handles& handles) {
-    const bool complex = handles[kParam]->is_complex();
-    std::array<std::vector<int64_t>, kOperands> strides;
-    std::array<const int64_t*, kOperands> pointers{};
-    for (int k = 0; k < kOperands; ++k) {
-      if (!handles[k]) continue;
-      strides[k] = real_view(handles[k]->strides(), complex, 2, 1);
-      pointers[k] = strides[k].data();
-    }
-    return make_layout(real_view(handles[kParam]->sizes(), complex, 1, 2), pointers);
-  }
-
-  // A complex tensor is a real one with a last dimension of 2.
-  static std::vector<int64_t> real_view(at::IntArrayRef dims, bool complex, int64_t factor, int64_t last) {
-    std::vector<int64_t> result(dims.begin(), dims.end());
-    if (!complex) return result;
-    for (int64_t& each : result) each *= factor;
-    result.push_back(last);
-    return result;
   }
 
   static constexpr unsigned kStates = (1u << kMaxStates) - 1;  // a rule's own, in Row::used

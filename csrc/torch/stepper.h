@@ -178,7 +178,7 @@ class Stepper {
   Plan plan_;
   CudaDevices cuda_;
   bool busy_ = false;
-  std::array<bool, 3> read_under_{};  // what the last step was read under
+  std::array<bool, 3> read_under_{};  // of the last step: gradients are written, are given, inference mode is on
   Objects objects_;
   Groups groups_;
   StateDicts states_;

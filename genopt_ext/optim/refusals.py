@@ -159,15 +159,10 @@ def find_overlaps(step: Step, rows: Sequence[int]) -> tuple[Pairs, Pairs]:
     owned: list[Tensor] = []
     owners: list[int] = []
     for r, (_, _, p) in enumerate(step.places):
-        own = [
-            t
-            for t in (p, *step.state_of(p).values())
-            if isinstance(t, Tensor) and overlap.has_memory(t) and overlap.is_backed(t)
-        ]
+        own = [t for t in (p, *step.state_of(p).values()) if isinstance(t, Tensor) and overlap.can_meet(t)]
         owned += own
         owners += [r] * len(own)
-    gradients = [(r, step.gradient(step.places[r][2])) for r in rows]
-    grads = [(r, g) for r, g in gradients if g is not None and overlap.has_memory(g) and overlap.is_backed(g)]
+    grads = [(r, g) for r in rows if (g := step.gradient(step.places[r][2])) is not None and overlap.can_meet(g)]
     overlaps, of_gradients = [], []
     for a, b in overlap.pairs([*owned, *(g for _, g in grads)]):
         if b < len(owned):
