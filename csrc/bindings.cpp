@@ -61,6 +61,13 @@ StepArguments arguments_of(const py::kwargs& given) {
   return arguments;
 }
 
+py::tuple problems_of(const Unsupported& row) {
+  py::list problems;
+  for (const auto& [operand, reason] : row.problems)
+    problems.append(py::make_tuple(py::handle(operand), kReasonNames[static_cast<int>(reason)]));
+  return problems;
+}
+
 // None, or why the step was not taken. Throws pybind11's form of a Python error that the stepper met.
 py::object step(Stepper& stepper, const py::object& param_groups, const py::object& state, std::vector<int64_t> skipped,
                 const py::kwargs& given) {
@@ -74,11 +81,12 @@ py::object step(Stepper& stepper, const py::object& param_groups, const py::obje
   }
   if (!refusal) return py::none();
   py::dict rows;
+  const Unsupported* last = nullptr;
+  py::tuple problems;  // one object for rows in turn that have the same, as at a first step all have
   for (const Unsupported& each : refusal->rows) {
-    py::list problems;
-    for (const auto& [operand, reason] : each.problems)
-      problems.append(py::make_tuple(py::handle(operand), kReasonNames[static_cast<int>(reason)]));
+    if (!last || last->problems != each.problems) problems = problems_of(each);
     rows[py::int_(each.row)] = problems;
+    last = &each;
   }
   using namespace py::literals;
   return py::dict("rows"_a = rows, "groups"_a = refusal->groups, "overlaps"_a = refusal->overlaps,

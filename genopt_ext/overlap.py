@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import tracing
+
 _WORK = 10_000  # steps of one search; where they do not suffice, tensors count as sharing memory
 
 # A whole number from the second to the third, times a stride in bytes above 0.
@@ -19,7 +21,7 @@ _Term = tuple[int, int, int]
 
 def has_memory(t: Tensor) -> bool:
     """Whether a tensor's elements are where its address and strides say."""
-    plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and not (t.is_meta or t.is_nested)
+    plain = type(t) in tracing.PLAIN and t.layout == torch.strided and not (t.is_meta or t.is_nested)
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
@@ -27,7 +29,9 @@ def is_backed(t: Tensor) -> bool:
     """Whether a tensor's storage, where it has one, holds all of its elements: it may have been resized since."""
     if not has_memory(t) or t.numel() == 0:
         return True
-    last = sum(stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True))
+    last = t.numel() - 1
+    if not t.is_contiguous():
+        last = sum(stride * (size - 1) for size, stride in zip(t.shape, t.stride(), strict=True))
     return (t.storage_offset() + last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 

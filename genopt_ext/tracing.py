@@ -18,6 +18,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+PLAIN = (Tensor, torch.nn.Parameter)  # types without a dispatch of their own
+
 Number = float | Tensor  # a tensor is 0-dim, and where it is not known yet, of float64
 
 
@@ -38,9 +40,14 @@ def opaque(function: F) -> F:
 
 def _is_traced() -> bool:
     keys = torch._C._TorchDispatchModeKey
-    modes = [torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)]
-    modes += [torch._ops._get_dispatch_mode_pre_dispatch(key) for key in (keys.PROXY, keys.FUNCTIONAL)]
-    return any(mode is not None for mode in modes)
+    if torch._C._len_torch_dispatch_stack() > 0:  # mostly there is no mode, and each look-up takes time
+        for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL):
+            if torch._C._get_dispatch_mode(key) is not None:
+                return True
+    for key in (keys.PROXY, keys.FUNCTIONAL):
+        if torch._ops._get_dispatch_mode_pre_dispatch(key) is not None:
+            return True
+    return False
 
 
 def _is_imitation(t: Tensor) -> bool:
@@ -59,4 +66,4 @@ def number(t: Tensor) -> Number:
 
 def is_subclass(t: Tensor) -> bool:
     """Whether a tensor has, or may have, a dispatch of its own, as DTensor."""
-    return type(t) not in (Tensor, torch.nn.Parameter) and not _is_imitation(t)
+    return type(t) not in PLAIN and not _is_imitation(t)

@@ -48,6 +48,8 @@ static_assert(sizeof kReasonNames / sizeof *kReasonNames == static_cast<int>(Rea
 struct Problem {
   PyObject* operand;  // "parameter", "gradient", "state" or a key of the state dict; interned, never freed
   Reason reason;
+
+  bool operator==(const Problem&) const = default;
 };
 
 // A row that the kernels can not take as it is: all that can be mended, or the one thing that can not.

@@ -7,7 +7,7 @@ and lists only these parameters; the others have been stepped before, by kernels
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,14 @@ def serves(rule: Rule, group: Group, g: Tensor | None) -> bool:
         return False
     sparse = rule.serves_sparse and g.layout == torch.sparse_coo
     return sparse or (bool(group.get("differentiable")) and g.layout == torch.strided)
+
+
+def find(step: Step, rows: Iterable[int]) -> dict[int, Place]:
+    """Those of ``rows`` that torch's code steps."""
+    if not (step.rule.serves_sparse or any(group.get("differentiable") for group in step.groups)):
+        return {}
+    places = {r: step.places[r] for r in rows}
+    return {r: place for r, place in places.items() if serves(step.rule, step.group(place), step.gradient(place[2]))}
 
 
 def check(step: Step, place: Place, g: Tensor, refuse: Refuse) -> None:
@@ -122,9 +130,9 @@ def to_dense(state: dict[str, Any]) -> None:
             state[name] = t.to_dense() + 0.0
 
 
-def take(step: Step, places: Sequence[Place]) -> None:
+def take(step: Step, places: Iterable[Place]) -> None:
     """One step of ``places`` by torch's code."""
-    made_later = step.rule.made_when_set
+    places, made_later = list(places), step.rule.made_when_set
     groups: dict[int, dict[str, Any]] = {}
     for i, _, p in places:
         # For-loops: others know neither autograd nor sparse gradients.

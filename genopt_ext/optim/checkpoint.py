@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from copy import deepcopy
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +16,7 @@ from .. import reference, tracing
 from ..reference.codecs import STEPPED
 from . import options, problems, refusals
 from . import state as states
-from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone
+from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone, is_step_count
 from .problems import Row
 from .step import describe
 
@@ -71,32 +70,51 @@ def with_step(entries: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any
     return kept, others
 
 
+class _Naming:
+    """Gives an error in what a checkpoint holds its place there, and the one type that such errors have."""
+
+    __slots__ = "refuse", "what"  # and no contextmanager: there is one for each parameter
+
+    def __init__(self, refuse: Callable[[str], NoReturn], what: Callable[[], str]) -> None:
+        self.refuse, self.what = refuse, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return
+        if isinstance(error, (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)):
+            self.refuse(f"{self.what()}: {type(error).__name__}: {error}")
+
+
+def _copied(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if t.dtype == dtype and t.device == device:
+        return t.clone()  # as below, in half the time
+    return t.detach().to(device=device, dtype=dtype, copy=True)
+
+
 class _Reader:
     """Makes state and groups of a checkpoint, and raises ValueError for what can not be those of ``optimizer``."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
-        self.where = f"{type(optimizer).__name__}.load_state_dict"
+        self.owner = type(optimizer).__name__
+        self.where = f"{self.owner}.load_state_dict"
 
     def refuse(self, problem: str, fix: str = _WHOLE) -> NoReturn:
         raise ValueError(f"{self.where}: {problem}; {fix}")
 
-    @contextmanager
-    def naming(self, what: str) -> Iterator[None]:
-        """Gives an error in what a checkpoint holds its place there, and the one type that such errors have."""
-        try:
-            yield
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-            self.refuse(f"{what}: {type(error).__name__}: {error}")
+    def naming(self, what: Callable[[], str]) -> _Naming:
+        return _Naming(self.refuse, what)
 
     def read(self, saved: Any) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         entries, saved_groups = self.parts(saved)
         groups = self.groups(saved_groups)
+        known = [self.known_names(group) for group in groups]
         places: dict[Hashable, tuple[int, int, Tensor]] = {}
         for i, (group, of_optimizer) in enumerate(zip(saved_groups, self.optimizer.param_groups, strict=True)):
-            with self.naming(f"group {i}: params"):
+            with self.naming(lambda: f"group {i}: params"):  # noqa: B023
                 for k, (key, p) in enumerate(zip(group["params"], of_optimizer["params"], strict=True)):
                     if places.setdefault(key, (i, k, p))[2] is not p:
                         self.refuse(f"group {i}: params has {key!r} twice, for two parameters of the optimizer")
@@ -105,7 +123,7 @@ class _Reader:
         for key, entry in entries.items():
             if key in places:
                 place = places[key]
-                state[place[2]] = self.entry(entry, place, groups[place[0]])
+                state[place[2]] = self.entry(entry, place, groups[place[0]], known[place[0]])
             elif by_name.get(str(key), key) != key:
                 self.refuse(f"state has the key {key!r}, and the groups' params {by_name[str(key)]!r}")
             else:  # as torch
@@ -139,7 +157,7 @@ class _Reader:
         own = self.optimizer.param_groups
         groups = []
         for i, group in enumerate(saved):
-            with self.naming(f"group {i}"):
+            with self.naming(lambda: f"group {i}"):  # noqa: B023
                 new = {key: deepcopy(value) for key, value in group.items() if key != "params"}
                 if isinstance(name := new.get("state_dtype"), str):
                     new["state_dtype"] = states.NAMED.get(name, name)
@@ -175,17 +193,29 @@ class _Reader:
             new.setdefault("rounding_seed", old["rounding_seed"])
         if absent := [name for name in self.optimizer.rule.ranges if name in old and name not in new]:
             self.refuse(f"group {i} has no '{absent[0]}'", f"add it, as {absent[0]}={old[absent[0]]!r}")
-        with self.naming(f"group {i}"):
+        with self.naming(lambda: f"group {i}"):
             options.check(f"{self.where}: group {i}", self.optimizer.rule.ranges, new)
         states.complete(new)
 
-    def entry(self, saved: Any, place: tuple[int, int, Tensor], group: dict[str, Any]) -> dict[Any, Any]:
+    def known_names(self, group: dict[str, Any]) -> frozenset[str]:
+        """What this package or torch keeps for a parameter of ``group``."""
+        names = self.optimizer.rule.state_names(group)
+        moments = (f"{name}{end}" for name in names for end in ("", "_codes", "_scales"))
+        return frozenset((*moments, "step", "ema", "master", "compensation"))
+
+    def entry(
+        self, saved: Any, place: tuple[int, int, Tensor], group: dict[str, Any], known: frozenset[str]
+    ) -> dict[Any, Any]:
         """The state of one parameter: copies on its device, stored as its group asks for it."""
-        owner, rule, p = type(self.optimizer).__name__, self.optimizer.rule, place[2]
-        what = describe(self.optimizer.param_groups, place)
+        owner, rule, p = self.owner, self.optimizer.rule, place[2]
+        name: Any = None  # of the state that is read
+
+        def what() -> str:
+            of_state = "" if name is None else f": state {name!r}"
+            return describe(self.optimizer.param_groups, place) + of_state
 
         def refuse(problem: str, fix: str) -> NoReturn:
-            self.refuse(f"{what}: {problem}", fix)
+            self.refuse(f"{describe(self.optimizer.param_groups, place)}: {problem}", fix)
 
         if not isinstance(saved, Mapping):
             refuse(f"its state is {type(saved).__name__}, expected dict", _WHOLE)
@@ -194,18 +224,15 @@ class _Reader:
                 f"its state has {sorted(map(str, saved))}, as bitsandbytes saves it, which is not read here",
                 "begin with new state",
             )
-        names = rule.state_names(group)
-        known = {f"{name}{end}" for name in names for end in ("", "_codes", "_scales")}
-        known |= {"step", "ema", "master", "compensation"}
         state: dict[Any, Any] = {}
-        for name, value in saved.items():
-            with self.naming(f"{what}: state {name!r}"):
+        with self.naming(what):
+            for name, value in saved.items():
                 if name in known and isinstance(value, Tensor):
                     self.check_storage_of(refuse, name, value, p)
                 state[name] = self.step(refuse, value, p, group) if name == "step" else self.copy(value, p, name)
-        if p.dtype not in STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
-            return state
-        with self.naming(what):
+            name = None
+            if p.dtype not in STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
+                return state
             row = Row(owner, rule, group, p, None, state)
             found = problems.find_in_state(row, only_averages=False)
             for name, reason in found:
@@ -221,9 +248,9 @@ class _Reader:
 
     def check_storage_of(self, refuse: Refuse, name: str, t: Tensor, p: Tensor) -> None:
         """Refuses what can not be copied into memory that a step could use."""
-        kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
         sparse = self.optimizer.rule.serves_sparse and t.layout == torch.sparse_coo
-        if kind != "torch.strided" and not sparse:
+        if (t.layout != torch.strided or t.is_nested or t.is_quantized) and not sparse:
+            kind = "nested" if t.is_nested else "quantized" if t.is_quantized else t.layout
             refuse(f"state '{name}' is {kind}, expected torch.strided", "replace it with a dense tensor")
         if t.is_meta and not p.is_meta:
             refuse(f"state '{name}' is on meta, where there are no numbers", _WHOLE)
@@ -231,7 +258,8 @@ class _Reader:
             refuse(
                 f"state '{name}' has shape {list(t.shape)}, expected {list(p.shape)}", "load a checkpoint of this model"
             )
-        if name != "step" and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):
+        subclasses = tracing.is_subclass(t) or tracing.is_subclass(p)
+        if name != "step" and subclasses and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):
             refuse(
                 f"state '{name}' is {type(t).__name__}, parameter is {type(p).__name__}",
                 "load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
@@ -242,12 +270,6 @@ class _Reader:
         on_device = bool(group.get("fused") or group.get("capturable"))
         if value is None:
             return None
-        # Here it may wait for a GPU, which a step does not.
-        if isinstance(value, Tensor) and value.numel() == 1 and tracing.has_number(value) and not value.is_complex():
-            count = value.detach().to("cpu", torch.float64)
-            if (reason := problems.of_step_count(count)) is not None:
-                row = Row(type(self.optimizer).__name__, self.optimizer.rule, group, p, None, {"step": count})
-                refuse(*refusals.words(row, "step", reason))
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
                 refuse(f"state 'step' is {value!r}, expected a number", _WHOLE)
@@ -256,17 +278,21 @@ class _Reader:
             )
         if value.numel() != 1 or value.is_complex():
             refuse(f"state 'step' is {value.dtype} of shape {list(value.shape)}, expected a number", _WHOLE)
+        # Here it may wait for a GPU, which a step does not; of the CPU's, ``entry`` finds it.
+        if not value.is_cpu and tracing.has_number(value) and not is_step_count(value.item()):
+            row = Row(self.owner, self.optimizer.rule, group, p, None, {"step": value})
+            refuse(*refusals.words(row, "step", "count"))
         # A half would stop counting.
         dtype = torch.float64 if value.dtype == torch.float64 and not on_device else torch.float32
-        return value.detach().to(device=p.device if on_device else value.device, dtype=dtype, copy=True)
+        return _copied(value, p.device if on_device else value.device, dtype)
 
     def copy(self, value: Any, p: Tensor, name: Any) -> Any:
         """Of what was saved for ``p``: on its device, in the dtype that it was saved with."""
-        if isinstance(value, Mapping):
-            return {key: self.copy(each, p, key) for key, each in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self.copy(each, p, None) for each in value)
         if not isinstance(value, Tensor):
+            if isinstance(value, Mapping):
+                return {key: self.copy(each, p, key) for key, each in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)(self.copy(each, p, None) for each in value)
             return value
         # As torchao's 8-bit and 4-bit state.
         if tracing.is_subclass(value) and type(value).dequantize is not Tensor.dequantize:
@@ -274,7 +300,7 @@ class _Reader:
         dtype = value.dtype
         if not (value.is_floating_point() or value.is_complex() or str(name).endswith(("_codes", "_scales"))):
             dtype = p.dtype if p.is_floating_point() else dtype
-        copied = value.detach().to(device=p.device, dtype=dtype, copy=True)
+        copied = _copied(value, p.device, dtype)
         if name == "momentum_buffer" and not (copied.is_sparse or reference.is_all_unset(copied)):
             copied += 0.0  # torch may leave -0.0, which says "not yet set" here
         return copied

@@ -7,8 +7,7 @@ A row is a parameter with its gradient and state. A problem is an operand and a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ MENDABLE = frozenset(("missing", "storage", "away"))
 OF_KERNELS = frozenset(("watched", "differentiable", "no kernel", "unaligned"))  # others may step the row
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """``is_sum``: the gradient was accumulated by this package; ``writes_gradient``: the step writes to it."""
 
     owner: str
@@ -99,17 +97,18 @@ def find_in_state(row: Row, only_averages: bool) -> Sequence[Problem]:
         if name in ("master", "compensation") and name not in further:
             if not only_averages:
                 found.append((name, "storage"))  # what another choice of storage has left behind
-        elif name in further or _stem(name) in own:
-            reason = _of_entry(row, name, t)
+        elif (stem := _stem(name)) in own or name in further:
+            reason = _of_entry(row, name, stem, t)
             if reason in MENDABLE:
                 found.append((name, reason))
             elif reason is not None:
                 return [(name, reason)]
-    absent = [name for name in own if name not in state and name + "_codes" not in state]
-    for name in own:
+    unnamed = [name for name in own if name not in state]
+    for name in unnamed:
         codes, scales = name + "_codes", name + "_scales"
-        if name not in state and (codes in state) != (scales in state):
+        if (codes in state) != (scales in state):
             return [(scales if codes in state else codes, "incomplete")]
+    absent = [name for name in unnamed if name + "_codes" not in state]
     if absent and len(absent) < len(own):
         return [(absent[0], "incomplete")]
     absent += [name for name in further if name not in own and name not in state]
@@ -120,9 +119,9 @@ def _stem(name: Any) -> str:
     return str(name).removesuffix("_codes").removesuffix("_scales")
 
 
-def _of_entry(row: Row, name: str, t: Any) -> str | None:
+def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
     """Of what the state has as ``name``, by that name's own form, whether or not it is the one that is wanted."""
-    p, stem = row.p, _stem(name)
+    p = row.p
     if not isinstance(t, Tensor):
         return "not a tensor"
     is_sparse = row.rule.serves_sparse and t.layout == torch.sparse_coo
@@ -135,8 +134,8 @@ def _of_entry(row: Row, name: str, t: Any) -> str | None:
         dtype, shape = form_of_codes(row, name)
         fits = t.dtype == dtype and not p.is_complex()
     else:
-        shape, fits = list(p.shape), t.dtype in STEPPED and t.is_complex() == p.is_complex()
-    if list(t.shape) != shape:
+        shape, fits = p.shape, t.dtype in STEPPED and t.is_complex() == p.is_complex()
+    if t.shape != shape:
         return "shape"
     if not fits:
         return "dtype"
@@ -145,11 +144,11 @@ def _of_entry(row: Row, name: str, t: Any) -> str | None:
     return None if states.is_as_asked(row.group, p, name, t) else "storage"
 
 
-def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, list[int]]:
+def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, torch.Size]:
     """The dtype and shape of a state's codes, or of their scales."""
     if name.endswith("_scales"):
-        return torch.float32, [-(-row.p.numel() // BLOCK)]
-    return torch.uint8 if _stem(name) in row.rule.squares else torch.int8, list(row.p.shape)
+        return torch.float32, torch.Size([-(-row.p.numel() // BLOCK)])
+    return torch.uint8 if _stem(name) in row.rule.squares else torch.int8, row.p.shape
 
 
 def of_step_count(step: Tensor) -> str | None:

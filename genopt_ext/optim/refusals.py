@@ -16,16 +16,19 @@ from .step import Place, Step
 Pairs = Sequence[tuple[int, int]]
 
 
-def find_mendable(step: Step, place: Place, found: Sequence[Problem]) -> Sequence[Problem]:
+def find_mendable(step: Step, place: Place, found: Sequence[Problem], is_torchs: bool) -> Sequence[Problem]:
     """What is to be mended before a row's step, of which the kernels ``found`` problems; raises for what can not be."""
+    of_kernels = found[0][1] in problems.OF_KERNELS
+    if not (of_kernels or is_torchs) and all(reason in problems.MENDABLE for _, reason in found):
+        return found  # as of a first step, where every parameter comes here
     row = step.row(place)
-    if of_kernels := found[0][1] in problems.OF_KERNELS:
+    if of_kernels:
         found = problems.find(row)
     where = f"{step.owner}.step: {step.describe(place)}"
     for operand, reason in found:
         if reason not in problems.MENDABLE:
             raise RuntimeError(f"{where}: {'; '.join(words(row, operand, reason))}")
-    if row.g is not None and row.is_torchs:
+    if row.g is not None and is_torchs:
 
         def refuse(problem: str, fix: str) -> None:
             raise RuntimeError(f"{where}: {problem}; {fix}")
@@ -133,8 +136,8 @@ def _of_codes(row: Row, operand: str, t: Any, reason: str) -> tuple[str, str]:
         return f"state '{operand}' is of codes of real numbers, and the parameter is {p.dtype}", fix
     if reason in ("incomplete", "not a tensor"):
         return f"its state has {sorted(map(str, row.state))}, and '{operand}' is {type(t).__name__}", fix
-    expected = problems.form_of_codes(row, operand)
-    return f"state '{operand}' is {t.dtype} of shape {list(t.shape)}, expected {expected[0]} of {expected[1]}", fix
+    dtype, shape = problems.form_of_codes(row, operand)
+    return f"state '{operand}' is {t.dtype} of shape {list(t.shape)}, expected {dtype} of {list(shape)}", fix
 
 
 def tell_reference(step: Step, place: Place) -> None:

@@ -27,11 +27,11 @@ def turns(step: Step, arguments: Collection[str]) -> list[set[int]]:
     Raises where a step that is asked for with ``arguments`` can not be taken in turns.
     """
     places = step.places
+    if len({id(p) for _, _, p in places}) == len(places):
+        return [set(range(len(places)))]
     listed: dict[Tensor, list[int]] = {}
     for r, (_, _, p) in enumerate(places):
         listed.setdefault(p, []).append(r)
-    if len(listed) == len(places):
-        return [set(range(len(places)))]
     found: list[set[int]] = [set()]
     for p, rows in listed.items():
         if len(rows) == 1 or step.gradient(p) is None:

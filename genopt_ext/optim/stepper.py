@@ -7,7 +7,7 @@ missing state, raises the error, or has the rows stepped by the reference (``apa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Container, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -240,10 +240,10 @@ class Stepper:
             states.complete(step.groups[i])
         turns = repeats.turns(step, arguments)
         refusals.refuse_overlaps(step, refusal.overlaps, refusal.grad_overlaps)
-        torchs = [r for r in rows if by_torch.serves(self.rule, step.group(places[r]), step.gradient(places[r][2]))]
-        mendable = {r: refusals.find_mendable(step, places[r], found) for r, found in refusal.rows.items()}
-        for r in torchs:
-            by_torch.check_step(step, places[r], arguments)
+        torchs = by_torch.find(step, rows)
+        mendable = {r: refusals.find_mendable(step, places[r], found, r in torchs) for r, found in refusal.rows.items()}
+        for place in torchs.values():
+            by_torch.check_step(step, place, arguments)
         if step.resolved == "reference":
             refusals.refuse_overlaps(step, *refusals.find_overlaps(step, rows))
         self._mend(step, mendable, torchs)
@@ -260,30 +260,40 @@ class Stepper:
             others = [r for r in range(len(places)) if r not in turn or r in torchs]
             self._step_made(step, only, [r for r in kernels if r in turn], arguments, others)
         if torchs:
-            by_torch.take(step, [places[r] for r in torchs])
+            by_torch.take(step, torchs.values())
         self._leave_gradients(left, arguments, step)
 
-    def _mend(self, step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Sequence[int]) -> None:
+    def _mend(self, step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Container[int]) -> None:
         """Gives rows the state that they lack, stored as their groups ask for it."""
-        at = {r: (step.group(step.places[r]), step.places[r][2]) for r in mendable}
-
-        def names(r: int, reason: str) -> list[str]:
-            found = [name for name, why in mendable[r] if why == reason]
-            return by_torch.to_make(self.rule, found) if r in torchs else found
-
-        missing = {r: lacking for r in mendable if (lacking := names(r, "missing"))}
-        away = [at[r][1] for r in mendable if names(r, "away")]
-        if missing or away:
+        missing, stored, away = states.Missing(), [], []
+        last: Sequence[Problem] = ()
+        lacking: list[str] = []
+        reasons: set[str] = set()
+        for r, found in mendable.items():
+            i, _, p = step.places[r]
+            if found is not last:  # most rows have what the last had
+                last, reasons = found, {reason for _, reason in found}
+                lacking = [name for name, reason in found if reason == "missing"]
+            if names := by_torch.to_make(self.rule, lacking) if r in torchs else lacking:
+                missing.add(step.groups[i], p, names)
+            if "storage" in reasons and r not in torchs:
+                stored.append((step.groups[i], p))
+            if "away" in reasons:
+                away.append(p)
+        if missing.params or away:
             states.refuse_capture(self.owner)
-        made = states.make_missing(self.owner, self.rule, [(*at[r], names) for r, names in missing.items()])
-        for r, state in zip(missing, made, strict=True):
-            step.state[at[r][1]].update(state)
-        for r, (group, p) in at.items():
-            if r in torchs:
-                continue
-            by_torch.to_dense(step.state_of(p))
-            if names(r, "storage"):
-                states.store_anew(self.owner, self.rule, group, p, step.state_of(p))
+        made = states.make_missing(self.owner, self.rule, missing)
+        for p, state in zip(missing.params, made, strict=True):
+            if p in step.state:
+                step.state[p].update(state)
+            else:
+                step.state[p] = state
+        if self.rule.serves_sparse:
+            for r in mendable:
+                if r not in torchs:
+                    by_torch.to_dense(step.state_of(step.places[r][2]))
+        for group, p in stored:
+            states.store_anew(self.owner, self.rule, group, p, step.state_of(p))
         for p in away:
             step.state[p]["step"] = step.state[p]["step"].to(p.device)
 
