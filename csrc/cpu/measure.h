@@ -8,16 +8,11 @@
 
 namespace genopt::GENOPT_CAPABILITY {
 
-// Joins the measures of `count` elements to the sums of their places in a tile, kTile of them in turn.
+// Joins the measures of `count` elements to the sums of their places in a tile, front to back: several tiles at a time
+// keep the sums longer in registers, and take an AMD Zen 4 twice as long, whose prefetching follows one stream.
 template <class M, class Codec>
 __attribute__((noinline)) void measure_direct(const typename Codec::Stored* x, int64_t count, double* sums) {
   const auto of = [](typename Codec::Stored each) { return M::of(Codec::template decode<double>(each)); };
-  for (; count >= 4 * kTile; count -= 4 * kTile, x += 4 * kTile) {
-#pragma GCC ivdep
-    for (int i = 0; i < kTile; ++i)
-      sums[i] = M::join(M::join(M::join(M::join(sums[i], of(x[i])), of(x[i + kTile])), of(x[i + 2 * kTile])),
-                        of(x[i + 3 * kTile]));
-  }
   for (; count > 0; count -= kTile, x += kTile) {
     const int here = static_cast<int>(std::min<int64_t>(kTile, count));
 #pragma GCC ivdep
