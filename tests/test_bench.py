@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -150,12 +151,13 @@ def test_limit_moves_the_bytes(case: Case) -> None:
 
 @pytest.mark.parametrize("fresh", (False, True))
 def test_every_loop_of_the_limit_leaves_numbers_as_they_are(fresh: bool) -> None:
+    from genopt_ext import _C
+
     kept = [torch.zeros(4096 + 16) if fresh else torch.randn(4096 + 16) for _ in range(3)]
     before = [t.clone() for t in kept]
     arrays = [(-(-t.data_ptr() // 64) * 64, written) for t, written in zip(kept, (True, False, True), strict=True)]
-    for prefetches in (False, True):
-        for non_temporal in (False, True):
-            native.MemoryLoop(arrays, 4096 * 4, 2, fresh, prefetches, non_temporal)()
+    for prefetches, non_temporal, capability in itertools.product((False, True), (False, True), _C.cpu_capabilities()):
+        native.MemoryLoop(arrays, 4096 * 4, 2, fresh, prefetches, non_temporal, capability)()
     native.MemoryLoop.fastest(arrays, 4096 * 4, 2, fresh)()
     assert all(torch.equal(t, old) for t, old in zip(kept, before, strict=True))
 
