@@ -234,6 +234,17 @@ def test_the_same_parameter_twice_beside_what_needs_it_once(option, kwargs, back
     assert_same_bits(p.grad, torch.ones(5))
 
 
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_the_same_parameter_twice_whose_average_alone_moves(backend):
+    p, other = parameters([(5,), (5,)])
+    opt = optim.SGD([dict(params=[p]), dict(params=[other])], lr=0.1, ema_decay=0.9, backend=backend)
+    opt.param_groups[1]["params"][0] = p  # by hand, which torch does not see
+    refused(opt, [p], "is the same parameter as group 1 parameter 0.*ema_decay.*list each parameter once")
+    opt.param_groups[1]["ema_decay"] = None
+    opt.step()  # there is one average, and nothing else to do
+    assert set(opt.state[p]) == {"ema"}
+
+
 def test_inference_tensors():
     with torch.inference_mode():
         p = torch.zeros(3)

@@ -34,12 +34,14 @@ def turns(step: Step, arguments: Collection[str]) -> list[set[int]]:
         listed.setdefault(p, []).append(r)
     found: list[set[int]] = [set()]
     for p, rows in listed.items():
-        if len(rows) == 1 or step.gradient(p) is None:
+        stepped = [r for r in rows if step.takes_part(places[r])]
+        if len(stepped) < 2:
             found[0].update(rows)
             continue
-        asked = [what for name, what in _NOT_SERVED.items() if name in arguments]
         # One step is one average.
-        asked += ["ema_decay" for r in rows if step.group(places[r]).get("ema_decay") is not None]
+        asked = ["ema_decay" for r in stepped if step.group(places[r]).get("ema_decay") is not None]
+        if step.gradient(p) is not None:
+            asked = [what for name, what in _NOT_SERVED.items() if name in arguments] + asked
         if asked:
             raise RuntimeError(
                 f"{step.owner}.step: {step.describe(places[rows[0]])} is the same parameter as "
