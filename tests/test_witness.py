@@ -43,6 +43,7 @@ READING = {
     "change_gradient",
     "load",
     "clip",
+    "accumulate",
     "zero_grad",
     "change_gradient_dtype",
     "lazy_clone",
@@ -322,6 +323,7 @@ ACTIONS = {
     "zero_grad": lambda world, draw: world.opt.zero_grad(set_to_none=draw.random() < 0.5),
     "step": lambda world, draw: world.step(),
     "step_and_zero_": lambda world, draw: world.step(lambda opt: opt.step_and_zero_()),
+    "accumulate": lambda world, draw: world.opt.accumulate(),
     "clip": lambda world, draw: str(genopt_ext.clip_grad_norm_(world.params, 0.5)),
 }  # fmt: skip
 
