@@ -25,6 +25,8 @@ EMULATED = bool(os.environ.get("GENOPT_TEST_CUDA_ON_CPU"))  # under sanitizers, 
 NATIVE = "cuda" if DEVICE == "cuda" or EMULATED else "cpu"  # the backend under test
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+SIXTEEN = (torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 255, 256, 257, 4096 + 3)
 SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 NAN, INF = float("nan"), float("inf")
@@ -96,6 +98,36 @@ CASES = [
     Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
 ]
 FIRST = {case.name: case for case in CASES}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How weights and state are stored: an optimizer's options, and the dtypes of parameters that they are for."""
+
+    name: str
+    options: dict[str, Any]
+    dtypes: tuple[torch.dtype, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+INT8 = dict(state_dtype=torch.int8, min_int8_size=1)
+STORAGE = [
+    Storage("plain", {}, (*DTYPES, torch.complex64)),
+    Storage("int8", INT8, NARROW),
+    Storage("float32 state", dict(state_dtype=torch.float32), SIXTEEN),
+    Storage("bfloat16 state", dict(state_dtype=torch.bfloat16), NARROW),
+    Storage("stochastic", dict(param_rounding="stochastic"), SIXTEEN),
+    Storage("kahan", dict(param_rounding="kahan"), SIXTEEN),
+    Storage("masters", dict(master_weights=True), SIXTEEN),
+    Storage("stochastic, int8", dict(param_rounding="stochastic", **INT8), SIXTEEN),
+    Storage("kahan, bfloat16 state", dict(param_rounding="kahan", state_dtype=torch.bfloat16), SIXTEEN),
+    Storage("masters, int8", dict(master_weights=True, **INT8), SIXTEEN),
+]
+STORED = {storage.name: storage for storage in STORAGE}
+# Each way with each of its dtypes.
+WAYS = [(storage, dtype) for storage in STORAGE for dtype in storage.dtypes]
 # One case per class and set of states, for tests about state rather than arithmetic.
 STATEFUL = [case for case in CASES if case.stateful]
 

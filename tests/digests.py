@@ -13,8 +13,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from cases import CASES, INF, NON_FINITE, SIZES, Case, by_states, in_turn, layouts, parameters, randn
-from low_precision import INT8, KEPT, SIXTEEN, WIDER, come_and_go, gradient
+from cases import CASES, INF, INT8, NON_FINITE, SIXTEEN, SIZES, Case, by_states, in_turn, layouts, parameters, randn
+from low_precision import KEPT, WIDER, come_and_go, gradient
 from torch import Tensor
 
 import genopt_ext

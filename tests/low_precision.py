@@ -39,9 +39,6 @@ SOME = [*STATEFUL, Case("SGD", dict(lr=0.1))]
 BLOCKS = [(n,) for n in (1, 255, 256, 257, 700)]
 
 TILE = 256
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-SIXTEEN = (torch.bfloat16, torch.float16)
-INT8 = dict(state_dtype=torch.int8, min_int8_size=1)
 WIDER = [dict(state_dtype=torch.float32), dict(state_dtype=torch.bfloat16)]
 SIGNED = ("exp_avg", "grad_avg", "momentum_buffer")
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
