@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "objects.h"
-#include "witness.h"
 
 namespace genopt {
 
@@ -18,72 +17,72 @@ class Hints {
     hints_.resize(rows);
   }
 
-  void note(size_t r, const Objects& objects) {
-    Hint* hint = hints_[r].data();
-    each_own(r, objects, [&](const at::Tensor& t) { *hint++ = hint_of(t); });
+  // `owners`: the Python objects of the handles.
+  void note(size_t r, const Objects& objects, const std::array<PyObject*, kHandles>& owners) {
+    RowHints& hints = hints_[r];
+    hints.count = 0;
+    objects.for_each_present(r, objects.handles[r], [&](int k, const at::Tensor& t) {
+      if (k != kGrad) hints.of[hints.count++] = hint_of(t, owners[k]);
+    });
   }
 
   // Prefetches what the rows after `r` will read, in the order in which one thing leads to the next.
   void prefetch(size_t r, const Objects& objects) const {
-    const size_t rows = objects.rows(), ahead = r + kAhead, near = r + kNear;
-    if (ahead < rows) {
-      fetch(objects.states[ahead], sizeof(PyDictObject));
-      fetch(objects.handles[ahead][kGrad], sizeof(at::Tensor));
-      const Hint* hint = hints_[ahead].data();
-      each_own(ahead, objects, [&](const at::Tensor& t) {
-        fetch(&t, sizeof(at::Tensor));
-        fetch(hint->impl, sizeof(c10::TensorImpl));
-        fetch(hint++->storage, kStorageBytes);
-      });
+    const size_t rows = objects.rows();
+    if (r + kAhead < rows) {
+      fetch(objects.states[r + kAhead], 64);
+      const RowHints& hints = hints_[r + kAhead];
+      for (int i = 0; i < hints.count; ++i) {
+        const Hint& hint = hints.of[i];
+        fetch(hint.object, 64);
+        fetch(hint.impl, sizeof(c10::TensorImpl));
+        fetch(hint.storage, 128);
+        fetch(hint.version, 16);
+      }
     }
     // The gradient is another tensor at every step: only the parameter leads to it.
-    if (near < rows) {
-      PyObject* const entries = objects.states[near];
-      if (!DictWitness::kHasVersions && entries && PyDict_Check(entries))
-        fetch(reinterpret_cast<PyDictObject*>(entries)->ma_keys, 192);
-      if (const c10::TensorImpl* grad = grad_of(near, objects)) fetch(grad, sizeof(c10::TensorImpl));
+    if (r + kNear < rows) {
+      PyObject* const entries = objects.states[r + kNear];
+      if (entries && PyDict_Check(entries)) fetch(reinterpret_cast<PyDictObject*>(entries)->ma_keys, 192);
+      if (const c10::TensorImpl* grad = grad_of(r + kNear, objects)) fetch(grad, sizeof(c10::TensorImpl));
     }
     if (r + kNext < rows)
       if (const c10::TensorImpl* grad = grad_of(r + kNext, objects))
-        fetch(grad->unsafe_storage().unsafeGetStorageImpl(), kStorageBytes);
+        fetch(grad->unsafe_storage().unsafeGetStorageImpl(), 128);
   }
 
   // Prefetches version counters of rows after `r`.
-  void prefetch_versions(size_t r, const Objects& objects) const {
-    if (r + kAhead >= objects.rows()) return;
-    const Hint* hint = hints_[r + kAhead].data();
-    each_own(r + kAhead, objects, [&](const at::Tensor&) {
-      __builtin_prefetch(static_cast<const char*>(hint->impl) + kVersionOffset);
-      __builtin_prefetch(hint++->version, 1);
-    });
+  void prefetch_versions(size_t r) const {
+    if (r + kAhead >= hints_.size()) return;
+    const RowHints& hints = hints_[r + kAhead];
+    for (int i = 0; i < hints.count; ++i) {
+      __builtin_prefetch(static_cast<const char*>(hints.of[i].impl) + 40);  // where it points to its version
+      __builtin_prefetch(hints.of[i].version, 1);
+    }
   }
 
  private:
   struct Hint {
-    const void *impl, *storage, *version;
+    const void* object;
+    const void* impl;
+    const void* storage;
+    const void* version;
   };
-  static constexpr size_t kAhead = 12, kNear = 6, kNext = 3;     // rows
-  static constexpr int kStorageBytes = 64, kVersionOffset = 40;  // what is read of a StorageImpl, a TensorImpl
+  struct RowHints {
+    int count = 0;
+    std::array<Hint, kHandles> of;
+  };
+  static constexpr size_t kAhead = 12, kNear = 6, kNext = 3;  // rows
 
-  static Hint hint_of(const at::Tensor& t) {
+  static Hint hint_of(const at::Tensor& t, const void* object) {
     const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
     // VariableVersion is one pointer to a counter.
     const void* version = *reinterpret_cast<void* const*>(&impl->version_counter());
-    return {impl, impl->unsafe_storage().unsafeGetStorageImpl(), version};
-  }
-
-  // Visits all handles of a row but its gradient's.
-  template <class Visit>
-  static void each_own(size_t r, const Objects& objects, Visit visit) {
-    objects.for_each_present(r, objects.handles[r], [&](int k, const at::Tensor& t) {
-      if (k != kGrad) visit(t);
-    });
+    return {object, impl, impl->unsafe_storage().unsafeGetStorageImpl(), version};
   }
 
   static void fetch(const void* address, int bytes) {
-    const char* const first = static_cast<const char*>(address);
-    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
-    __builtin_prefetch(first + bytes - 1);  // it may begin within a line
+    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte);
   }
 
   static const c10::TensorImpl* grad_of(size_t r, const Objects& objects) {
@@ -92,7 +91,7 @@ class Hints {
     return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
   }
 
-  std::vector<std::array<Hint, kHandles>> hints_;  // of a row's handles, but for its gradient's
+  std::vector<RowHints> hints_;
 };
 
 }  // namespace genopt

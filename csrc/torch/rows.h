@@ -64,6 +64,8 @@ class RowReader {
 
     Handles& handles = objects.handles[r];
     handles.fill(nullptr);
+    owners_.fill(nullptr);
+    owners_[kParam] = objects.params[r];
     handles[kParam] = &param;
     handles[kGrad] = grad;
     choose_storage(row, storage, param);
@@ -91,6 +93,10 @@ class RowReader {
   // Of the row that was read last, where read() was false.
   const std::vector<Problem>& problems() const {
     return problems_;
+  }
+  // The Python objects of the handles of the row that was read last.
+  const std::array<PyObject*, kHandles>& owners() const {
+    return owners_;
   }
 
  private:
@@ -202,6 +208,7 @@ class RowReader {
       }
     }
     handles[handle] = &t;
+    owners_[handle] = value;
     return true;
   }
 
@@ -313,6 +320,7 @@ class RowReader {
   const bool serves_host_, serves_devices_;
   bool watched_ = false, writes_gradients_ = false;
   std::deque<Layout> layouts_;  // of the rows of this step
+  std::array<PyObject*, kHandles> owners_{};
   std::vector<Problem> problems_;
   // Interned and never freed.
   PyObject *const parameter_ = PyUnicode_InternFromString("parameter"),

@@ -106,17 +106,17 @@ class Stepper {
       if (skip[r]) continue;
       const int64_t version = groups_.version(row.group);
       const bool holds =
-          !watched && witnesses_.holds(r, row, version, objects_) && reader_.renew(r, row, witnesses_, objects_);
+          !watched && witnesses_.holds(r, version, objects_) && reader_.renew(r, row, witnesses_, objects_);
       if (!holds) {
         witnesses_.drop(r);
         if (!reader_.read(r, row, groups_, states_, objects_))
           refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
-        objects_.note_present(r);
         if (!row.active) {
           overlaps_.forget(r);
           continue;
         }
-        hints_.note(r, objects_);
+        objects_.note_present(r);
+        hints_.note(r, objects_, reader_.owners());
         if (!row.only_average && !plan_.control.only_measure) witnesses_.take(r, row, version, objects_);
       }
       if (!row.active) continue;
@@ -161,7 +161,7 @@ class Stepper {
   void bump_versions(const std::vector<Handles>& handles) const {
     const Control& control = plan_.control;
     for (size_t r = 0; r < objects_.rows(); ++r) {
-      hints_.prefetch_versions(r, objects_);
+      hints_.prefetch_versions(r);
       const Row& row = plan_.rows[r];
       if (!row.active) continue;
       const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;

@@ -73,6 +73,41 @@ class DictWitness {
   std::vector<Entry> entries_;
 };
 
+// Where a tensor's memory is and how its bytes are to be taken, but for its sizes and strides.
+class TensorWitness {
+ public:
+  void take(const at::Tensor& t) {
+    const c10::StorageImpl& storage = storage_of(t);
+    keys_ = t.key_set();
+    dtype_ = t.dtype();
+    memory_ = storage.data_ptr().get();
+    deleter_ = storage.data_ptr().get_deleter();
+    bytes_ = storage.nbytes();
+    offset_ = t.storage_offset();
+  }
+
+  GENOPT_INLINE bool holds(const at::Tensor& t) const {
+    if (t.key_set() != keys_) return false;  // first: other kinds may have no storage to look at
+    const c10::StorageImpl& storage = storage_of(t);
+    return storage.data_ptr().get() == memory_ && t.dtype() == dtype_ && t.storage_offset() == offset_ &&
+           storage.data_ptr().get_deleter() == deleter_ && storage.nbytes() == bytes_;
+  }
+
+ private:
+  static const c10::StorageImpl& storage_of(const at::Tensor& t) {
+    return *t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  }
+
+  // Of its storage.
+  const void* memory_ = nullptr;
+  size_t bytes_ = 0;
+  c10::DeleterFnPtr deleter_ = nullptr;  // another one where the storage is to be copied when it is written
+
+  int64_t offset_ = 0;
+  c10::DispatchKeySet keys_;
+  caffe2::TypeMeta dtype_;
+};
+
 class Witnesses {
  public:
   void resize(size_t rows) {
@@ -86,19 +121,20 @@ class Witnesses {
     drop(r);
     // An object of another type may be freed with its type, and leave its address to anything. Where operands lie in
     // several orders, there is more to compare.
-    if (row.layout || row.numel == 0 || !THPVariable_CheckExact(objects.params[r])) return;
+    if (row.layout || !THPVariable_CheckExact(objects.params[r])) return;
     now.param = objects.params[r];
     now.type = Py_TYPE(now.param);
-    now.entries.take(objects.states[r]);
     now.version = version;
     now.numel = handles[kParam]->numel();
-    now.keys = handles[kParam]->key_set();
+    now.entries.take(objects.states[r]);
     now.contiguous = true;
+    size_t taken = 0;
     objects.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
-      now.dtypes[k] = t.dtype();
+      if (k != kGrad) now.tensors[taken++].take(t);
       if (k < kOperands) now.contiguous = now.contiguous && t.is_contiguous();
     });
-    if (!holds(r, row, version, objects)) drop(r);
+    now.grad_keys = handles[kGrad]->key_set();
+    now.grad_dtype = handles[kGrad]->dtype();
   }
 
   void drop(size_t r) {
@@ -109,7 +145,7 @@ class Witnesses {
   }
 
   // Whether row `r`, but for its gradient, is what it was, so that what was read of it holds, handles included.
-  bool holds(size_t r, const Row& row, int64_t version, const Objects& objects) const {
+  bool holds(size_t r, int64_t version, const Objects& objects) const {
     const RowWitness& was = rows_[r];
     PyObject* const object = objects.params[r];
     if (object != was.param || Py_TYPE(object) != was.type || version != was.version ||
@@ -117,17 +153,17 @@ class Witnesses {
       return false;
     const Handles& handles = objects.handles[r];
     const at::Tensor& param = *handles[kParam];
-    if (!was.is_at(row.data[kParam], kParam, param, was.numel) || param.numel() != was.numel) return false;
+    const TensorWitness* expected = was.tensors.data();
+    if (!expected->holds(param) || param.numel() != was.numel) return false;
     if (was.contiguous ? !param.is_contiguous() : !param.is_non_overlapping_and_dense()) return false;
     for (unsigned rest = objects.present[r] & ~(1u << kParam | 1u << kGrad); rest; rest &= rest - 1) {
       const int k = std::countr_zero(rest);
       const at::Tensor& t = *handles[k];
-      const bool is_same = k < kOperands ? was.is_at(row.data[k], k, t, was.numel) && was.lies_as(t, param)
-                           : k == kStepHandle
-                               ? was.is_at(row.step, k, t, 1) && t.numel() == 1
-                               : was.is_at(row.scales[k - kFirstScales], k, t, tiles_of(was.numel)) && t.dim() == 1 &&
-                                     t.numel() == tiles_of(was.numel) && t.is_contiguous();
-      if (!is_same) return false;
+      if (!(++expected)->holds(t)) return false;
+      const bool lies = k < kOperands      ? lies_as(was, t, param)
+                        : k == kStepHandle ? t.numel() == 1
+                                           : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
+      if (!lies) return false;
     }
     return true;
   }
@@ -135,38 +171,26 @@ class Witnesses {
   // Of a row that holds: whether `grad` may stand where its last gradient did, at whatever address.
   bool takes(size_t r, const at::Tensor& grad, const at::Tensor& param) const {
     const RowWitness& was = rows_[r];
-    return was.is_kept_as(kGrad, grad) && was.lies_as(grad, param) && grad.device() == param.device();
+    return grad.key_set() == was.grad_keys && grad.dtype() == was.grad_dtype && lies_as(was, grad, param) &&
+           grad.device() == param.device();
   }
 
  private:
   struct RowWitness {
     PyObject* param = nullptr;  // null: there is none
     PyTypeObject* type = nullptr;
-    DictWitness entries;
     int64_t version = 0, numel = 0;
-    c10::DispatchKeySet keys;                       // of all tensors
-    std::array<caffe2::TypeMeta, kHandles> dtypes;  // by handle
-    bool contiguous = false;                        // all operands are; else they have the parameter's strides
-
-    // How a tensor's bytes are to be taken. Other kinds may have no storage to look at.
-    GENOPT_INLINE bool is_kept_as(int handle, const at::Tensor& t) const {
-      return t.key_set() == keys && t.dtype() == dtypes[handle];
-    }
-
-    // Whether a tensor without gaps has its `numel` elements where they were, in memory of its own.
-    GENOPT_INLINE bool is_at(const void* address, int handle, const at::Tensor& t, int64_t numel) const {
-      if (!is_kept_as(handle, t)) return false;
-      c10::StorageImpl& storage = *t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-      const size_t item = dtypes[handle].itemsize(), offset = t.storage_offset() * item;
-      return static_cast<char*>(storage.mutable_data()) + offset == address &&
-             offset + numel * item <= storage.nbytes();
-    }
-
-    GENOPT_INLINE bool lies_as(const at::Tensor& t, const at::Tensor& param) const {
-      return equal(t.sizes(), param.sizes()) && (contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
-    }
+    DictWitness entries;
+    bool contiguous = false;  // all operands are; else they have the parameter's strides
+    c10::DispatchKeySet grad_keys;
+    caffe2::TypeMeta grad_dtype;
+    std::array<TensorWitness, kHandles> tensors;  // of the handles that there are, in order, but for the gradient
   };
 
+  static GENOPT_INLINE bool lies_as(const RowWitness& was, const at::Tensor& t, const at::Tensor& param) {
+    return equal(t.sizes(), param.sizes()) &&
+           (was.contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
+  }
   // Without a call, for a few dimensions.
   static GENOPT_INLINE bool equal(at::IntArrayRef a, at::IntArrayRef b) {
     if (a.size() != b.size()) return false;
