@@ -53,11 +53,13 @@ RESIZING = {"resize_storage", "resize_and_back"}
 
 
 class World:
-    """An optimizer, and what is done to it, by one seed; ``forgets``: before each step, what was read."""
+    """An optimizer, and what is done to it, by one seed; ``forgets``: before each step, what was read; ``more``:
+    small parameters beside the others."""
 
-    def __init__(self, case, kept, forgets):
+    def __init__(self, case, kept, forgets, more=0):
         dtype, options = KEPT[kept]
-        params = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(SHAPES)]
+        shapes = SHAPES + [(2,)] * more
+        params = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(shapes)]
         self.opt = case.ours([{"params": params[:4]}, {"params": params[4:], "lr": 1e-2}], **options)
         self.spare = [torch.nn.Parameter(randn(shape, 9 + i, dtype)) for i, shape in enumerate(SHAPES)]
         self.forgets, self.outcome, self.steps = forgets, [], 0
@@ -343,8 +345,8 @@ def assert_same_world(a, b):
     assert a.kept is None or torch.equal(bytes_of(a.kept), bytes_of(b.kept))
 
 
-def assert_alike(case, kept, actions):
-    told, forgetful = World(case, kept, forgets=False), World(case, kept, forgets=True)
+def assert_alike(case, kept, actions, more=0):
+    told, forgetful = (World(case, kept, forgets, more) for forgets in (False, True))
     for name, seed in [("step", 0), ("step", 0), *(each for action in actions for each in (action, ("step", 0)))]:
         told.act(name, seed)
         forgetful.act(name, seed)
@@ -371,3 +373,16 @@ def test_each_action_alone(name):
 @example(ADAGRAD, "ema", [("exchange_entries", 137), ("share_entry", 137)])
 def test_whatever_was_done_between_two_steps(case, kept, actions):
     assert_alike(case, kept, actions)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kept", sorted(KEPT))
+def test_rows_that_several_threads_compare(kept):
+    draw = random.Random(kept)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # from a thousand rows each
+    try:
+        actions = [(name, draw.random()) for name in draw.sample(sorted(ACTIONS), 12)]
+        assert_alike(draw.choice(STATEFUL), kept, actions, more=2500)
+    finally:
+        torch.set_num_threads(threads)

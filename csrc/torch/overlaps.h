@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <vector>
 
 #include "../overlap.h"
@@ -21,18 +22,18 @@ class Overlaps {
     fingerprints_.resize(rows);
     grad_fingerprints_.resize(rows);
     writes_gradients_ = writes_gradients;
-    moved_ = recheck_;
+    moved_ = recheck_.load();
     grads_moved_ = false;
   }
 
-  // Notes where an active row's tensors are. `holds`: all but the gradient is where it was.
+  // Notes where an active row's tensors are. `holds`: all but the gradient is where it was. Several threads may note a
+  // row each.
   void note(size_t r, const Row& row, bool holds, const Objects& objects) {
     if (!holds) own_[r] = fingerprint(r, objects);
     const uint64_t now = writes_gradients_ ? mixed(own_[r], reinterpret_cast<uintptr_t>(row.data[kGrad])) : own_[r];
-    moved_ |= now != fingerprints_[r];
+    if (now != fingerprints_[r]) moved_ = recheck_ = true;  // should check() not be reached
     fingerprints_[r] = now;
-    grads_moved_ |= has_moved_grad(r, objects);
-    recheck_ |= moved_ || grads_moved_;  // should check() not be reached
+    if (has_moved_grad(r, objects)) grads_moved_ = recheck_ = true;
   }
 
   // Of a row that may be another by the time it is noted again: what the others were compared with since was not this.
@@ -174,8 +175,10 @@ class Overlaps {
 
   static constexpr uint64_t kSeedOfHash = 0x9e3779b97f4a7c15u;
 
-  bool writes_gradients_ = false, moved_ = false, grads_moved_ = false;  // in the step that is read now
-  bool recheck_ = false, gradients_overlap_ = false;
+  bool writes_gradients_ = false;                          // in the step that is read now
+  std::atomic<bool> moved_ = false, grads_moved_ = false;  // in it
+  std::atomic<bool> recheck_ = false;
+  bool gradients_overlap_ = false;
   Regions written_;                          // of the last check
   std::vector<uint64_t> own_;                // of rows but for their gradients
   std::vector<uint64_t> fingerprints_;       // of what rows wrote when they were last noted

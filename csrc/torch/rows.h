@@ -64,8 +64,6 @@ class RowReader {
 
     Handles& handles = objects.handles[r];
     handles.fill(nullptr);
-    owners_.fill(nullptr);
-    owners_[kParam] = objects.params[r];
     handles[kParam] = &param;
     handles[kGrad] = grad;
     choose_storage(row, storage, param);
@@ -76,7 +74,7 @@ class RowReader {
   }
 
   // Takes what may be another at each step of a row whose witness holds: its gradient and step count. False: it is to
-  // be read.
+  // be read. May be called as Witnesses::holds() where the gradients are the parameters' own.
   bool renew(size_t r, Row& row, const Witnesses& witnesses, Objects& objects) const {
     if (!objects.gives_tensor_or_none(r)) return false;
     const at::Tensor* const grad = objects.grad(r);
@@ -93,10 +91,6 @@ class RowReader {
   // Of the row that was read last, where read() was false.
   const std::vector<Problem>& problems() const {
     return problems_;
-  }
-  // The Python objects of the handles of the row that was read last.
-  const std::array<PyObject*, kHandles>& owners() const {
-    return owners_;
   }
 
  private:
@@ -208,7 +202,6 @@ class RowReader {
       }
     }
     handles[handle] = &t;
-    owners_[handle] = value;
     return true;
   }
 
@@ -320,7 +313,6 @@ class RowReader {
   const bool serves_host_, serves_devices_;
   bool watched_ = false, writes_gradients_ = false;
   std::deque<Layout> layouts_;  // of the rows of this step
-  std::array<PyObject*, kHandles> owners_{};
   std::vector<Problem> problems_;
   // Interned and never freed.
   PyObject *const parameter_ = PyUnicode_InternFromString("parameter"),

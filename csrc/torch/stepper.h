@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "../cpu/run.h"
-#include "hints.h"
+#include "../cpu/threads.h"
 #include "overlaps.h"
 #include "rows.h"
 #include "scope.h"
@@ -75,7 +75,7 @@ class Stepper {
       run(host_elements, held);
       write_host_tensors(tensors[i], plan_);
     }
-    bump_versions(held.handles.empty() ? objects_.handles : held.handles);
+    bump_versions(held);
     return std::nullopt;
   }
 
@@ -89,42 +89,64 @@ class Stepper {
   int64_t read_rows(bool watched, const std::vector<int64_t>& skipped, Refusal& refusal) {
     const size_t rows = objects_.rows();
     const bool writes_gradients = plan_.control.may_write_gradients();
-    std::vector<bool> skip(rows);
-    for (const int64_t row : skipped) skip.at(row) = true;
-    hints_.resize(rows);
+    settled_.assign(rows, false);
+    for (const int64_t row : skipped) settled_.at(row) = true;
     const std::array<bool, 3> now{writes_gradients, objects_.grads != nullptr, c10::InferenceMode::is_enabled()};
-    if (now != read_under_) witnesses_.drop_all();
+    if (now != read_under_ || watched) witnesses_.drop_all();
     read_under_ = now;
     reader_.begin(watched, writes_gradients);
     overlaps_.begin(rows, writes_gradients);
+    compare_rows();
     int64_t host_elements = 0;
     for (size_t r = 0; r < rows; ++r) {
-      hints_.prefetch(r, objects_);
       Row& row = plan_.rows[r];
-      row.active = false;
-      objects_.has_grad[r] = false;
-      if (skip[r]) continue;
-      const int64_t version = groups_.version(row.group);
-      const bool holds =
-          !watched && witnesses_.holds(r, version, objects_) && reader_.renew(r, row, witnesses_, objects_);
-      if (!holds) {
-        witnesses_.drop(r);
-        if (!reader_.read(r, row, groups_, states_, objects_))
-          refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
-        if (!row.active) {
-          overlaps_.forget(r);
-          continue;
-        }
-        objects_.note_present(r);
-        hints_.note(r, objects_, reader_.owners());
-        if (!row.only_average && !plan_.control.only_measure) witnesses_.take(r, row, version, objects_);
-      }
+      if (!settled_[r]) read_row(r, row, refusal);
       if (!row.active) continue;
-      if (!plan_.control.only_measure) overlaps_.note(r, row, holds, objects_);
       if (row.device == kHost) host_elements += row.numel;
       groups_.note_device(row);
     }
     return host_elements;
+  }
+
+  // Settles the rows that are as they were. Comparing waits for memory, which each thread does for itself.
+  void compare_rows() {
+    const int64_t rows = static_cast<int64_t>(objects_.rows());
+    const auto compare = [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        witnesses_.prefetch(r, objects_);
+        compare_row(r, plan_.rows[r]);
+      }
+    };
+    // Which type an object of a list has may be told by Python, on the thread that has the GIL.
+    cpu::in_parallel(rows, kRowsOfAThread, objects_.grads ? 1 : at::get_num_threads(), compare);
+  }
+
+  void compare_row(size_t r, Row& row) {
+    row.active = false;
+    objects_.has_grad[r] = false;
+    if (settled_[r] || !witnesses_.holds(r, groups_.version(row.group), objects_)) return;
+    try {
+      if (!reader_.renew(r, row, witnesses_, objects_)) return;
+      if (row.active && !plan_.control.only_measure) overlaps_.note(r, row, true, objects_);
+      settled_[r] = true;
+    } catch (...) {  // of a storage that gives no address: read_row() says so, on the caller's thread
+    }
+  }
+
+  void read_row(size_t r, Row& row, Refusal& refusal) {
+    row.active = false;
+    objects_.has_grad[r] = false;
+    witnesses_.drop(r);
+    if (!reader_.read(r, row, groups_, states_, objects_))
+      refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
+    if (!row.active) {
+      overlaps_.forget(r);
+      return;
+    }
+    objects_.note_present(r);
+    if (plan_.control.only_measure) return;
+    if (!row.only_average) witnesses_.take(r, row, groups_.version(row.group), objects_);
+    overlaps_.note(r, row, false, objects_);
   }
 
   // Tensors that live on while other Python threads work, and handles of these.
@@ -158,33 +180,44 @@ class Stepper {
   }
 
   // Autograd then knows that these changed; torch's own fused kernels leave this out.
-  void bump_versions(const std::vector<Handles>& handles) const {
-    const Control& control = plan_.control;
-    for (size_t r = 0; r < objects_.rows(); ++r) {
-      hints_.prefetch_versions(r);
-      const Row& row = plan_.rows[r];
-      if (!row.active) continue;
-      const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;
-      const bool zeroes = control.gradients == Gradients::kZeroed;
-      objects_.for_each_present(r, handles[r], [&](int k, const at::Tensor& t) {
-        const bool written = k == kGrad ? control.may_write_gradients() && (steps || zeroes)
-                                        : steps && !(k == kParam && row.only_average);
-        // Tensors made in inference mode have no version.
-        if (written && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-      });
-    }
+  void bump_versions(const Held& held) const {
+    const bool same = held.handles.empty();  // nobody has changed anything since rows were read
+    const auto bump = [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        if (same) witnesses_.prefetch_versions(r);
+        if (plan_.rows[r].active) bump_versions(r, same, (same ? objects_.handles : held.handles)[r]);
+      }
+    };
+    cpu::in_parallel(static_cast<int64_t>(objects_.rows()), kRowsOfAThread, at::get_num_threads(), bump);
   }
+
+  void bump_versions(size_t r, bool same, const Handles& handles) const {
+    const Control& control = plan_.control;
+    const Row& row = plan_.rows[r];
+    const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;
+    const bool zeroes = control.gradients == Gradients::kZeroed;
+    const bool writes_grad = control.may_write_gradients() && (steps || zeroes);
+    const bool done = same && steps && witnesses_.bump_versions(r);
+    if (done && !writes_grad) return;
+    objects_.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
+      const bool written = k == kGrad ? writes_grad : !done && steps && !(k == kParam && row.only_average);
+      // Tensors made in inference mode have no version.
+      if (written && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    });
+  }
+
+  static constexpr int64_t kRowsOfAThread = 1000;  // a thread needs some microseconds to begin
 
   Plan plan_;
   CudaDevices cuda_;
   bool busy_ = false;
   std::array<bool, 3> read_under_{};  // of the last step: gradients are written, are given, inference mode is on
+  std::vector<char> settled_;         // rows that are served elsewhere
   Objects objects_;
   Groups groups_;
   StateDicts states_;
   RowReader reader_;
   Witnesses witnesses_;
-  Hints hints_;
   Overlaps overlaps_;
 };
 

@@ -4,109 +4,17 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <array>
 #include <bit>
 #include <vector>
 
+#include "dict_witness.h"
 #include "objects.h"
-#include "tensors.h"
 
 namespace genopt {
-
-// A dict's content at one time: its version, or its entries where this Python tells no version.
-class DictWitness {
- public:
-#ifdef GENOPT_NO_DICT_VERSIONS
-  static constexpr bool kHasVersions = false;
-#else
-  static constexpr bool kHasVersions = PY_VERSION_HEX < 0x030c0000;
-#endif
-
-  // dict: or null.
-  void take(PyObject* dict) {
-    dict_ = dict;
-    if constexpr (kHasVersions) {
-      version_ = dict ? version_of(dict) : 0;
-    } else {
-      entries_.clear();
-      each_entry(dict, [this](const Entry& entry) {
-        entries_.push_back(entry);
-        return true;
-      });
-    }
-  }
-
-  // Whether `dict` is the same, and holds the same objects.
-  bool holds(PyObject* dict) const {
-    if (dict != dict_ || !dict) return dict == dict_;
-    if constexpr (kHasVersions) return version_of(dict) == version_;
-    if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(entries_.size())) return false;
-    auto expected = entries_.begin();
-    return each_entry(dict, [&](const Entry& entry) { return entry == *expected++; });
-  }
-
- private:
-  // The type too: what was freed may have left its address to an object of another.
-  struct Entry {
-    PyObject *key, *value;
-    PyTypeObject* type;
-    bool operator==(const Entry&) const = default;
-  };
-
-  static uint64_t version_of(PyObject* dict) {
-    if constexpr (kHasVersions) return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-    return 0;
-  }
-
-  // False: visit() was false of an entry.
-  template <class Visit>
-  static bool each_entry(PyObject* dict, Visit visit) {
-    PyObject *key, *value;
-    for (Py_ssize_t position = 0; dict && PyDict_Next(dict, &position, &key, &value);)
-      if (!visit(Entry{key, value, Py_TYPE(value)})) return false;
-    return true;
-  }
-
-  PyObject* dict_ = nullptr;
-  uint64_t version_ = 0;
-  std::vector<Entry> entries_;
-};
-
-// Where a tensor's memory is and how its bytes are to be taken, but for its sizes and strides.
-class TensorWitness {
- public:
-  void take(const at::Tensor& t) {
-    const c10::StorageImpl& storage = storage_of(t);
-    keys_ = t.key_set();
-    dtype_ = t.dtype();
-    memory_ = storage.data_ptr().get();
-    deleter_ = storage.data_ptr().get_deleter();
-    bytes_ = storage.nbytes();
-    offset_ = t.storage_offset();
-  }
-
-  GENOPT_INLINE bool holds(const at::Tensor& t) const {
-    if (t.key_set() != keys_) return false;  // first: other kinds may have no storage to look at
-    const c10::StorageImpl& storage = storage_of(t);
-    return storage.data_ptr().get() == memory_ && t.dtype() == dtype_ && t.storage_offset() == offset_ &&
-           storage.data_ptr().get_deleter() == deleter_ && storage.nbytes() == bytes_;
-  }
-
- private:
-  static const c10::StorageImpl& storage_of(const at::Tensor& t) {
-    return *t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  }
-
-  // Of its storage.
-  const void* memory_ = nullptr;
-  size_t bytes_ = 0;
-  c10::DeleterFnPtr deleter_ = nullptr;  // another one where the storage is to be copied when it is written
-
-  int64_t offset_ = 0;
-  c10::DispatchKeySet keys_;
-  caffe2::TypeMeta dtype_;
-};
 
 class Witnesses {
  public:
@@ -121,20 +29,21 @@ class Witnesses {
     drop(r);
     // An object of another type may be freed with its type, and leave its address to anything. Where operands lie in
     // several orders, there is more to compare.
-    if (row.layout || !THPVariable_CheckExact(objects.params[r])) return;
+    if (row.layout || row.numel == 0 || !THPVariable_CheckExact(objects.params[r])) return;
     now.param = objects.params[r];
     now.type = Py_TYPE(now.param);
+    now.entries.take(objects.states[r]);
     now.version = version;
     now.numel = handles[kParam]->numel();
-    now.entries.take(objects.states[r]);
+    now.keys = handles[kParam]->key_set();
     now.contiguous = true;
-    size_t taken = 0;
+    now.count = 0;
     objects.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
-      if (k != kGrad) now.tensors[taken++].take(t);
+      now.dtypes[k] = t.dtype();
       if (k < kOperands) now.contiguous = now.contiguous && t.is_contiguous();
+      if (k != kGrad) now.places[now.count++] = Place(t);
     });
-    now.grad_keys = handles[kGrad]->key_set();
-    now.grad_dtype = handles[kGrad]->dtype();
+    if (!holds(r, version, objects)) drop(r);
   }
 
   void drop(size_t r) {
@@ -144,23 +53,24 @@ class Witnesses {
     for (RowWitness& row : rows_) row.param = nullptr;
   }
 
-  // Whether row `r`, but for its gradient, is what it was, so that what was read of it holds, handles included.
+  // Whether row `r`, but for its gradient, is what it was, so that what was read of it holds, handles included. Only
+  // follows pointers, and so may be called by any thread while one has the GIL.
   bool holds(size_t r, int64_t version, const Objects& objects) const {
     const RowWitness& was = rows_[r];
     PyObject* const object = objects.params[r];
     if (object != was.param || Py_TYPE(object) != was.type || version != was.version ||
         !was.entries.holds(objects.states[r]))
       return false;
-    const Handles& handles = objects.handles[r];
-    const at::Tensor& param = *handles[kParam];
-    const TensorWitness* expected = was.tensors.data();
-    if (!expected->holds(param) || param.numel() != was.numel) return false;
+    const Place* place = was.places.data();
+    const at::Tensor& param = *place->handle;
+    if (!was.is_at(*place, kParam) || param.numel() != was.numel) return false;
     if (was.contiguous ? !param.is_contiguous() : !param.is_non_overlapping_and_dense()) return false;
+    const at::IntArrayRef sizes = param.sizes();
     for (unsigned rest = objects.present[r] & ~(1u << kParam | 1u << kGrad); rest; rest &= rest - 1) {
       const int k = std::countr_zero(rest);
-      const at::Tensor& t = *handles[k];
-      if (!(++expected)->holds(t)) return false;
-      const bool lies = k < kOperands      ? lies_as(was, t, param)
+      if (!was.is_at(*++place, k)) return false;
+      const at::Tensor& t = *place->handle;
+      const bool lies = k < kOperands      ? was.lies_as(t, param, sizes)
                         : k == kStepHandle ? t.numel() == 1
                                            : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
       if (!lies) return false;
@@ -171,32 +81,137 @@ class Witnesses {
   // Of a row that holds: whether `grad` may stand where its last gradient did, at whatever address.
   bool takes(size_t r, const at::Tensor& grad, const at::Tensor& param) const {
     const RowWitness& was = rows_[r];
-    return grad.key_set() == was.grad_keys && grad.dtype() == was.grad_dtype && lies_as(was, grad, param) &&
-           grad.device() == param.device();
+    return was.is_kept_as(kGrad, grad) && was.lies_as(grad, param, param.sizes()) && grad.device() == param.device() &&
+           !is_lazy_copy(storage_of(grad));
+  }
+
+  // Of a row that was taken or holds in this step: bumps the versions of all its tensors but its gradient. False: there
+  // is no such witness.
+  bool bump_versions(size_t r) const {
+    const RowWitness& was = rows_[r];
+    if (!was.param) return false;
+    for (int i = 0; i < was.count; ++i) was.places[i].bump();
+    return true;
+  }
+
+  // Prefetches what holds() of the next row will read, and takes() of this one. What a witness names may be gone: it is
+  // prefetched, not followed.
+  void prefetch(size_t r, const Objects& objects) const {
+    if (r + 1 < rows_.size()) {
+      PyObject* const entries = objects.states[r + 1];
+      fetch(entries, sizeof(PyDictObject));
+      if (!DictWitness::kHasVersions && entries && PyDict_Check(entries))
+        fetch(reinterpret_cast<PyDictObject*>(entries)->ma_keys, 192);
+      const RowWitness& next = rows_[r + 1];
+      for (int i = 0; i < next.count; ++i) {
+        const Place& place = next.places[i];
+        fetch(place.handle, sizeof(at::Tensor));
+        fetch(place.impl, sizeof(c10::TensorImpl));
+        fetch(place.storage, 64);
+      }
+    }
+    // The gradient is another tensor at every step: only the parameter leads to it.
+    if (objects.grads || !THPVariable_CheckExact(objects.params[r])) return;
+    const at::Tensor& grad = THPVariable_Unpack(objects.params[r]).unsafeGetTensorImpl()->grad();
+    if (!grad.defined()) return;
+    fetch(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+    fetch(&storage_of(grad), 64);
+  }
+
+  // Prefetches what bump_versions() of the next row will write.
+  void prefetch_versions(size_t r) const {
+    if (r + 1 >= rows_.size()) return;
+    const RowWitness& next = rows_[r + 1];
+    for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.places[i].counter, 1);
   }
 
  private:
+  static const c10::StorageImpl& storage_of(const c10::TensorImpl& impl) {
+    return *impl.unsafe_storage().unsafeGetStorageImpl();
+  }
+  static const c10::StorageImpl& storage_of(const at::Tensor& t) {
+    return storage_of(*t.unsafeGetTensorImpl());
+  }
+  // Whether it is to be copied when it is written.
+  static bool is_lazy_copy(const c10::StorageImpl& storage) {
+    return storage.data_ptr().get_deleter() == c10::impl::cow::cow_deleter;
+  }
+
+  // Where the parts of a tensor are.
+  struct Place {
+    const at::Tensor* handle = nullptr;
+    const c10::TensorImpl* impl = nullptr;
+    const c10::StorageImpl* storage = nullptr;
+    void* counter = nullptr;  // of the tensor's version
+    const void* memory = nullptr;
+    int64_t offset = 0;  // in memory, in elements
+    size_t bytes = 0;    // of memory, to the last element
+
+    Place() = default;
+    explicit Place(const at::Tensor& t)
+        : handle(&t),
+          impl(t.unsafeGetTensorImpl()),
+          storage(&storage_of(t)),
+          counter(counter_of(*impl)),
+          memory(storage->data_ptr().get()),
+          offset(t.storage_offset()),
+          bytes((offset + t.numel()) * t.itemsize()) {  // there are no gaps
+    }
+
+    // Whether they are so still.
+    GENOPT_INLINE bool holds() const {
+      const c10::TensorImpl& now = *handle->unsafeGetTensorImpl();
+      return &storage_of(now) == storage && counter_of(now) == counter && storage->data_ptr().get() == memory &&
+             handle->storage_offset() == offset && bytes <= storage->nbytes() && !is_lazy_copy(*storage);
+    }
+
+    // Where it holds. Tensors made in inference mode have no version.
+    void bump() const {
+      if (counter) reinterpret_cast<c10::VariableVersion*>(const_cast<void**>(&counter))->bump();
+    }
+
+    // VariableVersion is one pointer to a counter.
+    static void* counter_of(const c10::TensorImpl& impl) {
+      static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+      return *reinterpret_cast<void* const*>(&impl.version_counter());
+    }
+  };
+
   struct RowWitness {
     PyObject* param = nullptr;  // null: there is none
     PyTypeObject* type = nullptr;
-    int64_t version = 0, numel = 0;
     DictWitness entries;
-    bool contiguous = false;  // all operands are; else they have the parameter's strides
-    c10::DispatchKeySet grad_keys;
-    caffe2::TypeMeta grad_dtype;
-    std::array<TensorWitness, kHandles> tensors;  // of the handles that there are, in order, but for the gradient
+    int64_t version = 0, numel = 0;
+    c10::DispatchKeySet keys;                       // of all tensors
+    std::array<caffe2::TypeMeta, kHandles> dtypes;  // by handle
+    bool contiguous = false;                        // all operands are; else they have the parameter's strides
+    int count = 0;                                  // of places
+    std::array<Place, kHandles> places;             // of the handles that there are, in order, but for the gradient
+
+    // How a tensor's bytes are to be taken. Other kinds may have no storage to look at.
+    GENOPT_INLINE bool is_kept_as(int handle, const at::Tensor& t) const {
+      return t.key_set() == keys && t.dtype() == dtypes[handle];
+    }
+    GENOPT_INLINE bool is_at(const Place& place, int handle) const {
+      return is_kept_as(handle, *place.handle) && place.holds();
+    }
+
+    // `sizes`: the parameter's.
+    GENOPT_INLINE bool lies_as(const at::Tensor& t, const at::Tensor& param, at::IntArrayRef sizes) const {
+      return equal(t.sizes(), sizes) && (contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
+    }
   };
 
-  static GENOPT_INLINE bool lies_as(const RowWitness& was, const at::Tensor& t, const at::Tensor& param) {
-    return equal(t.sizes(), param.sizes()) &&
-           (was.contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
-  }
   // Without a call, for a few dimensions.
   static GENOPT_INLINE bool equal(at::IntArrayRef a, at::IntArrayRef b) {
     if (a.size() != b.size()) return false;
     for (size_t d = 0; d < a.size(); ++d)
       if (a[d] != b[d]) return false;
     return true;
+  }
+
+  static void fetch(const void* address, int bytes) {
+    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte);
   }
 
   std::vector<RowWitness> rows_;
