@@ -1,0 +1,69 @@
+"""What is run: signatures, by what a row is made of, times shapes. Which kernel serves one the plan decides.
+
+A case is a line of key=value for launches.cpp. A new signature is one entry here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Tiles have 256 elements, spans of the norm 8192.
+SHAPES = {"whole": 4 * 256, "tail": 3 * 256 + 232, "small": 64}
+NORM_SHAPES = {"whole": 3 * 8192, "tail": 8192 + 1000, "small": 64}
+
+# Options in the order of the rule's kOptions.
+_ADAMW = "rule=adam options=1e-3,0.9,0.999,1e-8,0.01,0,0,1"
+_SGD = "rule=sgd options=1e-2,0.9,0,0.01,0,0"
+_RMSPROP = "rule=rmsprop options=1e-3,0.99,1e-8,0.01,0,0,0"
+_ADAGRAD = "rule=adagrad options=1e-2,0,1e-10,0.01,0"
+_LION = "rule=lion options=1e-4,0.9,0.99,0.01,0"
+_HALVES = "weights=bfloat16 gradient=bfloat16"
+
+SIGNATURES = {
+    "AdamW fp32": f"kind=step {_ADAMW}",
+    "AdamW bf16, fp32 state": f"kind=step {_ADAMW} {_HALVES}",
+    "AdamW bf16 stochastic, fp32 state": f"kind=step {_ADAMW} {_HALVES} unbiased=weights",
+    "AdamW bf16 with masters": f"kind=step {_ADAMW} {_HALVES} extra=master",
+    "AdamW all bf16": f"kind=step {_ADAMW} {_HALVES} states=bfloat16",
+    "AdamW all bf16, bf16 state by thresholds": f"kind=step {_ADAMW} {_HALVES} states=bfloat16 unbiased=states",
+    "AdamW fp32, int8 state": f"kind=step {_ADAMW} states=int8",
+    "AdamW bf16, int8 state": f"kind=step {_ADAMW} {_HALVES} states=int8",
+    "SGD momentum fp32": f"kind=step {_SGD}",
+    "RMSprop fp32": f"kind=step {_RMSPROP}",
+    "Adagrad fp32": f"kind=step {_ADAGRAD}",
+    "Lion fp32": f"kind=step {_LION}",
+    "norm fp32": f"kind=step measures=1 {_ADAMW}",
+    "quantize fp32 in blocks of 256": "kind=quantize",
+    "dequantize fp32 in blocks of 256": "kind=dequantize",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: str
+    line: str
+
+    def value(self, key: str) -> str | None:
+        return dict(word.split("=", 1) for word in self.line.split()).get(key)
+
+    @property
+    def source(self) -> str:
+        """Where its kernel is to be looked for first, below csrc."""
+        if self.value("measures"):
+            return "cuda/norm.cu"
+        rule = self.value("rule")
+        return f"cuda/{rule}.cu" if rule else "quant/cuda.cu"
+
+    @property
+    def operand(self) -> str:
+        """The tensor that every kernel of this kind reads: its first element's warp, or its last one's, is counted."""
+        return {"step": "gradient", "quantize": "numbers", "dequantize": "codes"}[self.value("kind") or ""]
+
+
+def all_cases() -> list[Case]:
+    made = []
+    for name, line in SIGNATURES.items():
+        shapes = NORM_SHAPES if "measures=1" in line else SHAPES
+        made += [Case(f"{name}, {shape}", shape, f"{line} numel={numel}") for shape, numel in shapes.items()]
+    return made

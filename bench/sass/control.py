@@ -1,0 +1,201 @@
+"""Branches, barriers, what lanes tell each other, special registers and memory."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from .disassembly import Instruction, UnknownInstruction
+from .integer import is_predicate
+from .warp import LANES, Array, Warp, opcode
+
+LANE = np.arange(LANES, dtype=np.uint32)
+
+
+# Nothing that one warp could see.
+@opcode("NOP", "YIELD", "NANOSLEEP", "ERRBAR", "CGAERRBAR")
+@opcode("MEMBAR", modifiers="SC ALL GPU SYS VC")
+@opcode("CCTL", modifiers="IVALL")
+def nothing(warp: Warp, ins: Instruction, active: Array) -> None:
+    pass
+
+
+@opcode("BSSY", modifiers="RECONVERGENT")
+def begin_region(warp: Warp, ins: Instruction, active: Array) -> None:
+    warp.barriers[ins.operands[0].text] = active.copy()
+
+
+@opcode("BSYNC", modifiers="RECONVERGENT")
+def end_region(warp: Warp, ins: Instruction, active: Array) -> None:
+    warp.wait(ins.operands[0].text, active)
+
+
+@opcode("WARPSYNC", modifiers="ALL")
+def meet(warp: Warp, ins: Instruction, active: Array) -> None:
+    if not ins.has("ALL"):
+        raise UnknownInstruction(ins.text)
+    warp.wait("all", active)
+
+
+@opcode("BRA", modifiers="DIV U")
+def branch(warp: Warp, ins: Instruction, active: Array) -> None:
+    *conditions, target = ins.operands
+    if ins.has("DIV"):  # taken unless all lanes in the mask are here
+        mask = warp.bits(conditions[0]) >> LANE & np.uint32(1) != 0
+        if not (mask & ~warp.exited & ~active).any():
+            return
+        conditions = []
+    for condition in conditions:
+        active = active & warp.predicate(condition)
+    warp.at[active] = warp.label(target)
+
+
+@opcode("EXIT")
+def leave(warp: Warp, ins: Instruction, active: Array) -> None:
+    warp.exit(active)
+
+
+@opcode("CALL", modifiers="REL NOINC")
+def call(warp: Warp, ins: Instruction, active: Array) -> None:
+    warp.at[active] = warp.label(ins.operands[-1])
+
+
+@opcode("RET", modifiers="REL NODEC")
+def come_back(warp: Warp, ins: Instruction, active: Array) -> None:
+    warp.at[active] = warp.bits(ins.operands[0])[active] // 16
+
+
+@opcode("S2R", "S2UR")
+def special(warp: Warp, ins: Instruction, active: Array) -> None:
+    to, source = ins.operands
+    values = {
+        "SR_TID.X": LANE + np.uint32(warp.first_thread),
+        "SR_CTAID.X": np.full(LANES, warp.block, np.uint32),
+        "SR_LANEID": LANE,
+        "SR_CgaCtaId": np.zeros(LANES, np.uint32),
+    }
+    if source.text not in values:
+        raise UnknownInstruction(ins.text)
+    warp.write(to, values[source.text], active)
+
+
+@opcode("CS2R", modifiers="32")
+def clear(warp: Warp, ins: Instruction, active: Array) -> None:
+    if ins.operands[1].text != "SRZ":
+        raise UnknownInstruction(ins.text)
+    for word in range(1 if ins.has("32") else 2):
+        warp.write(ins.operands[0], np.zeros(LANES, np.uint32), active, word)
+
+
+@opcode("LDC", "ULDC", modifiers="64 U8")
+def load_constant(warp: Warp, ins: Instruction, active: Array) -> None:
+    to, source = ins.operands
+    offsets = warp.address_of(source).astype(np.int64)
+    if ins.has("U8"):
+        words = warp.constant_words(offsets // 4 * 4)
+        warp.write(to, words >> (8 * (offsets % 4)).astype(np.uint32) & np.uint32(255), active)
+        return
+    for word in range(2 if ins.has("64") else 1):
+        warp.write(to, warp.constant_words(offsets + 4 * word), active, word)
+
+
+# Between lanes
+
+
+@opcode("VOTE", "VOTEU", modifiers="ANY ALL")
+def vote(warp: Warp, ins: Instruction, active: Array) -> None:
+    *to, condition = ins.operands
+    votes = warp.predicate(condition) & active
+    for operand in to:
+        if is_predicate(operand):
+            result = votes.any() if ins.has("ANY") else bool((votes == active).all())
+            warp.set_predicate(operand, np.full(LANES, result), active)
+        else:
+            warp.write(operand, np.full(LANES, int(np.packbits(votes, bitorder="little").view("<u4")[0])), active)
+
+
+@opcode("REDUX", modifiers="MAX MIN SUM OR S32")
+def reduce(warp: Warp, ins: Instruction, active: Array) -> None:
+    to, source = ins.operands
+    x = (warp.signed(source) if ins.has("S32") else warp.integer(source))[active].astype(np.int64)
+    operation = {"MAX": np.max, "MIN": np.min, "SUM": np.sum, "OR": np.bitwise_or.reduce}
+    kind = ins.modifiers[0] if ins.modifiers else "OR"
+    if kind not in operation:
+        raise UnknownInstruction(ins.text)
+    warp.write(to, np.full(LANES, int(operation[kind](x)) & 0xFFFFFFFF, np.uint32), active)
+
+
+@opcode("SHFL", modifiers="BFLY IDX UP DOWN")
+def shuffle(warp: Warp, ins: Instruction, active: Array) -> None:
+    tells, to, source, by, bounds = ins.operands
+    values, amount, bound = warp.bits(source), warp.bits(by) & np.uint32(31), warp.bits(bounds)
+    clamp, segment = bound & np.uint32(31), bound >> np.uint32(8) & np.uint32(31)
+    lowest, highest = LANE & segment, (LANE & segment) | (clamp & ~segment)
+    match ins.modifiers[0]:
+        case "UP":
+            lane = LANE.astype(np.int64) - amount
+            found = lane >= highest
+        case "DOWN":
+            lane = LANE.astype(np.int64) + amount
+            found = lane <= highest
+        case "BFLY":
+            lane = (LANE ^ amount).astype(np.int64)
+            found = lane <= highest
+        case _:
+            lane = (lowest | (amount & ~segment)).astype(np.int64)
+            found = lane <= highest
+    lane = np.where(found, lane, LANE)
+    if not active[lane[active]].all():
+        raise UnknownInstruction(f"a lane asks another one that is not here: {ins.text}")
+    warp.write(to, values[lane], active)
+    warp.set_predicate(tells, found, active)
+
+
+# Memory
+
+_SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+# How long a line may stay in which cache, and who has to see a store: one warp can not tell.
+_HINTS = "E EF EL LU NA EN STRONG WEAK GPU SYS SM CONSTANT LTC64B LTC128B LTC256B U"
+
+
+def size_of(ins: Instruction) -> int:
+    return next((_SIZES[each] for each in ins.modifiers if each in _SIZES), 4)
+
+
+@opcode("LDG", "LD", "LDS", modifiers=f"{_HINTS} {' '.join(_SIZES)}")
+def load(warp: Warp, ins: Instruction, active: Array) -> None:
+    to, source = ins.operands
+    size = size_of(ins)
+    found, warp.access = warp.memory.load(warp.address_of(source)[active], size, ins.opcode == "LDS")
+    words = np.zeros((LANES, max(size, 4)), np.uint8)
+    words[active, :size] = found
+    if ins.has("S8") or ins.has("S16"):
+        words[:, size:] = (words[:, size - 1 : size] >> 7) * np.uint8(255)
+    for word, values in enumerate(words.view("<u4").T):
+        warp.write(to, np.ascontiguousarray(values), active, word)
+
+
+@opcode("STG", "ST", "STS", modifiers=f"{_HINTS} {' '.join(_SIZES)}")
+def store(warp: Warp, ins: Instruction, active: Array) -> None:
+    to, source = ins.operands
+    size = size_of(ins)
+    values = np.stack([warp.bits(source, word) for word in range(max(size // 4, 1))], axis=1)
+    bytes_of = values.astype("<u4").view(np.uint8)[active, :size]
+    warp.access = warp.memory.store(warp.address_of(to)[active], bytes_of, ins.opcode == "STS")
+
+
+@opcode("ATOMG", modifiers="E ADD STRONG GPU")
+def atomic(warp: Warp, ins: Instruction, active: Array) -> None:
+    tells, to, address, source = ins.operands
+    if not ins.has("ADD") or not re.match(r"PU?T", tells.text):
+        raise UnknownInstruction(ins.text)
+    addresses, by = warp.address_of(address), warp.bits(source)
+    before = np.zeros(LANES, np.uint32)
+    for lane in np.flatnonzero(active):
+        here = addresses[lane : lane + 1]
+        found, _ = warp.memory.load(here, 4, False)
+        before[lane] = found.view("<u4")[0, 0]
+        after = np.array([[before[lane] + by[lane]]], "<u4")
+        warp.access = warp.memory.store(here, after.view(np.uint8), False)
+    warp.write(to, before, active)
