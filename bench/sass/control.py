@@ -73,6 +73,8 @@ def special(warp: Warp, ins: Instruction, active: Array) -> None:
         "SR_TID.X": LANE + np.uint32(warp.first_thread),
         "SR_CTAID.X": np.full(LANES, warp.block, np.uint32),
         "SR_LANEID": LANE,
+        "SR_EQMASK": np.uint32(1) << LANE,
+        "SR_LTMASK": (np.uint32(1) << LANE) - np.uint32(1),
         "SR_CgaCtaId": np.zeros(LANES, np.uint32),
     }
     if source.text not in values:

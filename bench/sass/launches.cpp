@@ -148,7 +148,7 @@ void fill(void* data, DType dtype, int64_t numel, const std::function<double()>&
   }
 }
 
-// One parameter and all that belongs to it, twice: for the launches and for the CPU kernels.
+// Parameters of one kind and all that belongs to them, twice: for the launches and for the CPU kernels.
 struct Step {
   Plan plan, twin;
   std::vector<std::pair<void*, std::vector<unsigned char>>> expected;  // where results lie, and what they have to be
@@ -160,6 +160,12 @@ struct Step {
     for (size_t i = 0; i < own.size(); ++i) options[i] = std::stod(own[i]);
     plan.groups = twin.groups = {options};
     plan.control.measure = plan.control.only_measure = given.integer("measures") != 0;
+    Random random;
+    for (int64_t r = 0; r < given.integer("rows", 1); ++r)
+      add_row(given, options, r ? " " + std::to_string(r) : "", random);
+  }
+
+  void add_row(const Case& given, const Options& options, const std::string& suffix, Random& random) {
     Row& row = plan.rows.emplace_back();
     row.numel = given.integer("numel");
     row.active = true;
@@ -169,15 +175,14 @@ struct Step {
     row.extra = extra == "master" ? Extra::kMaster : extra == "none" ? Extra::kNone : Extra::kCompensation;
     for (const std::string& which : given.list("unbiased"))
       row.unbiased |= which == "weights" ? 1u << kParam : (row.used & 7u) << kState;
-    fill_operands(row, given);
-    row.step = memory.allocate("step", sizeof(float));
+    fill_operands(row, given, suffix, random);
+    row.step = memory.allocate("step" + suffix, sizeof(float));
     *static_cast<float*>(row.step) = 999;
     copy_to_twin();
   }
 
-  void fill_operands(Row& row, const Case& given) {
-    Random random;
-    static const char* const kNames[] = {"weights", "gradient", "state 0", "state 1", "state 2", "average", "extra"};
+  void fill_operands(Row& row, const Case& given, const std::string& suffix, Random& random) {
+    static const std::string kNames[] = {"weights", "gradient", "state 0", "state 1", "state 2", "average", "extra"};
     for (int k = 0; k < kOperands; ++k) {
       const bool is_state = k >= kState && k < kAverage;
       const bool square = is_state && plan.rule.squares >> (k - kState) & 1;
@@ -185,7 +190,7 @@ struct Step {
       if (k >= kAverage) row.dtype[k] = row.extra == Extra::kMaster ? DType::kFloat32 : row.dtype[kParam];
       if (square && row.dtype[k] == DType::kInt8) row.dtype[k] = DType::kUInt8;
       if (!is_used(row.used, k)) continue;
-      row.data[k] = memory.allocate(kNames[k], row.numel * size_of(row.dtype[k]));
+      row.data[k] = memory.allocate(kNames[k] + suffix, row.numel * size_of(row.dtype[k]));
       fill(row.data[k], row.dtype[k], row.numel, [&] {
         if (is_block(row.dtype[k]))
           return std::trunc(random.uniform() * 127) * (square || random.uniform() < 0.5 ? 1 : -1);
@@ -195,7 +200,7 @@ struct Step {
       });
       if (!is_state || !is_block(row.dtype[k])) continue;
       row.scales[k - kState] =
-          static_cast<float*>(memory.allocate(std::string(kNames[k]) + " scales", tiles_of(row.numel) * sizeof(float)));
+          static_cast<float*>(memory.allocate(kNames[k] + suffix + " scales", tiles_of(row.numel) * sizeof(float)));
       for (int64_t i = 0; i < tiles_of(row.numel); ++i)
         row.scales[k - kState][i] = 0.25f * static_cast<float>(1 + i % 3);
     }
@@ -203,7 +208,7 @@ struct Step {
 
   // The CPU kernels' row is a copy of this one.
   void copy_to_twin() {
-    Row& row = twin.rows.emplace_back(plan.rows[0]);
+    Row& row = twin.rows.emplace_back(plan.rows.back());
     const auto copy = [this]<class T>(T*& data, size_t bytes) {
       if (!data) return;
       const auto* from = static_cast<const unsigned char*>(static_cast<const void*>(data));

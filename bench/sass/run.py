@@ -9,12 +9,13 @@ import numpy as np
 
 from . import control, double, floating, integer  # noqa: F401  they register instructions
 from .cases import Case
+from .disassembly import UnknownInstruction
 from .launches import Launch, Recorded
-from .memory import Memory
+from .memory import BadAddress, Memory
 from .scheduler import H200, share_of_copy
-from .timing import NOT_DATA, loads_before_wait, steps_of
+from .timing import is_data, loads_before_wait, steps_of
 from .toolchain import Kernel, Kernels
-from .warp import LANES, Event, Warp
+from .warp import LANES, Event, Stuck, Warp
 
 
 @dataclass
@@ -46,7 +47,7 @@ def _run_warps(memory: Memory, launch: Launch, kernel: Kernel) -> list[tuple[_Wa
             memory.forget()
             warp = Warp(kernel.program, memory, launch.arguments, block, first_thread)
             warp.run()
-            touched = {p.name: p.touched.copy() for p in memory.pieces if p.name not in NOT_DATA}
+            touched = {p.name: p.touched.copy() for p in memory.pieces if is_data(p.name)}
             traffic = sum(int((t & bit != 0).sum()) for t in touched.values() for bit in (1, 2))
             done.append((_WarpRun(launch, kernel, warp.trace, traffic), touched))
     return done
@@ -61,6 +62,13 @@ def _difference(memory: Memory, recorded: Recorded) -> str | None:
 
 
 def run(case: Case, recorded: Recorded, kernels: Kernels) -> Result:
+    try:
+        return _run(case, recorded, kernels)
+    except (UnknownInstruction, BadAddress, Stuck) as error:
+        return Result("", 0, 0, 0, 0, 0.0, wrong=f"{type(error).__name__}: {error}")
+
+
+def _run(case: Case, recorded: Recorded, kernels: Kernels) -> Result:
     launches = [each for each in recorded.launches if not each.prepares]
     memory = Memory(launches[0].before)
     warps: list[tuple[_WarpRun, dict[str, np.ndarray]]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,55 +38,68 @@ class Device:
 H200 = Device()
 MEMORY_LATENCY = 800  # clocks, of a load from the memory under way to saturation; unloaded 600 to 700
 NEXT_TILE = 600  # clocks until another block takes the place of one that has ended
-TILES = 16  # that each warp runs; the start is staggered
+TILES = 16  # that each warp runs, where they are short; the start is staggered
+MOST_STEPS = 60_000  # of all warps: of long tiles fewer are run
 
 
 class _Lane:
-    """One warp that works through tiles."""
+    """One warp that works through tiles: when it can issue its next step, as far as that is its own affair."""
+
+    __slots__ = ("done", "last", "ready", "step", "tiles")
 
     def __init__(self, start: int, steps: int) -> None:
-        self.step, self.free, self.last, self.tiles = 0, start, -1, 0
+        self.step, self.ready, self.last, self.tiles = 0, float(start), -1.0, 0
         self.done = [0.0] * steps
+
+    def advance(self, steps: Sequence[Step], free: float) -> None:
+        self.step += 1
+        if self.step < len(steps):
+            done = self.done
+            for need in steps[self.step].needs:
+                if done[need] > free:
+                    free = done[need]
+        self.ready = free
 
 
 def clocks_a_tile(steps: Sequence[Step], warps: int, device: Device = H200) -> float:
     """Of one scheduler: it issues one instruction a clock, of the warp that has waited longest of those that can."""
     rng = random.Random(0)
+    tiles = max(3, min(TILES, MOST_STEPS // (warps * len(steps))))
     lanes = [_Lane(rng.randrange(3000), len(steps)) for _ in range(warps)]
-    units = dict.fromkeys(OCCUPANCY, 0.0)
+    units: dict[str | None, float] = {None: 0.0} | dict.fromkeys(OCCUPANCY, 0.0)
     rate = device.bytes_a_clock()
-    clock, memory_free, finished = 0.0, 0.0, 0
-    while finished < warps * TILES:
+    clock, memory_free = 0.0, 0.0
+    while lanes:
         chosen, soonest = None, float("inf")
         for lane in lanes:
-            if lane.tiles == TILES:
-                continue
-            step = steps[lane.step]
-            ready = max([lane.free, *(lane.done[k] for k in step.needs)])
-            if step.unit:
-                ready = max(ready, units[step.unit])
-            if ready <= clock and (chosen is None or lane.last < chosen.last):
-                chosen = lane
-            soonest = min(soonest, ready)
+            ready = lane.ready
+            if (busy := units[steps[lane.step].unit]) > ready:
+                ready = busy
+            if ready <= clock:
+                if chosen is None or lane.last < chosen.last:
+                    chosen = lane
+            elif ready < soonest:
+                soonest = ready
         if chosen is None:
-            clock = max(clock + 1, float(-(-soonest // 1)))
+            clock = float(math.ceil(soonest))
             continue
         step = steps[chosen.step]
-        chosen.done[chosen.step] = clock + step.latency
+        done = clock + step.latency
         if step.bytes:
             memory_free = max(memory_free, clock) + step.bytes / rate
             if step.loads_data:
-                chosen.done[chosen.step] = memory_free + MEMORY_LATENCY
+                done = memory_free + MEMORY_LATENCY
+        chosen.done[chosen.step] = done
         if step.unit:
             units[step.unit] = clock + OCCUPANCY[step.unit]
-        chosen.free, chosen.last = clock + step.issue, clock
-        chosen.step += 1
+        chosen.last = clock
+        chosen.advance(steps, clock + step.issue)
         if chosen.step == len(steps):
-            chosen.step, chosen.tiles, chosen.free = 0, chosen.tiles + 1, clock + NEXT_TILE
-            chosen.done = [0.0] * len(steps)
-            finished += 1
+            chosen.step, chosen.tiles, chosen.ready = 0, chosen.tiles + 1, clock + NEXT_TILE
+            if chosen.tiles == tiles:
+                lanes.remove(chosen)
         clock += 1
-    return clock / (warps * TILES)
+    return clock / (warps * tiles)
 
 
 def share_of_copy(steps: Sequence[Step], traffic: int, warps: int, device: Device = H200) -> float:

@@ -35,8 +35,11 @@ _SPECIAL = {"MUFU", "I2F", "F2I", "F2F", "FCHK", "POPC", "UPOPC", "FLO", "UFLO"}
 _INTEGER = {"IADD3", "LOP3", "ISETP", "SEL", "FSEL", "FSET", "FSETP", "FMNMX", "VIMNMX", "VIMNMX3", "VIADDMNMX"}
 _INTEGER |= {"PRMT", "SHF", "LEA", "PLOP3", "MOV", "IABS", "VIADD", "P2R", "R2P", "F2FP", "HADD2", "LDS", "I2FP"}
 _BRANCHES = {"BRA", "CALL", "RET"}
-# Pieces of memory that are no operand of a row: see launches.cpp.
-NOT_DATA = {"table", "step", "norm", "shared"}
+
+
+def is_data(piece: str) -> bool:
+    """Whether a piece of memory is an operand of a row: see launches.cpp."""
+    return piece.split(" ")[0] not in ("table", "step", "norm", "shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,10 @@ def steps_of(trace: Sequence[Event]) -> list[Step]:
     steps = []
     for index, event in enumerate(trace):
         access = event.access
-        is_data = access is not None and access.piece not in NOT_DATA
+        moves = access is not None and is_data(access.piece)
         stores = access is not None and access.stores
-        is_new = is_data and not stores and not access.sectors <= seen
-        if is_data:
+        is_new = moves and not stores and not access.sectors <= seen
+        if moves:
             seen |= access.sectors
         needs = {made_by[each] for each in event.reads | event.writes if each in made_by}
         steps.append(
@@ -110,7 +113,7 @@ def steps_of(trace: Sequence[Event]) -> list[Step]:
                 latency=LATENCY[latency_of(event)],
                 issue=issue_of(event),
                 unit=unit_of(event),
-                bytes=access.bytes if is_new or (is_data and stores) else 0,
+                bytes=access.bytes if is_new or (moves and stores) else 0,
                 stores=stores,
                 loads_data=is_new,
             )

@@ -35,6 +35,10 @@ def opcode(*names: str, modifiers: str = "") -> Callable[[Handler], Handler]:
     return register
 
 
+class Stuck(Exception):
+    """Lanes wait for each other, or a loop does not end."""
+
+
 @dataclass(slots=True)
 class Event:
     instruction: Instruction
@@ -207,7 +211,7 @@ class Warp:
             if any(self.waiting):
                 free &= np.array([each is None for each in self.waiting])
                 if not free.any():
-                    raise RuntimeError(f"{self.program.name}: lanes wait for each other: {self.waiting}")
+                    raise Stuck(f"{self.program.name}: lanes wait for each other: {self.waiting}")
             index = int(self.at[free].min())
             if index not in bound:
                 bound[index] = self._bind(self.program[index])
@@ -218,13 +222,14 @@ class Warp:
             self.at[group] = index + 1
             count = int(active.sum())
             if count:
-                handler(self, instruction, active)
+                with np.errstate(all="ignore"):
+                    handler(self, instruction, active)
             jumped = bool((self.at[group] != index + 1).any())
             self.trace.append(
                 Event(instruction, frozenset(self._reads), frozenset(self._writes), count, self.access, jumped)
             )
             if len(self.trace) > _LIMIT:
-                raise RuntimeError(f"{self.program.name}: more than {_LIMIT:,} instructions of one warp")
+                raise Stuck(f"{self.program.name}: more than {_LIMIT:,} instructions of one warp")
 
     @staticmethod
     def _bind(instruction: Instruction) -> tuple[Instruction, Handler]:
