@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -88,10 +87,6 @@ def compare(recorded: dict[str, dict[str, float]], results: Results) -> tuple[li
     return worse, notes
 
 
-def short(kernel: str) -> str:
-    return re.sub(r"\(anonymous namespace\)::|genopt::(quant::)?(cuda::)?", "", kernel)
-
-
 def table(recorded: dict[str, dict[str, float]], results: Results) -> Table:
     shown = Table(title="One warp's tile on an H200, by emulation and a model")
     titles = ("case", "kernel", "instructions", "recorded", "registers", "spilled", "loads", "% of copy", "bits")
@@ -101,7 +96,7 @@ def table(recorded: dict[str, dict[str, float]], results: Results) -> Table:
         before = recorded.get(name)
         shown.add_row(
             name,
-            short(each.kernel),
+            each.kernel.split("<")[0].split("::")[-1],
             f"{each.instructions:,}",
             f"{before['instructions']:,}" if before else "",
             str(each.registers),

@@ -41,11 +41,12 @@ def run(command: Iterable[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def nvdisasm() -> str | None:
-    """On the PATH, or in the package triton, which need not be importable."""
+    """On the PATH, or in the package triton: installed, or where ``make sass`` puts it."""
     if found := shutil.which("nvdisasm"):
         return found
     package = importlib.util.find_spec("triton")
-    for folder in (package.submodule_search_locations or []) if package else []:
+    installed = package.submodule_search_locations if package else None
+    for folder in (*(installed or ()), BUILD / "triton" / "triton"):
         if (program := Path(folder, "backends", "nvidia", "bin", "nvdisasm")).exists():
             return str(program)
     return None
@@ -56,7 +57,7 @@ def missing() -> str | None:
     for tool in ("nvcc", "cmake", "ninja", "nm", "c++filt"):
         if not shutil.which(tool):
             return f"there is no {tool}; install it"
-    return None if nvdisasm() else "there is no nvdisasm; install the CUDA toolkit's or pip's triton, which has one"
+    return None if nvdisasm() else "there is no nvdisasm; install the CUDA toolkit's, or triton with pip, which has one"
 
 
 @cache
