@@ -88,10 +88,10 @@ def compare(recorded: dict[str, dict[str, float]], results: Results) -> tuple[li
 
 
 def table(recorded: dict[str, dict[str, float]], results: Results) -> Table:
-    shown = Table(title="One warp's tile on an H200, by emulation and a model")
-    titles = ("case", "kernel", "instructions", "recorded", "registers", "spilled", "loads", "% of copy", "bits")
+    shown = Table(title="Instructions that one warp takes for a tile, and a model of an H200")
+    titles = ("case", "kernel", "takes", "recorded", "registers", "spilled", "loads", "% of copy", "bits")
     for title in titles:
-        shown.add_column(title, justify="left" if title in ("case", "kernel") else "right", no_wrap=title == "case")
+        shown.add_column(title, justify="left" if title in ("case", "kernel") else "right", no_wrap=True)
     for name, each in results.items():
         before = recorded.get(name)
         shown.add_row(
@@ -102,7 +102,7 @@ def table(recorded: dict[str, dict[str, float]], results: Results) -> Table:
             str(each.registers),
             str(each.spilled_bytes),
             str(each.loads_before_wait),
-            f"{each.share:.1f}",
+            f"{each.share:.1f}" if each.share else "",
             "wrong" if each.wrong else "equal",
         )
     return shown
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made_with = {"nvcc": toolchain.compiler(), "architecture": f"sm_{toolchain.ARCHITECTURE}"}
     known_with, recorded = load(RECORD)
     results = run_all(cases, args.jobs)
-    Console(width=None if sys.stdout.isatty() else 140).print(table(recorded, results))
+    Console(width=None if sys.stdout.isatty() else 150).print(table(recorded, results))
     wrong = [f"{name}: {each.wrong}" for name, each in results.items() if each.wrong]
     if args.update and not wrong:
         save(results, made_with, RECORD)

@@ -58,6 +58,8 @@ class Case:
     @property
     def operand(self) -> str:
         """The tensor whose first element's warp is counted, or its last one's: every kernel of this kind reads it."""
+        if given := self.value("counts"):
+            return given
         name = {"step": "gradient", "quantize": "numbers", "dequantize": "codes"}[self.value("kind") or ""]
         return f"{name} {int(rows) - 1}" if (rows := self.value("rows")) else name
 
@@ -68,4 +70,8 @@ def all_cases() -> list[Case]:
         shapes = NORM_SHAPES if "measures=1" in line else SHAPES
         made += [Case(f"{name}, {shape}", shape, f"{line} numel={numel}") for shape, numel in shapes.items()]
     rows = f"{SIGNATURES['AdamW fp32']} numel=64 rows=40"  # so many that a warp searches for its own in two rounds
-    return [*made, Case("AdamW fp32, 40 rows of 64", "rows", rows)]
+    made.append(Case("AdamW fp32, 40 rows of 64", "rows", rows))
+    for name in ("AdamW", "SGD momentum", "RMSprop", "Adagrad", "Lion"):
+        # All launches of a step are run in every case; this counts the one that makes a row's scalars.
+        made.append(Case(f"{name}, prologue", "whole", f"{SIGNATURES[f'{name} fp32']} numel=64 counts=step"))
+    return made

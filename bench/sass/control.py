@@ -94,6 +94,7 @@ def clear(warp: Warp, ins: Instruction, active: Array) -> None:
 def load_constant(warp: Warp, ins: Instruction, active: Array) -> None:
     to, source = ins.operands
     offsets = warp.address_of(source).astype(np.int64)
+    offsets = np.where(active, offsets, offsets[active.argmax()])  # where nobody asks, anything may stand
     if ins.has("U8"):
         words = warp.constant_words(offsets // 4 * 4)
         warp.write(to, words >> (8 * (offsets % 4)).astype(np.uint32) & np.uint32(255), active)

@@ -6,7 +6,7 @@
 //
 //   case     name
 //   launch   kernel's address, from anchor() on; blocks; threads of a block; arguments
-//   memory   name; address; bytes               before the launch above, or after the last one
+//   memory   name; address; bytes               before the first launch, and again after the last one
 #include <sys/mman.h>
 
 #include <cmath>
@@ -52,9 +52,15 @@ class Memory {
     return at;
   }
   void clear() {
+    launched_ = false;
     if (start_) madvise(start_, kRoom, MADV_DONTNEED);
     next_ = start_;
     pieces_.clear();
+  }
+  // What a launch meets; a later one what the first has left.
+  void print_once() {
+    if (!launched_) print();
+    launched_ = true;
   }
   void print() const {
     for (const auto& [name, at, bytes] : pieces_) {
@@ -76,6 +82,7 @@ class Memory {
   static constexpr size_t kRoom = size_t{1} << 28;
   unsigned char *start_ = nullptr, *next_ = nullptr;
   std::vector<Piece> pieces_;
+  bool launched_ = false;
 };
 
 Memory memory;
@@ -290,7 +297,7 @@ void record_launch(const void* kernel, const cudaLaunchConfig_t& config, const s
               config.gridDim.x, config.blockDim.x);
   Memory::print_bytes(arguments.data(), arguments.size());
   std::printf("\n");
-  memory.print();
+  memory.print_once();
 }
 
 int main() {

@@ -19,16 +19,12 @@ class Launch:
     blocks: int
     threads: int
     arguments: bytes
-    before: Pieces = field(default_factory=dict)
-
-    @property
-    def prepares(self) -> bool:
-        return "::prologue<" in self.kernel
 
 
 @dataclass
 class Recorded:
     launches: list[Launch] = field(default_factory=list)
+    before: Pieces = field(default_factory=dict)
     after: Pieces = field(default_factory=dict)
 
 
@@ -66,11 +62,8 @@ def record(program: Path, cases: Sequence[Case]) -> list[Recorded]:
             kernel, blocks, threads, arguments = words
             name = kernel_name(functions[int(kernel)])
             recorded[-1].launches.append(Launch(name, int(blocks), int(threads), bytes.fromhex(arguments)))
-            recorded[-1].after = {}
         else:
             name, address, content = words
-            pieces = recorded[-1].launches[-1].before
-            # Printed before a launch is run, and once more after the last one.
-            into = recorded[-1].after if name in pieces else pieces
+            into = recorded[-1].after if name in recorded[-1].before else recorded[-1].before
             into[name] = int(address), bytes.fromhex(content)
     return recorded

@@ -30,11 +30,10 @@ class Piece:
 class Access:
     """What the lanes of a warp loaded or stored by one instruction."""
 
-    piece: str
+    pieces: frozenset[str]
     stores: bool
     bytes: int  # of all lanes
     sectors: frozenset[int]
-    sizes: int  # bytes of one lane
 
 
 class Memory:
@@ -57,16 +56,22 @@ class Memory:
                 return piece
         raise BadAddress(f"{bytes} bytes at {address:#x} are no memory")
 
-    def locate(self, addresses: np.ndarray, bytes: int, shared: bool) -> tuple[Piece, np.ndarray]:
-        """The piece in which all lanes' addresses lie, and each lane's indexes into it."""
+    def locate(self, addresses: np.ndarray, bytes: int, shared: bool) -> list[tuple[Piece, np.ndarray, np.ndarray]]:
+        """Pieces, which lanes' addresses lie in each of them, and these lanes' indexes into it."""
         if np.any(addresses % np.uint64(bytes)):
             raise BadAddress(f"{bytes} bytes at {[hex(int(a)) for a in addresses if int(a) % bytes]}: not aligned")
-        low, high = int(addresses.min()), int(addresses.max())
-        piece = self.shared if shared else self.piece_at(low, bytes)
-        if low < piece.address or high + bytes > piece.address + len(piece.data):
-            raise BadAddress(f"{bytes} bytes at {low:#x} to {high:#x} are not all in {piece.name}")
-        first = (addresses - np.uint64(piece.address)).astype(np.int64)
-        return piece, first[:, None] + np.arange(bytes)
+        found, rest = [], np.ones(len(addresses), bool)
+        while rest.any():
+            lowest = int(addresses[rest].min())
+            piece = self.shared if shared else self.piece_at(lowest, bytes)
+            end = piece.address + len(piece.data) - bytes
+            here = rest & (addresses <= np.uint64(max(end, 0)))
+            if lowest < piece.address or not here.any():
+                raise BadAddress(f"{bytes} bytes at {lowest:#x} are not in {piece.name}")
+            first = (addresses[here] - np.uint64(piece.address)).astype(np.int64)
+            found.append((piece, here, first[:, None] + np.arange(bytes)))
+            rest &= ~here
+        return found
 
     def forget(self) -> None:
         """Before another warp: nothing is touched."""
@@ -75,18 +80,22 @@ class Memory:
 
     def load(self, addresses: np.ndarray, bytes: int, shared: bool) -> tuple[np.ndarray, Access]:
         """The bytes of each lane, a row each."""
-        piece, at = self.locate(addresses, bytes, shared)
-        piece.touched[at] |= 1
-        return piece.data[at], access(piece, False, addresses, bytes)
+        values = np.zeros((len(addresses), bytes), np.uint8)
+        found = self.locate(addresses, bytes, shared)
+        for piece, lanes, at in found:
+            piece.touched[at] |= 1
+            values[lanes] = piece.data[at]
+        return values, _access(found, False, addresses, bytes)
 
     def store(self, addresses: np.ndarray, values: np.ndarray, shared: bool) -> Access:
         """``values``: the bytes of each lane, a row each."""
-        piece, at = self.locate(addresses, values.shape[1], shared)
-        piece.touched[at] |= 2
-        piece.data[at] = values
-        return access(piece, True, addresses, values.shape[1])
+        found = self.locate(addresses, values.shape[1], shared)
+        for piece, lanes, at in found:
+            piece.touched[at] |= 2
+            piece.data[at] = values[lanes]
+        return _access(found, True, addresses, values.shape[1])
 
 
-def access(piece: Piece, stores: bool, addresses: np.ndarray, bytes: int) -> Access:
-    sectors = frozenset(int(a) // SECTOR for a in addresses)
-    return Access(piece.name, stores, len(addresses) * bytes, sectors, bytes)
+def _access(found: list[tuple[Piece, np.ndarray, np.ndarray]], stores: bool, at: np.ndarray, bytes: int) -> Access:
+    pieces = frozenset(piece.name for piece, _, _ in found)
+    return Access(pieces, stores, len(at) * bytes, frozenset(int(each) // SECTOR for each in at))

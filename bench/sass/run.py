@@ -1,4 +1,4 @@
-"""One case: its launches by the emulator, against the memory that the CPU leaves; and what its warps cost."""
+"""One case: all its launches by the emulator, against the memory that the CPU leaves; and what one warp costs."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def _run_warps(memory: Memory, launch: Launch, kernel: Kernel) -> list[tuple[_Wa
             memory.forget()
             warp = Warp(kernel.program, memory, launch.arguments, block, first_thread)
             warp.run()
-            touched = {p.name: p.touched.copy() for p in memory.pieces if is_data(p.name)}
-            traffic = sum(int((t & bit != 0).sum()) for t in touched.values() for bit in (1, 2))
+            touched = {piece.name: piece.touched.copy() for piece in memory.pieces}
+            operands = [each for name, each in touched.items() if is_data(name)]
+            traffic = sum(int((each & bit != 0).sum()) for each in operands for bit in (1, 2))
             done.append((_WarpRun(launch, kernel, warp.trace, traffic), touched))
     return done
 
@@ -69,10 +70,9 @@ def run(case: Case, recorded: Recorded, kernels: Kernels) -> Result:
 
 
 def _run(case: Case, recorded: Recorded, kernels: Kernels) -> Result:
-    launches = [each for each in recorded.launches if not each.prepares]
-    memory = Memory(launches[0].before)
+    memory = Memory(recorded.before)
     warps: list[tuple[_WarpRun, dict[str, np.ndarray]]] = []
-    for launch in launches:
+    for launch in recorded.launches:
         warps += _run_warps(memory, launch, kernels.find(launch.kernel))
     end = 0 if case.shape == "whole" else -1
     counted = next(each for each, touched in warps if touched[case.operand][end] & 1)

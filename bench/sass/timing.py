@@ -101,7 +101,7 @@ def steps_of(trace: Sequence[Event]) -> list[Step]:
     steps = []
     for index, event in enumerate(trace):
         access = event.access
-        moves = access is not None and is_data(access.piece)
+        moves = access is not None and any(map(is_data, access.pieces))
         stores = access is not None and access.stores
         is_new = moves and not stores and not access.sectors <= seen
         if moves:

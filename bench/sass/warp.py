@@ -93,6 +93,7 @@ class Warp:
         raise UnknownInstruction(f"no 32 bits: {operand.text}")
 
     def constant_words(self, offsets: Array) -> Array:
+        offsets = offsets & 0xFFFF  # a bank has 64 KiB, and nvdisasm writes the upper half as negative
         known = (offsets >= PARAMETERS) | np.isin(offsets, (_STACK, _DESCRIPTOR, _DESCRIPTOR + 4))
         if not known.all() or (offsets >= 4 * len(self.constants)).any() or (offsets % 4).any():
             raise UnknownInstruction(f"c[0x0][{int(offsets[0]):#x}] is nothing that is known")
