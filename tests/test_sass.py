@@ -119,6 +119,18 @@ def test_fused_products_round_once() -> None:
             assert error <= min(beside) if holds is None else holds(Fraction(float(x)), exact) and error < max(beside)
 
 
+def test_spilled_registers_come_back() -> None:
+    code = """LDC R1, c[0x0][0x28]
+    IADD3 R1, R1, -0x20, RZ
+    STL.64 [R1+0x8], R4
+    MOV R6, R0
+    STL [R1+0x10], R6
+    LDL.64 R8, [R1+0x8]
+    LDL R10, [R1+0x10]
+    STG.E desc[UR4][R8.64], R10"""
+    np.testing.assert_array_equal(output_of(warp_of(code), np.uint32), np.arange(LANES))
+
+
 def test_integers_in_pairs() -> None:
     # 64-bit -(2^32 * 3 + lane) by carries, then a shift across both words.
     code = """MOV R7, 0x3
@@ -166,7 +178,8 @@ def test_worse_fails_and_better_is_told(tmp_path: Path) -> None:
     def results(instructions: int = 1000, share: float = 60.0, spilled: int = 0) -> dict[str, run.Result]:
         return {"AdamW": run.Result("update", instructions, 100, spilled, 8, share)}
 
-    sass.save(results(), {"nvcc": "13"}, tmp_path / "record.json")
+    numbers = {name: sass.numbers_of(each) for name, each in results().items()}
+    sass.save(numbers, {"nvcc": "13"}, tmp_path / "record.json")
     made_with, recorded = sass.load(tmp_path / "record.json")
     assert made_with == {"nvcc": "13"}
     assert sass.compare(recorded, results(instructions=1019, share=59)) == ([], [])

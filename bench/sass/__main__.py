@@ -43,6 +43,8 @@ def run_all(cases: Sequence[Case], jobs: int) -> Results:
     kernels = toolchain.Kernels()
     kernels.compile([toolchain.ROOT / "csrc" / case.source for case in cases], jobs)
     recorded = record(toolchain.recorder(), cases)
+    for launch in (launch for each in recorded for launch in each.launches):
+        kernels.find(launch.kernel)  # compiles what is missing, before there are several processes
     if jobs == 1:
         return {case.name: run(case, each, kernels) for case, each in zip(cases, recorded, strict=True)}
     with ProcessPoolExecutor(jobs) as pool:
@@ -62,8 +64,8 @@ def numbers_of(result: Result) -> dict[str, float]:
     return {key: value for key, value in asdict(result).items() if key in COMPARED}
 
 
-def save(results: Results, made_with: dict[str, str], path: Path) -> None:
-    cases = ",\n".join(f"    {json.dumps(name)}: {json.dumps(numbers_of(each))}" for name, each in results.items())
+def save(numbers: dict[str, dict[str, float]], made_with: dict[str, str], path: Path) -> None:
+    cases = ",\n".join(f"    {json.dumps(name)}: {json.dumps(each)}" for name, each in numbers.items())
     path.write_text(f'{{\n  "made_with": {json.dumps(made_with)},\n  "cases": {{\n{cases}\n  }}\n}}\n')
 
 
@@ -127,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 150).print(table(recorded, results))
     wrong = [f"{name}: {each.wrong}" for name, each in results.items() if each.wrong]
     if args.update and not wrong:
-        save(results, made_with, RECORD)
+        kept = recorded if args.only and known_with == made_with else {}
+        numbers = kept | {name: numbers_of(each) for name, each in results.items()}
+        save({case.name: numbers[case.name] for case in all_cases() if case.name in numbers}, made_with, RECORD)
         print(f"recorded in {RECORD.name}")
         return 0
     worse, notes = compare(recorded, results)

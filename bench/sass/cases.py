@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Tiles have 256 elements, spans of the norm 8192.
+# Tiles have 256 elements, spans of the norm 8192, those of a tensor's range 4096.
 SHAPES = {"whole": 2 * 256, "tail": 256 + 232, "small": 64}
-NORM_SHAPES = {"whole": 2 * 8192, "tail": 8192 + 1000, "small": 64}
+SPAN_SHAPES = {"whole": 2 * 8192, "tail": 8192 + 1000, "small": 64}
 
 # Options in the order of the rule's kOptions.
 _ADAMW = "rule=adam options=1e-3,0.9,0.999,1e-8,0.01,0,0,1"
@@ -34,6 +34,8 @@ SIGNATURES = {
     "Lion fp32": f"kind=step {_LION}",
     "norm fp32": f"kind=step measures=1 {_ADAMW}",
     "quantize fp32 in blocks of 256": "kind=quantize",
+    "ranges fp32 by tensor": "kind=quantize blocks=0 run=1048576",
+    "codes fp32 by tensor": "kind=quantize blocks=0 run=1048576 counts=codes",
     "dequantize fp32 in blocks of 256": "kind=dequantize",
 }
 
@@ -67,7 +69,7 @@ class Case:
 def all_cases() -> list[Case]:
     made = []
     for name, line in SIGNATURES.items():
-        shapes = NORM_SHAPES if "measures=1" in line else SHAPES
+        shapes = SPAN_SHAPES if "measures=1" in line or "blocks=0" in line else SHAPES
         made += [Case(f"{name}, {shape}", shape, f"{line} numel={numel}") for shape, numel in shapes.items()]
     rows = f"{SIGNATURES['AdamW fp32']} numel=64 rows=40"  # so many that a warp searches for its own in two rounds
     made.append(Case("AdamW fp32, 40 rows of 64", "rows", rows))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from .disassembly import Instruction, UnknownInstruction
 from .integer import is_predicate
-from .warp import LANES, Array, Warp, opcode
+from .memory import BadAddress
+from .warp import LANES, STACK_BYTES, STACK_TOP, Array, Warp, opcode
 
 LANE = np.arange(LANES, dtype=np.uint32)
 
@@ -166,11 +165,22 @@ def size_of(ins: Instruction) -> int:
     return next((_SIZES[each] for each in ins.modifiers if each in _SIZES), 4)
 
 
-@opcode("LDG", "LD", "LDS", modifiers=f"{_HINTS} {' '.join(_SIZES)}")
+def on_stack(addresses: Array, size: int) -> Array:
+    """Where bytes of each lane lie in its local memory."""
+    first = addresses.astype(np.int64) - (STACK_TOP - STACK_BYTES)
+    if (first < 0).any() or (first + size > STACK_BYTES).any() or (first % size).any():
+        raise BadAddress(f"{size} bytes at {int(addresses[0]):#x} are not on the stack, or not aligned")
+    return first[:, None] + np.arange(size)
+
+
+@opcode("LDG", "LD", "LDS", "LDL", modifiers=f"{_HINTS} {' '.join(_SIZES)}")
 def load(warp: Warp, ins: Instruction, active: Array) -> None:
     to, source = ins.operands
-    size = size_of(ins)
-    found, warp.access = warp.memory.load(warp.address_of(source)[active], size, ins.opcode == "LDS")
+    size, addresses = size_of(ins), warp.address_of(source)[active]
+    if ins.opcode == "LDL":
+        found = warp.local[np.flatnonzero(active)[:, None], on_stack(addresses, size)]
+    else:
+        found, warp.access = warp.memory.load(addresses, size, ins.opcode == "LDS")
     words = np.zeros((LANES, max(size, 4)), np.uint8)
     words[active, :size] = found
     if ins.has("S8") or ins.has("S16"):
@@ -179,26 +189,34 @@ def load(warp: Warp, ins: Instruction, active: Array) -> None:
         warp.write(to, np.ascontiguousarray(values), active, word)
 
 
-@opcode("STG", "ST", "STS", modifiers=f"{_HINTS} {' '.join(_SIZES)}")
+@opcode("STG", "ST", "STS", "STL", modifiers=f"{_HINTS} {' '.join(_SIZES)}")
 def store(warp: Warp, ins: Instruction, active: Array) -> None:
     to, source = ins.operands
-    size = size_of(ins)
+    size, addresses = size_of(ins), warp.address_of(to)[active]
     values = np.stack([warp.bits(source, word) for word in range(max(size // 4, 1))], axis=1)
     bytes_of = values.astype("<u4").view(np.uint8)[active, :size]
-    warp.access = warp.memory.store(warp.address_of(to)[active], bytes_of, ins.opcode == "STS")
+    if ins.opcode == "STL":
+        warp.local[np.flatnonzero(active)[:, None], on_stack(addresses, size)] = bytes_of
+    else:
+        warp.access = warp.memory.store(addresses, bytes_of, ins.opcode == "STS")
 
 
-@opcode("ATOMG", modifiers="E ADD STRONG GPU")
+@opcode("ATOMG", "REDG", modifiers="E ADD MAX MIN 64 STRONG GPU")
 def atomic(warp: Warp, ins: Instruction, active: Array) -> None:
-    tells, to, address, source = ins.operands
-    if not ins.has("ADD") or not re.match(r"PU?T", tells.text):
+    """Lane by lane; REDG does not tell what was there before."""
+    *told, address, source = ins.operands
+    if told and (not is_predicate(told[0]) or told[0].index is not None):
         raise UnknownInstruction(ins.text)
-    addresses, by = warp.address_of(address), warp.bits(source)
-    before = np.zeros(LANES, np.uint32)
+    words = 2 if ins.has("64") else 1
+    join = max if ins.has("MAX") else min if ins.has("MIN") else int.__add__
+    addresses, by = warp.address_of(address), warp.pair(source) if words == 2 else warp.bits(source)
+    before = np.zeros((LANES, words), np.uint32)
     for lane in np.flatnonzero(active):
         here = addresses[lane : lane + 1]
-        found, _ = warp.memory.load(here, 4, False)
-        before[lane] = found.view("<u4")[0, 0]
-        after = np.array([[before[lane] + by[lane]]], "<u4")
-        warp.access = warp.memory.store(here, after.view(np.uint8), False)
-    warp.write(to, before, active)
+        found, _ = warp.memory.load(here, 4 * words, False)
+        before[lane] = found.view("<u4")[0]
+        after = join(int.from_bytes(found.tobytes(), "little"), int(by[lane])) & (1 << 32 * words) - 1
+        stored = np.frombuffer(after.to_bytes(4 * words, "little"), np.uint8)[None]
+        warp.access = warp.memory.store(here, stored, False)
+    for word in range(words if told else 0):
+        warp.write(told[1], before[:, word], active, word)

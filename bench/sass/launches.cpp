@@ -279,9 +279,19 @@ void run_quantization(const Case& given, bool encodes) {
   twin.codes = codes.data();
   twin.scale = scale.data();
   const cuda::Queue queue{};
-  encodes ? quant::cuda::quantize_blocks(q, queue) : quant::cuda::decode(q, queue);
+  if (given.integer("blocks", 1) != 0 || !encodes) {
+    encodes ? quant::cuda::quantize_blocks(q, queue) : quant::cuda::decode(q, queue);
+  } else {
+    quant::cuda::find_scales(q, memory.allocate("ranges", q.units * 16), queue);
+    quant::cuda::encode(q, queue);
+  }
   memory.print();
-  encodes ? quant::cpu::quantize_blocks(twin, 1) : quant::cpu::decode(twin, 1);
+  if (given.integer("blocks", 1) != 0 || !encodes) {
+    encodes ? quant::cpu::quantize_blocks(twin, 1) : quant::cpu::decode(twin, 1);
+  } else {
+    quant::cpu::find_scales(twin, 1);
+    quant::cpu::encode(twin, 1);
+  }
   if (std::memcmp(q.numbers, twin.numbers, bytes) != 0 || std::memcmp(q.codes, twin.codes, codes.size()) != 0 ||
       std::memcmp(q.scale, twin.scale, q.units * sizeof(float)) != 0)
     fail("the codes or numbers are not those of the CPU kernels");

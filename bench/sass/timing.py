@@ -58,7 +58,7 @@ def latency_of(event: Event) -> str:
     if ins.opcode in _SPECIAL:
         return "special"
     match ins.opcode:
-        case "LDG" | "LD":
+        case "LDG" | "LD" | "LDL":
             return "table"
         case "LDS":
             return "shared"

@@ -17,6 +17,7 @@ from .memory import Access, Memory
 LANES = 32
 PARAMETERS = 0x210  # where a kernel's arguments begin in constant bank 0, on sm_90
 _STACK, _DESCRIPTOR = 0x28, 0x208  # of the system's words below: the stack's top; what addresses are described with
+STACK_TOP, STACK_BYTES = 0xFFFDC0, 8192  # of each lane's local memory, where spilled registers go
 _LIMIT = 2_000_000  # instructions: a warp that takes more hangs
 
 Array = np.ndarray
@@ -59,7 +60,8 @@ class Warp:
         self.block, self.first_thread = block, first_thread
         padded = bytes(PARAMETERS) + arguments
         self.constants = np.frombuffer(padded + bytes(-len(padded) % 4), np.uint32).copy()
-        self.constants[_STACK // 4] = 0xFFFDC0
+        self.constants[_STACK // 4] = STACK_TOP
+        self.local = np.full((LANES, STACK_BYTES), 0xA5, np.uint8)
         self.registers = {
             "R": np.zeros((256, LANES), np.uint32),
             "UR": np.zeros((64, LANES), np.uint32),
