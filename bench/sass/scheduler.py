@@ -99,7 +99,7 @@ def clocks_a_tile(steps: Sequence[Step], warps: int, device: Device = H200) -> f
             if chosen.tiles == tiles:
                 lanes.remove(chosen)
         clock += 1
-    return clock / (warps * tiles)
+    return max(clock, memory_free) / (warps * tiles)
 
 
 def share_of_copy(steps: Sequence[Step], traffic: int, warps: int, device: Device = H200) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,10 +44,8 @@ def nvdisasm() -> str | None:
     """On the PATH, or in the package triton: installed, or where ``make sass`` puts it."""
     if found := shutil.which("nvdisasm"):
         return found
-    package = importlib.util.find_spec("triton")
-    installed = package.submodule_search_locations if package else None
-    for folder in (*(installed or ()), BUILD / "triton" / "triton"):
-        if (program := Path(folder, "backends", "nvidia", "bin", "nvdisasm")).exists():
+    for folder in (Path(sysconfig.get_path("platlib")), BUILD / "triton"):
+        if (program := folder / "triton" / "backends" / "nvidia" / "bin" / "nvdisasm").exists():
             return str(program)
     return None
 
