@@ -1,6 +1,6 @@
 # Three commands for a fresh clone: make demo, make test, make bench. Each sets everything up first.
 # make cuda-on-cpu runs the CUDA kernels without a GPU, under sanitizers; make gpu-check is for a machine with one.
-# make instructions counts what CPU cases take, under valgrind.
+# make instructions counts what CPU cases take, under valgrind; make sass what compiled CUDA kernels do, by emulation.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -9,7 +9,7 @@ TOOLS := $(VENV)/.tools
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash -o pipefail
 
-.PHONY: demo test bench bench-peers lint cuda-on-cpu instructions gpu-check clean
+.PHONY: demo test bench bench-peers lint cuda-on-cpu instructions sass gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_gpt.py
@@ -48,6 +48,15 @@ cuda-on-cpu: $(STAMP)
 
 instructions: $(STAMP)
 	$(BIN)/python -m bench.instructions --check
+
+# Where there is nvcc but no nvdisasm, triton brings one; it is not installed, as a torch with CUDA has its own.
+NVDISASM := $(if $(shell command -v nvcc),$(if $(shell command -v nvdisasm),,build/sass/triton))
+
+sass: $(STAMP) $(NVDISASM)
+	$(BIN)/python -m bench.sass --check
+
+build/sass/triton: | $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.9.0
 
 # Takes $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt.
 gpu-check:

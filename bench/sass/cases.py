@@ -1,0 +1,79 @@
+"""What is run: signatures, by what a row is made of, times shapes. Which kernel serves one the plan decides.
+
+A case is a line of key=value for launches.cpp. A new signature is one entry here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Tiles have 256 elements, spans of the norm 8192, those of a tensor's range 4096.
+SHAPES = {"whole": 2 * 256, "tail": 256 + 232, "small": 64}
+SPAN_SHAPES = {"whole": 2 * 8192, "tail": 8192 + 1000, "small": 64}
+
+# Options in the order of the rule's kOptions.
+_ADAMW = "rule=adam options=1e-3,0.9,0.999,1e-8,0.01,0,0,1"
+_SGD = "rule=sgd options=1e-2,0.9,0,0.01,0,0"
+_RMSPROP = "rule=rmsprop options=1e-3,0.99,1e-8,0.01,0,0,0"
+_ADAGRAD = "rule=adagrad options=1e-2,0,1e-10,0.01,0"
+_LION = "rule=lion options=1e-4,0.9,0.99,0.01,0"
+_HALVES = "weights=bfloat16 gradient=bfloat16"
+
+SIGNATURES = {
+    "AdamW fp32": f"kind=step {_ADAMW}",
+    "AdamW bf16, fp32 state": f"kind=step {_ADAMW} {_HALVES}",
+    "AdamW bf16 stochastic, fp32 state": f"kind=step {_ADAMW} {_HALVES} unbiased=weights",
+    "AdamW bf16 with masters": f"kind=step {_ADAMW} {_HALVES} extra=master",
+    "AdamW all bf16": f"kind=step {_ADAMW} {_HALVES} states=bfloat16",
+    "AdamW all bf16, bf16 state by thresholds": f"kind=step {_ADAMW} {_HALVES} states=bfloat16 unbiased=states",
+    "AdamW fp32, int8 state": f"kind=step {_ADAMW} states=int8",
+    "AdamW bf16, int8 state": f"kind=step {_ADAMW} {_HALVES} states=int8",
+    "SGD momentum fp32": f"kind=step {_SGD}",
+    "RMSprop fp32": f"kind=step {_RMSPROP}",
+    "Adagrad fp32": f"kind=step {_ADAGRAD}",
+    "Lion fp32": f"kind=step {_LION}",
+    "norm fp32": f"kind=step measures=1 {_ADAMW}",
+    "quantize fp32 in blocks of 256": "kind=quantize",
+    "ranges fp32 by tensor": "kind=quantize blocks=0 run=1048576",
+    "codes fp32 by tensor": "kind=quantize blocks=0 run=1048576 counts=codes",
+    "dequantize fp32 in blocks of 256": "kind=dequantize",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: str
+    line: str
+
+    def value(self, key: str) -> str | None:
+        return dict(word.split("=", 1) for word in self.line.split()).get(key)
+
+    @property
+    def source(self) -> str:
+        """Where its kernel is to be looked for first, below csrc."""
+        if self.value("measures"):
+            return "cuda/norm.cu"
+        rule = self.value("rule")
+        return f"cuda/{rule}.cu" if rule else "quant/cuda.cu"
+
+    @property
+    def operand(self) -> str:
+        """The tensor whose first element's warp is counted, or its last one's: every kernel of this kind reads it."""
+        if given := self.value("counts"):
+            return given
+        name = {"step": "gradient", "quantize": "numbers", "dequantize": "codes"}[self.value("kind") or ""]
+        return f"{name} {int(rows) - 1}" if (rows := self.value("rows")) else name
+
+
+def all_cases() -> list[Case]:
+    made = []
+    for name, line in SIGNATURES.items():
+        shapes = SPAN_SHAPES if "measures=1" in line or "blocks=0" in line else SHAPES
+        made += [Case(f"{name}, {shape}", shape, f"{line} numel={numel}") for shape, numel in shapes.items()]
+    rows = f"{SIGNATURES['AdamW fp32']} numel=64 rows=40"  # so many that a warp searches for its own in two rounds
+    made.append(Case("AdamW fp32, 40 rows of 64", "rows", rows))
+    for name in ("AdamW", "SGD momentum", "RMSprop", "Adagrad", "Lion"):
+        # All launches of a step are run in every case; this counts the one that makes a row's scalars.
+        made.append(Case(f"{name}, prologue", "whole", f"{SIGNATURES[f'{name} fp32']} numel=64 counts=step"))
+    return made
