@@ -285,12 +285,12 @@ def assert_decoded_like(mine: dict[str, Tensor], truth: dict[str, Tensor], what:
                 assert (a[b != 0] > 0).all(), where
 
 
-def saved(state_dict: Any) -> Any:
-    """Through a file, as ``weights_only=True`` allows."""
+def saved(x: Any, weights_only: bool = True) -> Any:
+    """Through a file."""
     file = io.BytesIO()
-    torch.save(state_dict, file)
+    torch.save(x, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=weights_only)
 
 
 def snapshot(opt: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
