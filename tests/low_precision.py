@@ -255,7 +255,7 @@ def plain(case: Case, opt: Any, **options: Any) -> tuple[Any, list[Any]]:
 def decoded(case: Case, opt: Any) -> list[dict[str, Tensor]]:
     """Each parameter's moments in float32."""
     other, params = plain(case, opt)
-    return [{n: t for n, t in other.state.get(p, {}).items() if n in SIGNED + SQUARES} for p in params]
+    return [{n: t.float() for n, t in other.state.get(p, {}).items() if n in SIGNED + SQUARES} for p in params]
 
 
 def in_memory(t: Tensor) -> Tensor:

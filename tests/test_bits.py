@@ -125,28 +125,6 @@ def test_same_bits_on_the_gradient_path(case, wide, storage, dtype):
     )
 
 
-@pytest.mark.parametrize(("dtype", "case"), in_turn(NARROW, STATEFUL), ids=str)
-def test_same_bits_in_groups_of_their_own(case, dtype):
-    per_group = [
-        INT8,
-        {},
-        dict(state_dtype=torch.int8, min_int8_size=300, clip_per_param=2.0),
-        dict(state_dtype=torch.bfloat16),
-        dict(state_dtype=torch.float32),
-        dict(state_dtype=torch.int8, ema_decay=0.5),
-    ]
-    opts = run_both(
-        case,
-        lambda: parameters([s for s in ((7,), (300,), (4099,)) for _ in per_group], dtype),
-        dict(max_grad_norm=100.0),
-        per_group,
-        steps=4,
-        act=lambda opt, params, step: take(opt, params, step, {}),
-    )
-    for opt in opts:
-        assert_states(case, opt)
-
-
 @pytest.mark.parametrize("storage", [STORED[name] for name in ("stochastic", "int8", "bfloat16 state")], ids=str)
 def test_late_steps(storage):
     """What is drawn at a step is drawn from all of its digits."""
@@ -552,20 +530,31 @@ def test_any_mix(case, dtype, grad_dtype, state_dtype):
 
 
 @needs_grad_dtype
-@pytest.mark.parametrize(("case", "kept"), pairs(SOME, KEPT), ids=str)
+@pytest.mark.parametrize(("case", "kept"), pairs(SOME, [{}, *KEPT]), ids=str)
 def test_mixes_in_one_optimizer(case, kept):
-    """Rows of every dtype side by side, clipped by one norm."""
-    mixes = [(p, g) for p in NARROW for g in NARROW]
+    """Rows of every dtype side by side in groups of their own, clipped by one norm."""
+    mixes = in_turn([(7,), (300,), (4099,), (300,), (5, 9)], NARROW, NARROW, range(2))
 
     def make():
-        params = [parameters([(300,)], p, seed=i)[0] for i, (p, _) in enumerate(mixes)]
-        for p, (_, g) in zip(params, mixes, strict=True):
-            p.grad_dtype = g
+        params = [parameters([shape], p, seed=i)[0] for i, (shape, p, *_) in enumerate(mixes)]
+        for p, (_, _, grad_dtype, _) in zip(params, mixes, strict=True):
+            p.grad_dtype = grad_dtype
         return params
 
-    options = {**kept, "max_grad_norm": 10.0, "skip_nonfinite": True, "ema_decay": 0.9}
-    per_group = [INT8, {}, dict(state_dtype=torch.bfloat16), dict(agc=0.1)]
-    run_both(case, make, options, per_group, steps=5, act=lambda o, ps, step: take(o, ps, step, options))
+    options = {**kept, "max_grad_norm": 10.0, "skip_nonfinite": True}
+    per_group = [
+        INT8,
+        {},
+        dict(state_dtype=torch.int8, min_int8_size=300, clip_per_param=2.0),
+        dict(state_dtype=torch.bfloat16, agc=0.1),
+        dict(state_dtype=torch.float32),
+        dict(state_dtype=torch.int8, ema_decay=0.5),
+        dict(ema_decay=0.9),
+    ]
+    for opt in run_both(
+        case, make, options, per_group, steps=5, act=lambda opt, ps, step: take(opt, ps, step, options)
+    ):
+        assert_states(case, opt)
 
 
 @needs_grad_dtype
