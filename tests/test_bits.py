@@ -60,6 +60,7 @@ from low_precision import (
     saved,
     seeded,
     set_strained,
+    stepped,
     take,
 )
 
@@ -140,11 +141,7 @@ def test_late_steps(storage):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_elements_do_not_depend_on_where_they_stand(case):
     """Equal elements stay equal in every lane, tile and tail."""
-    p = torch.nn.Parameter(torch.full((1031,), 0.5))
-    opt = case.ours([p])
-    for value in (0.3, -0.7, 0.1):
-        p.grad = torch.full_like(p, value)
-        opt.step()
+    p = stepped(case.ours([torch.nn.Parameter(torch.full((1031,), 0.5))]), 0.3, -0.7, 0.1)
     assert (p == p[0]).all(), case
 
 
@@ -239,15 +236,15 @@ def test_layouts(case, layout, storage, dtype):
 @pytest.mark.skipif(NATIVE != "cpu", reason="a GPU can not access such memory")
 def test_misaligned_memory():
     """A tensor whose memory does not even start at a multiple of its element size."""
-    raw = bytearray(4 * 1000 + 1)
-    results = []
-    for backend in (NATIVE, "reference"):
-        p = torch.frombuffer(bytearray(raw), dtype=torch.float32, offset=1, count=1000)
-        p.copy_(randn((1000,), 0))
-        opt = CASES[0].ours([p], backend=backend)
-        train(opt, [p])
-        results.append(p)
-    assert_same_bits(*results)
+
+    def make():
+        return [
+            torch.frombuffer(bytearray(4 * 1000 + 1), dtype=torch.float32, offset=1, count=1000).copy_(
+                randn((1000,), 0)
+            )
+        ]
+
+    run_both(CASES[0], make)
 
 
 @pytest.mark.parametrize(
@@ -277,21 +274,14 @@ def test_non_finite_and_extreme_values(case, storage, dtype):
 
 
 def test_huge_gradient_does_not_freeze_a_parameter():
-    p = torch.nn.Parameter(torch.zeros(3))
-    opt = CASES[0].ours([p])
-    p.grad = torch.full((3,), 1e20)  # its square overflows
-    opt.step()
+    opt = CASES[0].ours([torch.nn.Parameter(torch.zeros(3))])
+    p = stepped(opt, 1e20)  # its square overflows
     assert torch.isfinite(opt.state[p]["exp_avg_sq"]).all() and torch.isfinite(p).all()
 
 
 def test_centered_rmsprop_of_a_constant_gradient_is_finite():
-    p = torch.nn.Parameter(torch.zeros(1000))
-    opt = Case("RMSprop", dict(centered=True, alpha=0.5)).ours([p])
-    grad = randn((1000,), 0)
-    for _ in range(200):
-        p.grad = grad
-        opt.step()
-    assert torch.isfinite(p).all()
+    opt = Case("RMSprop", dict(centered=True, alpha=0.5)).ours([torch.nn.Parameter(torch.zeros(1000))])
+    assert torch.isfinite(stepped(opt, *[randn((1000,), 0)] * 200)).all()
 
 
 def test_denormals_do_not_depend_on_the_thread():
@@ -421,17 +411,12 @@ def test_no_less_accurate_than_torch(case):
     else:
         steps = 150
     for scale in (1.0, 0.01, 0.0):
-        start = randn((20_000,), 0) * scale
-        errors = []
-        runs = [torch.nn.Parameter(start.to(d).clone()) for d in (torch.float64, torch.float32, torch.float32)]
-        opts = [case.torch([runs[0]]), case.torch([runs[1]]), case.ours([runs[2]])]
-        for step in range(steps):
-            grad = randn(start.shape, step + 1)
-            for p, opt in zip(runs, opts, strict=True):
-                p.grad = grad.to(p.dtype)
-                opt.step()
-        truth = runs[0].detach()
-        errors = [(p.detach().double() - truth).square().mean().sqrt().item() for p in runs[1:]]
+        runs = []
+        for make, dtype in ((case.torch, torch.float64), (case.torch, torch.float32), (case.ours, torch.float32)):
+            opt = make([torch.nn.Parameter((randn((20_000,), 0) * scale).to(dtype))])
+            grads = (randn((20_000,), step + 1).to(dtype) for step in range(steps))
+            runs.append(stepped(opt, *grads).detach().double())
+        errors = [(run - runs[0]).square().mean().sqrt().item() for run in runs[1:]]
         # Where both round alike the two errors are samples of one distribution: 1 % covers the sampling. On a GPU
         # torch fuses some multiplications and additions, which spares it a rounding.
         allowance = 1.03 if DEVICE == "cuda" else 1.01
@@ -442,9 +427,8 @@ def test_no_less_accurate_than_torch(case):
 def test_update_and_parameter_are_rounded_together_once(backend):
     """Just below the middle between two numbers, where double, rounded to float, would end above."""
     p = torch.nn.Parameter(torch.full((300,), 1 + 2**-23, device=DEVICE))
-    p.grad = torch.full_like(p, -(1 - 2**-23))
-    optim.SGD([p], lr=2**-24 * (1 + 2**-23), backend=backend).step()
-    assert (p == 1 + 2**-23).all()
+    opt = optim.SGD([p], lr=2**-24 * (1 + 2**-23), backend=backend)
+    assert (stepped(opt, -(1 - 2**-23)) == 1 + 2**-23).all()
 
 
 @pytest.mark.parametrize("nesterov", (False, True))
@@ -454,13 +438,10 @@ def test_infinite_momentum_stays_infinite(momentum, nesterov):
     for make in (torch.optim.SGD, partial(optim.SGD, backend=NATIVE), partial(optim.SGD, backend="reference")):
         p = torch.nn.Parameter(torch.ones(300, device=DEVICE))
         opt = make([p], lr=0.1, momentum=momentum, nesterov=nesterov)
-        for grad in (torch.inf, 1.0, -1.0):
-            p.grad = torch.full_like(p, grad)
-            opt.step()
+        stepped(opt, torch.inf, 1.0, -1.0)
         results.append((p.detach(), opt.state[p]["momentum_buffer"]))
     for result in results[1:]:
-        for ours, theirs in zip(result, results[0], strict=True):
-            assert_same_bits(ours, theirs)
+        assert_same_bits(result, results[0])
 
 
 @pytest.mark.parametrize(
