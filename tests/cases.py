@@ -10,7 +10,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from typing import Any
 
 import oracles
@@ -128,6 +128,14 @@ STORAGE = [
 STORED = {storage.name: storage for storage in STORAGE}
 # Each way with each of its dtypes.
 WAYS = [(storage, dtype) for storage in STORAGE for dtype in storage.dtypes]
+
+
+def stored(*axes: Sequence[Any], storages: Sequence[Storage] = tuple(STORAGE)) -> list[tuple[Any, ...]]:
+    """``pairs`` of the axes and of the storages, each of these with the next of its dtypes."""
+    dtypes = {storage.name: cycle(storage.dtypes) for storage in storages}
+    return [(*row, next(dtypes[row[-1].name])) for row in pairs(*axes, storages)]
+
+
 # One case per class and set of states, for tests about state rather than arithmetic.
 STATEFUL = [case for case in CASES if case.stateful]
 

@@ -9,26 +9,23 @@ from typing import Any
 import pytest
 import torch
 from cases import (
-    COPIES,
-    DEVICE,
-    INF,
-    NAN,
+    INT8,
+    NARROW,
     NATIVE,
+    SIXTEEN,
     STATEFUL,
+    STORED,
     Case,
     assert_same_bits,
     assert_same_state,
-    layouts,
-    parameters,
     randn,
-    set_grads,
 )
 from torch import Tensor
 
-import genopt_ext
-from genopt_ext import _backend, optim
+from genopt_ext import _backend
 
 KERNELS = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
+needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
 ADAMW = Case("AdamW")
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
 # Every class, with a state that has codes.
@@ -39,6 +36,7 @@ SOME = [*STATEFUL, Case("SGD", dict(lr=0.1))]
 BLOCKS = [(n,) for n in (1, 255, 256, 257, 700)]
 
 TILE = 256
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 WIDER = [dict(state_dtype=torch.float32), dict(state_dtype=torch.bfloat16)]
 SIGNED = ("exp_avg", "grad_avg", "momentum_buffer")
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
@@ -48,6 +46,9 @@ MAP_ERROR = 0.1
 
 # How weights of 16 bits may be kept.
 KEPT = [dict(param_rounding="stochastic"), dict(param_rounding="kahan"), dict(master_weights=True)]
+STATES = [{}, *WIDER, INT8]
+# Codes, or narrow state, with each way to keep a weight.
+MIXED = [STORED[name] for name in ("stochastic, int8", "kahan, bfloat16 state", "masters, int8")]
 
 # Of the gradient path, for each of its kinds.
 WIDE = [
@@ -126,36 +127,36 @@ def take(opt: Any, params: list[Any], step: int, wide: dict[str, Any] | None = N
             assert_same_bits(p.detach(), old, "after swap_ema")
 
 
-def run_both(
-    case: Case,
-    make_params: Callable[[], list[Any]],
-    options: dict[str, Any],
-    per_group: Sequence[dict[str, Any]] = ({},),
-    steps: int = 3,
-    act: Callable[[Any, list[Any], int], None] = take,
-) -> list[Any]:
-    """The kernels' and the reference's optimizer after the same steps, found to have the same bits."""
-    opts = [
-        run_one(case, make_params, options, per_group, steps, act, backend=backend) for backend in (NATIVE, "reference")
-    ]
-    assert_same(*opts, (case, options, per_group))
-    return opts
+def stepped(opt: Any, *grads: Any) -> Any:
+    """The one parameter of ``opt`` after a step with each of the gradients; a number stands for all elements."""
+    (p,) = places(opt)
+    for grad in grads:
+        p.grad = grad.clone() if isinstance(grad, Tensor) else torch.full_like(p, grad)
+        opt.step()
+    return p
 
 
 def run_one(
     case: Case,
     make_params: Callable[[], list[Any]],
-    options: dict[str, Any],
+    options: dict[str, Any] | None = None,
     per_group: Sequence[dict[str, Any]] = ({},),
     steps: int = 3,
     act: Callable[[Any, list[Any], int], None] = take,
     backend: str = NATIVE,
 ) -> Any:
     params = make_params()
-    opt = seeded(lambda: case.ours(grouped(params, per_group), backend=backend, **options))
+    opt = seeded(lambda: case.ours(grouped(params, per_group), backend=backend, **(options or {})))
     for step in range(steps):
         act(opt, params, step)
     return opt
+
+
+def run_both(case: Case, make_params: Callable[[], list[Any]], *args: Any, same: Any = None, **more: Any) -> list[Any]:
+    """The kernels' and the reference's optimizer after the same steps of ``run_one``, found to have the same bits."""
+    opts = [run_one(case, make_params, *args, **more, backend=backend) for backend in (NATIVE, "reference")]
+    (same or assert_same)(*opts, (case, args, more))
+    return opts
 
 
 def strides(t: Tensor) -> list[int]:
@@ -188,40 +189,73 @@ def moments(case: Case) -> list[str]:
     return [name for name, t in opt.state[p].items() if name != "step" and t is not None]
 
 
-def assert_state(case: Case, opt: Any, p: Tensor, dtype: torch.dtype | None, what: object = "", extra=()) -> None:
-    """``p`` has exactly the agreed state: codes and scales, or moments of ``dtype``."""
-    state = opt.state[p]
-    what = (case, tuple(p.shape), p.dtype, dtype, what)
-    expected = set(extra)
-    for name in moments(case):
-        if dtype != torch.int8:
-            expected.add(name)
-            assert name in state and state[name].dtype == dtype, (what, name, list(state))
-            assert state[name].shape == p.shape, (what, name)
-            continue
-        expected |= {f"{name}_codes", f"{name}_scales"}
-        assert expected <= set(state), (what, name, list(state))
-        codes, scales = state[f"{name}_codes"], state[f"{name}_scales"]
-        assert codes.dtype == (torch.uint8 if name in SQUARES else torch.int8), (what, name, codes.dtype)
-        assert codes.shape == p.shape, (what, name)
-        assert strides(codes) == strides(torch.empty_like(p)), (what, name)
-        assert scales.dtype == torch.float32 and scales.shape == (-(-p.numel() // TILE),), (what, name, scales.shape)
-        assert codes.device == scales.device == p.device, (what, name)
-    assert set(state) - {"step"} == expected, (what, list(state))
+def asked_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
+    """Of the moments of ``p``, by its group's options."""
+    asked = group.get("state_dtype")
+    if asked is None or p.dtype not in NARROW:
+        return p.dtype
+    return torch.float32 if asked == torch.int8 and p.numel() < group.get("min_int8_size", 4096) else asked
+
+
+def extras(group: dict[str, Any], p: Tensor) -> dict[str, torch.dtype]:
+    """What the group's options have the state hold beside the moments."""
+    found = {}
+    if p.dtype in SIXTEEN and group.get("param_rounding") == "kahan":
+        found["compensation"] = p.dtype
+    if p.dtype in SIXTEEN and group.get("master_weights"):
+        found["master"] = torch.float32
+    if group.get("ema_decay") is not None:
+        found["ema"] = torch.float32 if p.dtype in SIXTEEN else p.dtype
+    return found
+
+
+def assert_state(case: Case, opt: Any, p: Tensor, what: object = "", dtype: torch.dtype | None = None) -> None:
+    """``p`` has exactly the state that its group asks for: codes and scales, or moments, and what is kept beside them;
+    ``dtype``: that of moments where it is another."""
+    (group,) = (group for group in opt.param_groups if any(p is q for q in group["params"]))
+    state, dtype = opt.state[p], dtype or asked_dtype(group, p)
+    what = (case, tuple(p.shape), p.dtype, dtype, what, list(state))
+    expected = extras(group, p)
+    if dtype != torch.int8:
+        expected |= dict.fromkeys(moments(case), dtype)
+    else:
+        for name in moments(case):
+            expected[f"{name}_codes"] = torch.uint8 if name in SQUARES else torch.int8
+            expected[f"{name}_scales"] = torch.float32
+    assert set(state) - {"step"} == set(expected), what
+    for name, kind in expected.items():
+        t, of_scales = state[name], name.endswith("_scales")
+        assert t.dtype == kind and t.device == p.device, (what, name, t.dtype)
+        assert t.shape == ((-(-p.numel() // TILE),) if of_scales else p.shape), (what, name)
+        if name.endswith("_codes") or name in ("compensation", "master"):
+            assert strides(t) == strides(torch.empty_like(p)), (what, name)
+    if "master" in state:
+        assert_same_bits(p.detach(), state["master"].to(p.dtype), what)
+
+
+def assert_states(case: Case, opt: Any, what: object = "") -> None:
+    for p in places(opt):
+        assert_state(case, opt, p, what)
+
+
+def copied(case: Case, opt: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """A new optimizer, of another seed, of copies of the other's parameters, and these."""
+    copies = [[torch.nn.Parameter(p.detach().clone()) for p in group["params"]] for group in opt.param_groups]
+    other = seeded(lambda: case.ours([{"params": row} for row in copies], **options), 8)
+    return other, [p for row in copies for p in row]
 
 
 def plain(case: Case, opt: Any, **options: Any) -> tuple[Any, list[Any]]:
     """An optimizer with float32 state that has loaded the other's, and its parameters, copies of the other's."""
-    copies = [[torch.nn.Parameter(p.detach().clone()) for p in group["params"]] for group in opt.param_groups]
-    other = case.ours([{"params": row} for row in copies], **options)
+    other, params = copied(case, opt, **options)
     other.load_state_dict(opt.state_dict())
-    return other, [p for row in copies for p in row]
+    return other, params
 
 
 def decoded(case: Case, opt: Any) -> list[dict[str, Tensor]]:
     """Each parameter's moments in float32."""
     other, params = plain(case, opt)
-    return [{n: t for n, t in other.state.get(p, {}).items() if n in SIGNED + SQUARES} for p in params]
+    return [{n: t.float() for n, t in other.state.get(p, {}).items() if n in SIGNED + SQUARES} for p in params]
 
 
 def in_memory(t: Tensor) -> Tensor:
@@ -251,12 +285,12 @@ def assert_decoded_like(mine: dict[str, Tensor], truth: dict[str, Tensor], what:
                 assert (a[b != 0] > 0).all(), where
 
 
-def saved(state_dict: Any) -> Any:
-    """Through a file, as ``weights_only=True`` allows."""
+def saved(x: Any, weights_only: bool = True) -> Any:
+    """Through a file."""
     file = io.BytesIO()
-    torch.save(state_dict, file)
+    torch.save(x, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=weights_only)
 
 
 def snapshot(opt: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -276,240 +310,3 @@ def assert_unchanged(opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]]
             if isinstance(t, Tensor) and t.device.type != "meta":
                 assert now[name].dtype == t.dtype, (what, name)
                 assert_same_bits(now[name], t, (what, name))
-
-
-# Bodies of tests that narrow state and 16-bit weights have in common
-
-
-def assert_same_in_layout(case: Case, layout: str, dtype: torch.dtype, options: dict[str, Any]) -> list[Any]:
-    """Gradients of other strides, expanded ones too; nothing beside a view is written. The two optimizers."""
-    made = []
-
-    def make():
-        t = layouts(dtype)[layout]
-        made.append((t, t._base.clone() if t._base is not None else None))
-        return [torch.nn.Parameter(t)]
-
-    def act(opt, params, step):
-        (p,) = params
-        p.grad = randn(p.shape, step, dtype)
-        if step == 1:
-            p.grad = torch.empty_strided(p.shape, p.stride(), dtype=dtype).copy_(p.grad)
-        if step == 2:
-            p.grad = randn((1,) * p.dim(), step, dtype).expand(p.shape)
-        opt.step()
-
-    opts = run_both(case, make, options, act=act)
-    for ours, before in made:
-        if before is not None:
-            after = ours._base.clone()
-            for t in (before, after):
-                t.as_strided(ours.shape, ours.stride(), ours.storage_offset()).zero_()
-            assert_same_bits(after, before, (case, layout, options))
-    return opts
-
-
-def assert_same_for_threads(make: Callable[[list[Any]], Any], dtype: torch.dtype, what: object = "") -> None:
-    """For every number of threads, and run after run; ``make``: an optimizer of these parameters."""
-    opts = []
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3, 2):
-            torch.set_num_threads(n)
-            params = parameters([(100_003,), (300, 7), *[(64,)] * 20], dtype)
-            opts.append(seeded(lambda: make(params)))  # noqa: B023
-            for step in range(2):
-                take(opts[-1], params, step)
-    finally:
-        torch.set_num_threads(threads)
-    for other in opts[1:]:
-        assert_same(opts[0], other, what)
-
-
-def assert_same_in_backward(
-    case: Case, make_params: Callable[[], list[Any]], per_group: Sequence[dict[str, Any]], **options: Any
-) -> None:
-    """The bits of backward and step."""
-    opts = []
-    for in_backward in (False, True):
-        params = make_params()
-        opt = seeded(lambda: case.ours(grouped(params, per_group), **options))  # noqa: B023
-        if in_backward:
-            genopt_ext.step_in_backward(opt)
-        for step in range(3):
-            torch.stack([(p * gradient(p, step, i)).sum() for i, p in enumerate(params)]).sum().backward()
-            if not in_backward:
-                opt.step()
-                opt.zero_grad()
-        opts.append(opt)
-    assert_same(*opts, (case, per_group, options))
-
-
-def run_scaled(case: Case, make_scaler: Any, dtype: torch.dtype, scale: float, options: dict[str, Any]) -> list[Any]:
-    """Parameters after five steps with ``fused=True``, of which the first meets an infinity and the third NaN, and
-    after the other three alone, without a scaler. A skipped step changes nothing."""
-    scalers = {}
-
-    def act(opt, params, step):
-        if opt not in scalers:
-            scalers[opt] = make_scaler(DEVICE, init_scale=scale, growth_interval=2)
-            scalers[opt].scale(torch.zeros(()))
-        before = snapshot(opt)
-        for i, p in enumerate(params):
-            p.grad = (randn(p.shape, 10 * step + i) * scalers[opt].get_scale()).to(dtype)
-        bad = {0: INF, 2: NAN}.get(step)
-        if bad is not None:
-            params[2].grad[3] = bad
-        scalers[opt].step(opt)
-        scalers[opt].update()
-        if bad is not None and step:
-            assert_unchanged(opt, before, (case, options, step))
-
-    opts = run_both(case, lambda: parameters(BLOCKS, dtype), {**options, "fused": True}, steps=5, act=act)
-    params = parameters(BLOCKS, dtype)
-    alone = seeded(lambda: case.ours(params, **options))
-    for step in (1, 3, 4):
-        for i, p in enumerate(params):
-            p.grad = randn(p.shape, 10 * step + i, dtype)
-        alone.step()
-    return list(zip(places(opts[0]), params, strict=True))
-
-
-def assert_copies_train_on_alone(opt: Any, params: list[Any], how: str, what: object = "") -> None:
-    for step in range(2):
-        take(opt, params, step)
-    twin = COPIES[how](opt)
-    assert type(twin) is type(opt), (what, how)
-    before = snapshot(twin)
-    for step in (2, 3):
-        take(opt, params, step)
-    assert_unchanged(twin, before, (what, how))
-    for step in (2, 3):
-        take(twin, places(twin), step)
-    assert_same(opt, twin, (what, how))
-
-
-def assert_round_trip(case: Case, make: Callable[..., Any], params: list[Any], what: object = "") -> Any:
-    """Saved, loaded into a new optimizer, and on: as if nothing had happened, random bits included. The new one."""
-    opt = seeded(lambda: make(params))
-    for step in range(3):
-        take(opt, params, step)
-    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    other = seeded(lambda: make(resumed), 8)
-    other.load_state_dict(saved(opt.state_dict()))
-    assert_same(opt, other, what)
-    for step in range(3, 6):
-        take(opt, params, step)
-        take(other, resumed, step)
-    assert_same(opt, other, what)
-    # Its own state, in place.
-    opt.load_state_dict(opt.state_dict())
-    assert_same(opt, other, what)
-    for o, ps in ((opt, params), (other, resumed)):
-        take(o, ps, 6)
-    assert_same(opt, other, what)
-    return other
-
-
-def assert_option_refused(name: str, given: dict[str, Any], more: dict[str, Any], backend: str, match: str) -> None:
-    """By constructors, in groups and, set by hand, before each of two steps; nothing is changed then."""
-    make = getattr(optim, name)
-    errors = (TypeError, ValueError)
-    with pytest.raises(errors, match=match):
-        make(parameters([(2,)]), **{**more, **given})
-    with pytest.raises(errors, match=f"group 0.*{match}"):
-        make([{"params": parameters([(2,)]), **more, **given}])
-    params = parameters([(7,), (300,)], torch.bfloat16)
-    opt = make(params, backend=backend, **more)
-    with pytest.raises(errors, match=f"group 1.*{match}"):
-        opt.add_param_group({"params": parameters([(2,)]), **given})
-    assert len(opt.param_groups) == 1
-    group = opt.param_groups[0]
-    for step in range(2):
-        set_grads(params, step)
-        before, kept = snapshot(opt), dict(group)
-        group.update(given)
-        with pytest.raises(errors, match=f"group 0.*{match}"):
-            opt.step()
-        assert_unchanged(opt, before, (name, given, more, backend))
-        group.clear()
-        group.update(kept)
-        opt.step()
-
-
-def assert_broken_state_is_refused(
-    opt: Any, params: list[Any], break_it: Callable[[dict[str, Any]], None], match: str, what: object = ""
-) -> None:
-    """``break_it`` is done to the state of the second parameter, which is called ``second``."""
-    state = opt.state[params[1]]
-    good = dict(state)
-    break_it(state)
-    before = snapshot(opt)
-    set_grads(params, 5)
-    for attempt in range(2):  # with the plan of before, and with what a refusal leaves
-        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"group 0 parameter 1 \('second'.*" + match):
-            opt.step()
-        assert_unchanged(opt, before, (what, attempt))
-    state.clear()
-    state.update(good)
-    opt.step()
-
-
-def assert_shared_memory_is_refused(opt: Any, params: list[Any], name: str) -> None:
-    opt.state[params[0]][name] = opt.state[params[1]][name]
-    before = snapshot(opt)
-    with pytest.raises(RuntimeError, match="shares? memory"):
-        opt.step()
-    assert_unchanged(opt, before, name)
-
-
-# What a user may do between two steps without changing a number
-
-
-def clone_state(opt, params):
-    for state in opt.state.values():
-        for name, t in state.items():
-            state[name] = t.clone()
-            if name != "step":
-                t.fill_(77)  # what a stale pointer would find
-
-
-def other_storage(opt, params):
-    for state in opt.state.values():
-        for name, t in state.items():
-            if name != "step":
-                old, t.data = t.data, t.data.clone()
-                old.fill_(77)
-
-
-def rename_keys(opt, params):
-    for p in params:
-        opt.state[p] = {("_" + name)[1:]: t.clone() for name, t in reversed(list(opt.state[p].items()))}
-
-
-def load_own(opt, params):
-    opt.load_state_dict(opt.state_dict())
-
-
-def other_data(opt, params):
-    for p in params:
-        old, p.data = p.data, p.data.clone()
-        old.fill_(77)
-
-
-NEUTRAL = [clone_state, other_storage, rename_keys, load_own, other_data]
-
-
-def assert_change_is_honoured(
-    case: Case, make_params: Callable[[], list[Any]], options: dict[str, Any], change: Any, neutral: bool = False
-) -> None:
-    """``neutral``: it changes no number."""
-
-    def act(opt, params, step):
-        if step == 2:
-            change(opt, params)
-        take(opt, params, step)
-
-    opt, _ = run_both(case, make_params, options, steps=4, act=act)
-    if neutral or change in NEUTRAL:
-        assert_same(opt, run_one(case, make_params, options, steps=4), (case, options, change))

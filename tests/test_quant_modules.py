@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import pickle
 
 import pytest
 import torch
-from cases import INF, NAN, assert_same_bits, randn
+from cases import COPIES, DTYPES, INF, NAN, assert_same_bits, randn
+from low_precision import saved
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -17,7 +16,6 @@ from torch.nn.utils import prune
 from genopt_ext import quant
 from genopt_ext.quant.layers import QuantizedLinear, QuantizedWeight
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAKE = torch.ops.genopt_ext.fake_quantize_cachemask.default
 
 
@@ -31,62 +29,56 @@ def forward_and_gradient(f, x):
 # fake_quantize
 
 
+def assert_same_as(ours, theirs, x, kept=None):
+    """Bits of what comes out, and of its gradient; ``kept``: the dtype in which what comes out agrees."""
+    (y, grad), (other, other_grad) = (forward_and_gradient(f, x) for f in (ours, theirs))
+    assert_same_bits(y.to(kept or x.dtype), other.to(kept or x.dtype))
+    assert_same_bits(grad, other_grad)
+
+
+@pytest.mark.parametrize("point", (0, 5))
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (0, 255)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_equals_torch_per_tensor(dtype):
-    for shape, (low, high), point in itertools.product([(4099,), (), (0, 3), (7, 5)], [(-128, 127), (0, 255)], (0, 5)):
-        x = randn(shape, 1).to(dtype)
-        for scale in (0.013, 0.5, 1 / 3, 1e-6):
-            what = dtype, shape, low, point, scale
-            ours = forward_and_gradient(
-                lambda x: quant.fake_quantize(x, scale, point, quant_min=low, quant_max=high),  # noqa: B023
-                x,
-            )
-            theirs = forward_and_gradient(
-                lambda x: torch.fake_quantize_per_tensor_affine(x, scale, point, low, high),  # noqa: B023
-                x,
-            )
-            assert_same_bits(ours[1], theirs[1], what)
-            # For float64 torch rounds the product to float32 here, though not per channel.
-            kept = torch.float32 if dtype == torch.float64 else dtype
-            assert_same_bits(ours[0].to(kept), theirs[0].to(kept), what)
+def test_fake_equals_torch_per_tensor(dtype, low, high, point):
+    # For float64 torch rounds the product to float32 here, though not per channel.
+    kept = torch.float32 if dtype == torch.float64 else dtype
+    for shape, scale in itertools.product([(4099,), (), (0, 3), (7, 5)], (0.013, 0.5, 1 / 3, 1e-6)):
+        assert_same_as(
+            lambda x: quant.fake_quantize(x, scale, point, quant_min=low, quant_max=high),  # noqa: B023
+            lambda x: torch.fake_quantize_per_tensor_affine(x, scale, point, low, high),  # noqa: B023
+            randn(shape, 1).to(dtype),
+            kept,
+        )
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((30, 70), 0), ((30, 70), 1), ((3, 5, 7), 1), ((9,), 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_equals_torch_per_channel(dtype, shape, axis):
+    scale = randn((shape[axis],), 2).abs() * 0.01 + 0.001
+    point = torch.arange(shape[axis], dtype=torch.int32) % 19 - 9
+    assert_same_as(
+        lambda x: quant.fake_quantize(x, scale, point, scheme="channel", axis=axis - x.dim()),
+        lambda x: torch.fake_quantize_per_channel_affine(x, scale, point, axis, -128, 127),
+        randn(shape, 1).to(dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_equals_torch_per_channel(dtype):
-    for shape, axis in (((30, 70), 0), ((30, 70), 1), ((3, 5, 7), 1), ((9,), 0)):
-        x = randn(shape, 1).to(dtype)
-        scale = randn((shape[axis],), 2).abs() * 0.01 + 0.001
-        point = torch.arange(shape[axis], dtype=torch.int32) % 19 - 9
-        ours = forward_and_gradient(
-            lambda x: quant.fake_quantize(x, scale, point, scheme="channel", axis=axis - x.dim()),  # noqa: B023
-            x,
-        )
-        theirs = forward_and_gradient(
-            lambda x: torch.fake_quantize_per_channel_affine(x, scale, point, axis, -128, 127),  # noqa: B023
-            x,
-        )
-        for a, b in zip(ours, theirs, strict=True):
-            assert_same_bits(a, b, (dtype, shape, axis))
-
-
 @pytest.mark.parametrize("symmetric", (True, False))
 @pytest.mark.parametrize("bits", (8, 4))
-@pytest.mark.parametrize(
-    "units", ({}, {"scheme": "channel", "axis": -1}, {"scheme": "block", "block_size": 32}), ids=str
-)
-def test_fake_is_there_and_back(units, bits, symmetric):
-    for dtype in DTYPES:
-        x = randn((30, 41), 3).to(dtype)
-        q = quant.quantize(x, bits=bits, symmetric=symmetric, **units)
-        y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, bits=bits, symmetric=symmetric, **units), x)  # noqa: B023
-        assert_same_bits(y, quant.dequantize(q), dtype)
-        assert_same_bits(grad, randn(y.shape, 9).to(dtype), dtype)
-        # float64 has the inverse scale in double there and, as in torch, in float32 here.
-        again = quant.fake_quantize(x, q.scale, q.zero_point, bits=bits, **units)
-        if dtype != torch.float64:
-            assert_same_bits(again, y, dtype)
-        else:
-            assert (again - y).abs().max() <= q.scale.max() * 1.001 and (again != y).float().mean() < 1e-3
+@pytest.mark.parametrize("units", ({}, dict(scheme="channel", axis=-1), dict(scheme="block", block_size=32)), ids=str)
+def test_fake_is_there_and_back(units, bits, symmetric, dtype):
+    x = randn((30, 41), 3).to(dtype)
+    q = quant.quantize(x, bits=bits, symmetric=symmetric, **units)
+    y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, bits=bits, symmetric=symmetric, **units), x)
+    assert_same_bits(y, quant.dequantize(q))
+    assert_same_bits(grad, randn(y.shape, 9).to(dtype))
+    # float64 has the inverse scale in double there and, as in torch, in float32 here.
+    again = quant.fake_quantize(x, q.scale, q.zero_point, bits=bits, **units)
+    if dtype != torch.float64:
+        assert_same_bits(again, y)
+    else:
+        assert (again - y).abs().max() <= q.scale.max() * 1.001 and (again != y).float().mean() < 1e-3
 
 
 def test_fake_gradient_stops_where_clamped():
@@ -112,23 +104,28 @@ def test_fake_layouts():
     assert quant.fake_quantize(base.to(memory_format=torch.channels_last), 0.1).stride() == (120, 1, 24, 6)
 
 
-def test_fake_nonfinite():
-    for value in (NAN, INF, -INF):
-        x = torch.tensor([1.0, value])
-        for scale in (None, 0.1):
-            with pytest.raises(ValueError, match="NaN or infinite"):
-                quant.fake_quantize(x, scale)
-        assert quant.fake_quantize(x, nonfinite="propagate").isnan().all()
-        y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, 0.1, nonfinite="propagate"), x)
-        expected = torch.tensor(NAN if value != value else 127 * 0.1 * (1 if value > 0 else -1))
-        torch.testing.assert_close(y, torch.stack((torch.tensor(1.0), expected)), equal_nan=True)
-        assert grad[1] == 0
-    for bad in (0.0, -1.0, NAN, INF, 1e-40):
-        scale = torch.tensor([0.1, bad])
-        with pytest.raises(ValueError, match="every scale must be finite and at least"):
-            quant.fake_quantize(torch.ones(2), scale, scheme="channel")
-        y = quant.fake_quantize(torch.ones(2), scale, scheme="channel", nonfinite="propagate")
-        assert y[0] == 1 and y[1].isnan()
+@pytest.mark.parametrize("value", (NAN, INF, -INF))
+def test_fake_nonfinite(value):
+    x = torch.tensor([1.0, value])
+    for scale in (None, 0.1):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            quant.fake_quantize(x, scale)
+    assert quant.fake_quantize(x, nonfinite="propagate").isnan().all()
+    y, grad = forward_and_gradient(lambda x: quant.fake_quantize(x, 0.1, nonfinite="propagate"), x)
+    torch.testing.assert_close(y, x.clamp(-127 * 0.1, 127 * 0.1), equal_nan=True)
+    assert grad[1] == 0
+
+
+@pytest.mark.parametrize("bad", (0.0, -1.0, NAN, INF, 1e-40))
+def test_fake_scales_that_are_none(bad):
+    scale = torch.tensor([0.1, bad])
+    with pytest.raises(ValueError, match="every scale must be finite and at least"):
+        quant.fake_quantize(torch.ones(2), scale, scheme="channel")
+    y = quant.fake_quantize(torch.ones(2), scale, scheme="channel", nonfinite="propagate")
+    assert y[0] == 1 and y[1].isnan()
+
+
+def test_fake_of_large_scales_is_finite():
     assert quant.fake_quantize(torch.tensor([6e4]).half(), 1e4, quant_min=-10, quant_max=10).isfinite().all()
 
 
@@ -180,29 +177,16 @@ def test_fake_refuses(kind, message, how):
 def test_fake_opcheck():
     dense, transposed = randn((6, 40), 0), randn((40, 6), 0).t()
     holes, expanded = randn((6, 80), 0)[:, ::2], randn((1, 40), 0).expand(6, 40)
-    for x, scheme, units in (
-        (dense, "block", 8),
-        (transposed, "channel", 6),
-        (holes, "tensor", 1),
-        (expanded, "block", 8),
+    layout_alone = dict(test_utils=("test_schema", "test_faketensor"))
+    for x, scheme, units, point, how in (
+        (dense, "block", 8, torch.ones(8, dtype=torch.int32), {}),
+        (transposed, "channel", 6, None, layout_alone),
+        (holes, "tensor", 1, None, layout_alone),
+        (expanded, "block", 8, None, layout_alone),
     ):
-        point = torch.ones(units, dtype=torch.int32) if x is dense else None
-        args = (
-            x.detach().requires_grad_(),
-            torch.full((units,), 0.03),
-            point,
-            8,
-            scheme,
-            0,
-            32,
-            point is None,
-            -128,
-            127,
-        )
-        if x is dense:
-            torch.library.opcheck(FAKE, (*args, "error"))
-        else:
-            torch.library.opcheck(FAKE, (*args, "error"), test_utils=("test_schema", "test_faketensor"))
+        range_of_codes = (0, 32, point is None, -128, 127, "error")
+        scale = torch.full((units,), 0.03)
+        torch.library.opcheck(FAKE, (x.detach().requires_grad_(), scale, point, 8, scheme, *range_of_codes), **how)
     x = transposed.detach().requires_grad_()
     torch.library.opcheck(FAKE, (x, None, None, 4, "channel", 0, 0, False, -8, 7, "propagate"))
 
@@ -218,9 +202,7 @@ def test_fake_compiles(dynamic):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (6, 11):
         x, scale = randn((rows, 40), 0), torch.full((40,), 0.01)
-        ours, expected = (forward_and_gradient(lambda x: f(x, scale), x) for f in (compiled, run))  # noqa: B023
-        for a, b in zip(ours, expected, strict=True):
-            assert_same_bits(a, b)
+        assert_same_as(lambda x: compiled(x, scale), lambda x: run(x, scale), x)  # noqa: B023
 
 
 def test_fake_trains():
@@ -302,107 +284,96 @@ def convs(seed=0):
     return Convs().eval()
 
 
-def saved(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return io.BytesIO(buffer.getvalue())
+MODELS = pytest.mark.parametrize(("make", "x"), ((gpt, INDEX), (convs, IMAGES)), ids=("gpt", "convs"))
+
+
+def quantized(model, **how):
+    quant.quantize_module_(model, **how)
+    return model
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
-def test_module_computes_with_dequantized_weights(how):
-    for make, x in ((gpt, INDEX), (convs, IMAGES)):
-        model, expected = make(), make()
-        report = quant.quantize_module_(model, **how)
-        assert report.layers and report.bytes_after < report.bytes_before
-        for name in report.layers:
-            old, new = expected.get_submodule(name), model.get_submodule(name)
-            assert type(new).__name__.startswith("Quantized") and isinstance(new, type(old))
-            if report.layers[name].tied_to:  # overwritten below already
-                assert_same_bits(new.weight, old.weight, name)
-                continue
-            q = quant.quantize(old.weight, **how, axis=new.quantized_weight.axis)
-            assert_same_bits(new.weight, quant.dequantize(q), name)
-            largest = q.scale.max().item()
-            assert (new.weight - old.weight).abs().max() <= 0.5001 * largest
-            assert "weight" not in dict(new.named_parameters(recurse=False))
-            old.weight.data.copy_(new.weight)
-        with torch.no_grad():
-            assert_same_bits(model(x), expected(x))
-            size = make()(x).abs().max()
-            assert (model(x) - make()(x)).abs().max() <= size * (0.05 if how["bits"] == 8 else 0.7)
+@MODELS
+def test_module_computes_with_dequantized_weights(how, make, x):
+    model, expected = make(), make()
+    report = quant.quantize_module_(model, **how)
+    assert report.layers and report.bytes_after < report.bytes_before
+    for name in report.layers:
+        old, new = expected.get_submodule(name), model.get_submodule(name)
+        assert type(new).__name__.startswith("Quantized") and isinstance(new, type(old))
+        if report.layers[name].tied_to:  # overwritten below already
+            assert_same_bits(new.weight, old.weight, name)
+            continue
+        q = quant.quantize(old.weight, **how, axis=new.quantized_weight.axis)
+        assert_same_bits(new.weight, quant.dequantize(q), name)
+        assert (new.weight - old.weight).abs().max() <= 0.5001 * q.scale.max().item()
+        assert "weight" not in dict(new.named_parameters(recurse=False))
+        old.weight.data.copy_(new.weight)
+    with torch.no_grad():
+        y, whole = model(x), make()(x)
+        assert_same_bits(y, expected(x))
+        assert (y - whole).abs().max() <= whole.abs().max() * (0.05 if how["bits"] == 8 else 0.7)
 
 
-def test_embeddings_look_rows_up():
+@pytest.mark.parametrize("width", (64, 33, 48))
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_embeddings_look_rows_up(how, width):
     index = torch.tensor([[3, 0, 9], [9, 9, 1]])
-    for how, width in itertools.product(HOW, (64, 33, 48)):
-        layer = nn.Embedding(10, width, padding_idx=0)
-        quant.quantize_module_(layer, **how)
-        for i in (index, index[:0], index[0, 0]):
-            assert_same_bits(layer(i), layer.weight[i], (how, width))
-        with pytest.raises(IndexError):
-            layer(torch.tensor([10]))
-    bag = nn.EmbeddingBag(10, 64)
-    quant.quantize_module_(bag)
+    layer = quantized(nn.Embedding(10, width, padding_idx=0), **how)
+    for i in (index, index[:0], index[0, 0]):
+        assert_same_bits(layer(i), layer.weight[i])
+    with pytest.raises(IndexError):
+        layer(torch.tensor([10]))
+    bag = quantized(nn.EmbeddingBag(10, width), **how)
     assert_same_bits(bag(index), F.embedding_bag(index, bag.weight))
 
 
-def test_axes():
-    for layer, axis in (
-        (nn.Conv1d(8, 6, 5), 0),
-        (nn.Conv3d(8, 6, 3), 0),
-        (nn.ConvTranspose1d(8, 6, 5), 1),
-        (nn.ConvTranspose3d(8, 6, 3), 1),
-        (nn.ConvTranspose2d(8, 6, 5, groups=2), 0),
-    ):
-        shape = layer.weight.shape
-        quant.quantize_module_(layer)
-        assert layer.quantized_weight.axis == axis and layer.quantized_weight.scale.shape == shape[axis : axis + 1]
-        layer(randn((1, 8) + (6,) * (len(shape) - 2), 0))
+@pytest.mark.parametrize(
+    ("make", "axis"),
+    [
+        (lambda: nn.Conv1d(8, 6, 5), 0),
+        (lambda: nn.Conv3d(8, 6, 3), 0),
+        (lambda: nn.ConvTranspose1d(8, 6, 5), 1),
+        (lambda: nn.ConvTranspose3d(8, 6, 3), 1),
+        (lambda: nn.ConvTranspose2d(8, 6, 5, groups=2), 0),
+    ],
+)
+def test_axes(make, axis):
+    layer = make()
+    shape = layer.weight.shape
+    weight = quantized(layer).quantized_weight
+    assert weight.axis == axis and weight.scale.shape == shape[axis : axis + 1]
+    layer(randn((1, 8) + (6,) * (len(shape) - 2), 0))
 
 
 @pytest.mark.parametrize("how", (HOW[2], HOW[-1]), ids=str)
-def test_state_dict_goes_round(how):
-    for make, x in ((gpt, INDEX), (convs, IMAGES)):
-        model, other = make(0), make(1)
-        quant.quantize_module_(model, **how)
-        quant.quantize_module_(other, **how)
-        expected = model(x)
-        state = torch.load(saved(model.state_dict()), weights_only=True)
-        assert not any(key.endswith("like") for key in state)
-        other.load_state_dict(state)
-        assert_same_bits(other(x), expected)
-        third = make(2)
-        quant.quantize_module_(third, **how)
-        third.load_state_dict(state, assign=True)
-        for copied in (third, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert_same_bits(copied(x), expected)
-            if make is gpt:
-                assert copied.tokens.quantized_weight is copied.head.quantized_weight
-        whole = torch.load(saved(model), weights_only=False)
-        assert_same_bits(whole(x), expected)
+@MODELS
+def test_state_dict_goes_round(how, make, x):
+    model, other, third = (quantized(make(seed), **how) for seed in range(3))
+    expected = model(x)
+    state = saved(model.state_dict())
+    assert not any(key.endswith("like") for key in state)
+    other.load_state_dict(state)
+    third.load_state_dict(state, assign=True)
+    for copied in (other, third, saved(model, weights_only=False), *(copied(model) for copied in COPIES.values())):
+        assert_same_bits(copied(x), expected)
+        if make is gpt:
+            assert copied.tokens.quantized_weight is copied.head.quantized_weight
 
 
 def test_keys():
-    model = nn.Sequential(nn.Linear(64, 8))
-    quant.quantize_module_(model, symmetric=False)
+    model = quantized(nn.Sequential(nn.Linear(64, 8)), symmetric=False)
     assert list(model.state_dict()) == [
         "0.bias",
-        "0.quantized_weight.codes",
-        "0.quantized_weight.scale",
-        "0.quantized_weight.zero_point",
+        *(f"0.quantized_weight.{x}" for x in ("codes", "scale", "zero_point")),
     ]
 
 
 def test_loading_refuses_other_forms():
     def linear(**how):
-        layer = nn.Linear(64, 64)
-        quant.quantize_module_(layer, **how)
-        return layer
+        return quantized(nn.Linear(64, 64), **how)
 
-    forms = [
-        dict(bits=b, scheme=s, block_size=32) for b, s in itertools.product((8, 4), ("tensor", "channel", "block"))
-    ]
-    forms.append(dict(symmetric=False))
+    forms = [*HOW[::2], dict(symmetric=False)]
     for one, other in itertools.permutations(forms, 2):
         with pytest.raises(RuntimeError, match="quantized_weight"):
             linear(**one).load_state_dict(linear(**other).state_dict())
@@ -415,8 +386,7 @@ def test_loading_refuses_other_forms():
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64), ids=str)
 def test_casting_keeps_codes_and_scales(dtype):
-    model = gpt()
-    quant.quantize_module_(model, bits=4, symmetric=False)
+    model = quantized(gpt(), bits=4, symmetric=False)
     before = {key: t.clone() for key, t in model.state_dict().items() if "quantized_weight" in key}
     expected = model.head.weight
     for cast in (model.to(dtype), model.to("cpu", dtype), model.type(dtype)):
@@ -429,8 +399,7 @@ def test_casting_keeps_codes_and_scales(dtype):
 
 
 def test_moves():
-    model = convs()
-    quant.quantize_module_(model)
+    model = quantized(convs())
     expected = model(IMAGES)
     torch.testing.assert_close(model.to(memory_format=torch.channels_last)(IMAGES), expected)
     state = model.state_dict()
@@ -441,18 +410,16 @@ def test_moves():
     assert_same_bits(back(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("make, x", ((gpt, INDEX), (convs, IMAGES)), ids=("gpt", "convs"))
+@MODELS
 def test_module_compiles(make, x):
     torch.compiler.reset()
-    model = make()
-    quant.quantize_module_(model, bits=4, scheme="block", block_size=32)
+    model = quantized(make(), bits=4, scheme="block", block_size=32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_gradients_pass_through_to_the_rest():
-    model = gpt().train()
-    quant.quantize_module_(model)
+    model = quantized(gpt().train())
     model(INDEX).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert "blocks.0.up.bias" in dict(model.named_parameters())
@@ -484,8 +451,11 @@ def test_skipping():
     assert skipped(["*.attention.*"]) == attention == skipped(["*.attention"])
     assert skipped(["blocks.0", "head"]) == [attention[0], "blocks.0.up", "blocks.0.down", "head"]
     assert skipped(lambda name, module: isinstance(module, nn.Embedding)) == ["tokens", "positions"]
-    model = gpt()
-    for skip, kind, message in (
+
+
+@pytest.mark.parametrize(
+    ("skip", "kind", "message"),
+    [
         (
             ["blocks.0", "haed"],
             ValueError,
@@ -494,9 +464,17 @@ def test_skipping():
         (["blocks.0.norm"], ValueError, "matches no layer"),
         ("head", TypeError, "must be a sequence of names and patterns, or a function"),
         ([3], TypeError, "must be a sequence of names"),
-    ):
-        with pytest.raises(kind, match=message):
-            quant.quantize_module_(model, skip=skip)
+    ],
+    ids=str,
+)
+def test_skips_that_are_refused(skip, kind, message):
+    model = gpt()
+    with pytest.raises(kind, match=message):
+        quant.quantize_module_(model, skip=skip)
+    assert_whole(model)
+
+
+def assert_whole(model):
     assert not any(isinstance(m, QuantizedWeight) for m in model.modules())
 
 
@@ -504,32 +482,23 @@ class Mine(nn.Linear):
     pass
 
 
+STAY = {
+    "parametrized": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(64, 64)), "has parametrizations"),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.5), "not a parameter of its own"),
+    "mine": (lambda: Mine(64, 64), "is a Mine, a subclass"),
+    "renormed": (lambda: nn.Embedding(64, 64, max_norm=1.0), "max_norm changes"),
+    "complex": (lambda: nn.Linear(64, 64, dtype=torch.complex64), "torch.complex64"),
+    "lazy": (lambda: nn.LazyLinear(64), "LazyLinear"),
+    "small": (lambda: nn.Conv1d(64, 64, 1, groups=64, dtype=torch.bfloat16), "128 bytes now, 320 then"),
+    "empty": (lambda: nn.Embedding(0, 8), "not be smaller"),
+}
+
+
 def test_layers_that_stay():
-    model = nn.ModuleDict(
-        {
-            "parametrized": nn.utils.parametrizations.orthogonal(nn.Linear(64, 64)),
-            "pruned": prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.5),
-            "mine": Mine(64, 64),
-            "renormed": nn.Embedding(64, 64, max_norm=1.0),
-            "complex": nn.Linear(64, 64, dtype=torch.complex64),
-            "lazy": nn.LazyLinear(64),
-            "small": nn.Conv1d(64, 64, 1, groups=64, dtype=torch.bfloat16),
-            "empty": nn.Embedding(0, 8),
-            "good": nn.Linear(64, 64),
-        }
-    )
+    model = nn.ModuleDict({name: make() for name, (make, _) in STAY.items()} | {"good": nn.Linear(64, 64)})
     report = quant.quantize_module_(model)
     assert list(report.layers) == ["good"]
-    for name, why in {
-        "parametrized": "has parametrizations",
-        "pruned": "not a parameter of its own",
-        "mine": "is a Mine, a subclass",
-        "renormed": "max_norm changes",
-        "complex": "torch.complex64",
-        "lazy": "LazyLinear",
-        "small": "128 bytes now, 320 then",
-        "empty": "not be smaller",
-    }.items():
+    for name, (_, why) in STAY.items():
         assert why in report.skipped[name]
         assert f"skipped {name}: " in str(report)
     again = quant.quantize_module_(model)
@@ -557,27 +526,32 @@ def test_report():
     assert "QuantizedWeight(shape=[64, 64], bits=8, scheme='channel', axis=0, symmetric=True)" in repr(lone)
 
 
-def test_module_refusals():
-    bad = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    bad[1].weight.data[3, 5] = NAN
-    for model, how, kind, message in (
-        (bad, {}, ValueError, "the weight of 1: quantize: x .* NaN or infinite"),
-        (
-            nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta")),
-            {},
-            ValueError,
-            "weight of 1 is on the meta",
-        ),
+def with_nan():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight.data[3, 5] = NAN
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "kind", "message"),
+    [
+        (with_nan(), {}, ValueError, "the weight of 1: quantize: x .* NaN or infinite"),
+        (nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta")), {}, ValueError, "1 is on the meta"),
         (torch.ones(3), {}, TypeError, "model must be a torch.nn.Module, got Tensor"),
         (gpt(), dict(bits=2), ValueError, "quantize_module_: bits must be one of 8, 4"),
         (gpt(), dict(scheme="row"), ValueError, "scheme must be one of"),
         (gpt(), dict(scheme="block", block_size=48), ValueError, "block_size must be a power of two"),
         (gpt(), dict(symmetric=1), TypeError, "symmetric must be True or False"),
         (gpt(), dict(nonfinite=None), ValueError, "nonfinite must be one of"),
-    ):
-        with pytest.raises(kind, match=message):
-            quant.quantize_module_(model, **how)
-        if isinstance(model, nn.Module):
-            assert not any(isinstance(m, QuantizedWeight) for m in model.modules())
-    quant.quantize_module_(bad, nonfinite="propagate")
-    assert bad[1].weight.isnan().sum() == 64
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_module_refusals(model, how, kind, message):
+    with pytest.raises(kind, match=message):
+        quant.quantize_module_(model, **how)
+    if isinstance(model, nn.Module):
+        assert_whole(model)
+
+
+def test_nan_may_be_quantized():
+    assert quantized(with_nan(), nonfinite="propagate")[1].weight.isnan().sum() == 64
