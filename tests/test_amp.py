@@ -149,7 +149,7 @@ def test_scaled_steps(row, make_scaler, backend):
     scaler = make_scaler()
     for step, bad in enumerate([INF, None, None, NAN, None]):
         set_grads(params, step, scaler.get_scale(), bad)
-        before = scaler.get_scale()
+        before, saved = scaler.get_scale(), saved_state(opt, params)
         recipe.step(before, bad is not None)
         grads = [(p.grad, p.grad.clone()) for p in params]
         scaler.step(opt)
@@ -161,7 +161,7 @@ def test_scaled_steps(row, make_scaler, backend):
         if bad is None:
             recipe.assert_followed_by(opt, (case, wide, step))
         else:
-            assert_unchanged(opt, params, saved_state(opt, params))
+            assert_unchanged(opt, params, saved)
             for p, q in recipe.pairs():
                 torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
     assert scaler.get_scale() == 1024.0 / 4 * 4 / 4
@@ -277,17 +277,6 @@ def test_gradients_that_share_memory_are_unscaled_once(how, skips, backend):
     for w, start, seen, g in zip(weights, before, grads, old, strict=True):
         assert_same_bits(seen, g if skips else unscaled(g, 37.0))
         torch.testing.assert_close(w, start if skips else start - g / 37.0)
-
-
-def test_unscaling_leaves_the_source_of_a_lazy_copy_alone(backend):
-    source = torch.full((300,), 8.0)
-    p = parameters([(300,)])[0]
-    p.grad = torch._lazy_clone(source)
-    opt = optim.SGD([p], fused=True, backend=backend)
-    opt.grad_scale = torch.tensor(8.0)
-    opt.step()
-    assert (source == 8.0).all()
-    assert (p.grad == 1.0).all()
 
 
 def test_a_nonfinite_step_leaves_gradients_as_they_are(backend):
@@ -482,7 +471,7 @@ def test_infinities_anywhere_and_large_finite_gradients(where, fused, make_scale
 
 
 def test_subclass_and_arguments():
-    assert issubclass(genopt_ext.GradScaler, torch.amp.GradScaler)
+    assert issubclass(genopt_ext.GradScaler, torch.amp.GradScaler) and "GradScaler" in genopt_ext.__all__
     ours = started(genopt_ext.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
     theirs = started(torch.amp.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
     assert ours.state_dict() == theirs.state_dict()

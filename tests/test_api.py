@@ -16,7 +16,19 @@ from functools import partial
 import oracles
 import pytest
 import torch
-from cases import CASES, DEVICE, FIRST, STATEFUL, Case, assert_same_bits, pairs, parameters, randn, set_grads, train
+from cases import (
+    CASES,
+    FIRST,
+    STATEFUL,
+    Case,
+    Odd,
+    assert_same_bits,
+    pairs,
+    parameters,
+    randn,
+    set_grads,
+    train,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.common_optimizers import optim_db
 
@@ -168,7 +180,7 @@ def test_closure_and_hooks():
     with torch.no_grad():
         loss = opt.step(closure)
     both.remove()
-    assert loss.item() == pytest.approx(loss.item()) and calls == ["pre", "post", "global"]
+    assert loss.item() > 0 and calls == ["pre", "post", "global"]
     opt.load_state_dict(opt.state_dict())
     assert calls[3:] == ["state_dict", "before load", "loaded"]
 
@@ -383,24 +395,6 @@ def test_swa_utils():
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_unscales_and_skips(fused):
-    runs = []
-    for module in (optim, torch.optim):
-        params = parameters([(30,)])
-        opt = module.AdamW(params, lr=0.1, **({"fused": fused} if module is optim else {"foreach": False}))
-        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
-        for step in range(4):
-            opt.zero_grad()
-            loss = (params[0] * randn((30,), step)).sum() * (float("inf") if step == 1 else 1.0)
-            scaler.scale(loss).backward()
-            scaler.step(opt)
-            scaler.update()
-        assert opt.state[params[0]]["step"].item() == 3
-        runs.append(params)
-    torch.testing.assert_close(runs[0][0], runs[1][0])
-
-
 def test_inside_torch_compile():
     p = parameters([(30,)])[0]
     q = torch.nn.Parameter(p.detach().clone())
@@ -436,34 +430,14 @@ def test_lazily_conjugated_gradients():
     assert_same_bits(*runs)
 
 
-class Wrapped(torch.Tensor):
-    """A tensor subclass with a dispatch of its own, such as DTensor has."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=False)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        def unwrap(x):
-            return x.inner if isinstance(x, Wrapped) else x
-
-        out = func(*torch.utils._pytree.tree_map(unwrap, args), **torch.utils._pytree.tree_map(unwrap, kwargs or {}))
-        in_place = func._schema.name.endswith("_")
-        return args[0] if in_place else torch.utils._pytree.tree_map_only(torch.Tensor, cls, out)
-
-
 @pytest.mark.skipif(_backend.native is None, reason="all is served by the reference then")
 def test_subclasses_are_served_by_the_reference_with_one_warning():
-    p, q = Wrapped(torch.ones(5)), torch.ones(5)
+    p, q = Odd(torch.ones(5)), torch.ones(5)
     plain = torch.nn.Parameter(torch.ones(3))
-    p.grad, q.grad, plain.grad = Wrapped(torch.full((5,), 0.5)), torch.full((5,), 0.5), torch.ones(3)
+    p.grad, q.grad, plain.grad = Odd(torch.full((5,), 0.5)), torch.full((5,), 0.5), torch.ones(3)
     opt = optim.AdamW([p, plain])
     _backend._told.clear()
-    with pytest.warns(UserWarning, match="no kernels for Wrapped parameters.*reference"):
+    with pytest.warns(UserWarning, match="no kernels for Odd parameters.*reference"):
         opt.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -477,9 +451,9 @@ def test_subclasses_are_served_by_the_reference_with_one_warning():
 
 @pytest.mark.parametrize(("make", "states"), [(optim.AdamW8bit, 2), (partial(optim.SGD8bit, momentum=0.9), 1)])
 def test_8_bit_state_of_subclasses_is_kept_in_float32_and_said_to_be(make, states, backend):
-    p, small = Wrapped(torch.ones(4096)), Wrapped(torch.ones(5))
-    p.grad, small.grad = Wrapped(torch.ones(4096)), Wrapped(torch.ones(5))
-    told = f"8-bit state is kept in float32 here.*Wrapped.*: {4 * states} bytes a parameter instead of {states};"
+    p, small = Odd(torch.ones(4096)), Odd(torch.ones(5))
+    p.grad, small.grad = Odd(torch.ones(4096)), Odd(torch.ones(5))
+    told = f"8-bit state is kept in float32 here.*Odd.*: {4 * states} bytes a parameter instead of {states};"
     opts = [make(ps, lr=0.1, backend=backend) for ps in ([small], [p], [p])]
     _backend._told.clear()
     for opt, warns in zip(opts, (0, 1, 0), strict=True):

@@ -160,6 +160,7 @@ def test_positional_and_named_arguments():
         assert_close_grads(params, expected)
 
 
+# Of three parameters, or the first of one alone.
 CONTAINERS = {
     "list": list,
     "tuple": tuple,
@@ -167,33 +168,27 @@ CONTAINERS = {
     "dict": lambda params: dict(enumerate(params)).values(),
     "ParameterList": torch.nn.ParameterList,
     "model": lambda params: torch.nn.ParameterList(params).parameters(),
+    "one tensor": lambda params: params[0],
 }
 
 
 @pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
 def test_containers(container):
-    params = leaves(drawn([(300,), (7,), (2, 3)]))
-    truth = theirs.get_total_norm([p.grad.double() for p in params])
-    assert relative_error(genopt_ext.get_total_norm(p.grad for p in params), truth) < 1e-6
-    assert relative_error(genopt_ext.clip_grad_norm_(container(params), 1.0), truth) < 1e-6
-    once = theirs.get_total_norm([p.grad.double() for p in params])
-    torch.testing.assert_close(once.item(), 1.0, rtol=1e-5, atol=0)
+    is_one = container is CONTAINERS["one tensor"]
+    params = leaves(drawn([(300,)] if is_one else [(300,), (7,), (2, 3)]))
+
+    def truth():
+        return theirs.get_total_norm([p.grad.double() for p in params])
+
+    before = truth()
+    grads = params[0].grad if is_one else (p.grad for p in params)
+    assert relative_error(genopt_ext.get_total_norm(grads), before) < 1e-6
+    assert relative_error(genopt_ext.clip_grad_norm_(container(params), 1.0), before) < 1e-6
+    torch.testing.assert_close(truth().item(), 1.0, rtol=1e-5, atol=0)
     assert genopt_ext.clip_grads_with_norm_(container(params), 0.5, torch.tensor(1.0)) is None
-    torch.testing.assert_close(theirs.get_total_norm([p.grad.double() for p in params]).item(), 0.5, rtol=1e-5, atol=0)
+    torch.testing.assert_close(truth().item(), 0.5, rtol=1e-5, atol=0)
     assert genopt_ext.clip_grad_value_(container(params), 1e-3) is None
     assert max(p.grad.abs().max() for p in params) == torch.tensor(1e-3)
-
-
-def test_a_single_tensor():
-    p = leaves(drawn([(300,)]))[0]
-    truth = p.grad.double().norm()
-    assert relative_error(genopt_ext.get_total_norm(p.grad), truth) < 1e-6
-    assert relative_error(genopt_ext.clip_grad_norm_(p, 1.0), truth) < 1e-6
-    torch.testing.assert_close(p.grad.norm().item(), 1.0, rtol=1e-5, atol=0)
-    genopt_ext.clip_grads_with_norm_(p, 0.5, torch.tensor(1.0))
-    torch.testing.assert_close(p.grad.norm().item(), 0.5, rtol=1e-5, atol=0)
-    genopt_ext.clip_grad_value_(p, 1e-3)
-    assert p.grad.abs().max() == torch.tensor(1e-3)
 
 
 @pytest.mark.parametrize("nothing", [lambda: [], lambda: leaves([None, None]), lambda: (p for p in ())])

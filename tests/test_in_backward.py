@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
 import threading
 import warnings
 import weakref
@@ -14,6 +12,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    COPIES,
     DEVICE,
     DTYPES,
     FIRST,
@@ -27,6 +26,7 @@ from cases import (
     train,
 )
 from genopt_ext.optim.lr_scheduler import ExponentialLR
+from low_precision import assert_unchanged, saved, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,6 +66,10 @@ def both(case, shapes=SHAPES, dtype=torch.float32, **more):
     return pairs
 
 
+def checkpointed(layer, x):
+    return checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_with_a_scheduler_and_a_checkpoint_in_the_middle(case, dtype):
@@ -80,10 +84,7 @@ def test_same_bits_with_a_scheduler_and_a_checkpoint_in_the_middle(case, dtype):
             for scheduler in schedulers:
                 scheduler.step()
         if step == 1:
-            file = io.BytesIO()
-            torch.save(opt.state_dict(), file)
-            file.seek(0)
-            opt.load_state_dict(torch.load(file, weights_only=True))
+            opt.load_state_dict(saved(opt.state_dict()))
     assert_same_state(usual, opt, (case, dtype))
     assert not torch.equal(stepped[0], parameters(SHAPES, dtype)[0])
 
@@ -107,17 +108,15 @@ def test_a_parameter_that_kernels_do_not_serve():
     class Odd(torch.Tensor):
         pass
 
-    results = []
-    for in_backward in (False, True):
+    def made():
         params = [nn.Parameter(randn((5,), 0).as_subclass(Odd)), nn.Parameter(randn((5,), 1))]
-        opt = optim.AdamW(params)
-        if in_backward:
-            step_in_backward(opt)
-            backward(params)
-        else:
-            backward_and_step(opt, params)
-        results.append(opt)
-    assert_same_state(*results)
+        return optim.AdamW(params), params
+
+    (usual, params), (opt, stepped) = made(), made()
+    step_in_backward(opt)
+    backward_and_step(usual, params)
+    backward(stepped)
+    assert_same_state(usual, opt)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
@@ -244,28 +243,9 @@ def test_groups_that_move():
         assert p.grad is None
 
 
-def test_a_shared_parameter_is_stepped_once():
-    results = []
-    for in_backward in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-        model[4].weight = model[0].weight
-        opt = optim.AdamW(model.parameters(), lr=0.1)
-        if in_backward:
-            step_in_backward(opt)
-        for step in range(3):
-            value = model(randn((5, 8), step)).square().sum()
-            value.backward()
-            if not in_backward:
-                opt.step()
-                opt.zero_grad()
-        results.append(opt)
-        assert opt.state[model[0].weight]["step"] == 3
-    assert_same_state(*results)
-
-
-def test_checkpointed_layers():
-    """Their forward runs again within backward: it must read parameters that are not stepped yet."""
+@pytest.mark.parametrize("forward", [lambda layer, x: layer(x).tanh(), checkpointed], ids=["plain", "checkpointed"])
+def test_a_shared_parameter_is_stepped_once(forward):
+    """A checkpointed layer's forward runs again within backward: it must read parameters not stepped yet."""
     results = []
     for in_backward in (False, True):
         torch.manual_seed(0)
@@ -277,12 +257,13 @@ def test_checkpointed_layers():
         for step in range(3):
             x = randn((5, 8), step)
             for layer in layers:
-                x = checkpoint(lambda x, layer=layer: layer(x).tanh(), x, use_reentrant=False)
+                x = forward(layer, x)
             x.square().sum().backward()
             if not in_backward:
                 opt.step()
                 opt.zero_grad()
         results.append(opt)
+        assert opt.state[layers[0].weight]["step"] == 3
     assert_same_state(*results)
 
 
@@ -379,13 +360,13 @@ def test_a_deleted_optimizer():
     assert all(p.grad is None and len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_a_copy_has_no_hooks(case, how):
     (_, _), (opt, stepped) = both(case)
     step_in_backward(opt)
     backward(stepped, 1)
-    twin, copied = how((opt, stepped))
+    twin, copied = COPIES[how]((opt, stepped))
     assert twin.in_backward is None
     backward(stepped, 1, 1)
     backward_and_step(twin, copied, 1, 1)
@@ -415,11 +396,23 @@ def test_frozen_parameters_are_left_to_step():
 # Refused
 
 
-def test_other_optimizers_are_refused():
-    with pytest.raises(TypeError, match="got torch.optim.adamw.AdamW; .*torch's recipe.*pytorch.org/tutorials"):
-        step_in_backward(torch.optim.AdamW(parameters([(2,)])))
-    with pytest.raises(TypeError, match="got builtins.NoneType"):
-        step_in_backward(None)
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (torch.optim.AdamW, TypeError, "got torch.optim.adamw.AdamW; .*torch's recipe.*pytorch.org/tutorials"),
+        (lambda _: None, TypeError, "got builtins.NoneType"),
+        (lambda ps: optim.SGD([*ps, no_leaf()]), ValueError, "group 0 parameter 1 .*is no leaf but .*MulBack.*detach"),
+        (lambda ps: optim.SGD([*ps, taken()]), ValueError, r"group 0 parameter 1 .*by another .*call remove\(\) there"),
+        (lambda ps: optim.SGD([*ps, *ps]), ValueError, "group 0 parameter 1 .*listed twice"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")  # torch's own
+def test_refused_before_any_hook(make, error, message):
+    fine = parameters([(2,)])
+    opt = make(fine)
+    with pytest.raises(error, match=message):
+        step_in_backward(opt)
+    assert not fine[0]._post_accumulate_grad_hooks and getattr(opt, "in_backward", None) is None
 
 
 def test_twice_is_refused():
@@ -431,27 +424,18 @@ def test_twice_is_refused():
     step_in_backward(opt)
 
 
-def test_wrong_parameters_are_refused_before_any_hook():
-    fine = parameters([(2,)])[0]
-    no_leaf = fine * 2
-    no_leaf.retain_grad()
-    taken = parameters([(3,)])[0]
-    other = optim.SGD([taken], lr=0.1)
-    step_in_backward(other)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of duplicates
-        twice = optim.SGD([fine, fine], lr=0.1)
-    for opt, message in (
-        (
-            optim.SGD([fine, no_leaf], lr=0.1),
-            r"group 0 parameter 1 .*is no leaf but .*MulBackward0.*detach",
-        ),
-        (optim.SGD([fine, taken], lr=0.1), r"group 0 parameter 1 .*by another optimizer; call remove\(\) there"),
-        (twice, "group 0 parameter 1 .*listed twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            step_in_backward(opt)
-        assert not fine._post_accumulate_grad_hooks and opt.in_backward is None
+def no_leaf():
+    p = parameters([(2,)])[0] * 2
+    p.retain_grad()
+    return p
+
+
+def taken():
+    """A parameter that another optimizer steps, which it keeps alive."""
+    p = parameters([(3,)])[0]
+    p.other = optim.SGD([p], lr=0.1)
+    step_in_backward(p.other)
+    return p
 
 
 @pytest.mark.parametrize("where", ["optimizer", "group"])
@@ -493,47 +477,40 @@ def test_a_grad_scaler_is_refused():
     p = parameters([(3,)])[0]
     opt = optim.AdamW([p])
     handle = step_in_backward(opt)
-    scaler = torch.amp.GradScaler(DEVICE)
-    scaler.scale(p.sum()).backward()
-    with pytest.raises(RuntimeError, match="GradScaler can not go with it.*bfloat16"):
-        scaler.step(opt)
-    handle.remove()
-    scaler = torch.amp.GradScaler(DEVICE)
-    scaler.scale(p.sum()).backward()
-    scaler.step(opt)
+    for in_backward in (True, False):
+        scaler = torch.amp.GradScaler(DEVICE)
+        scaler.scale(p.sum()).backward()
+        if in_backward:
+            with pytest.raises(RuntimeError, match="GradScaler can not go with it.*bfloat16"):
+                scaler.step(opt)
+            handle.remove()
+        else:
+            scaler.step(opt)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_an_error_leaves_the_parameter_and_its_state(case, backend):
     params = parameters([(4,), (5,)])
     opt = case.ours([{"params": [p]} for p in params], backend=backend)
+    group = opt.param_groups[1]
     step_in_backward(opt)
     for started in (False, True):
         if started:
             backward(params, 1)
-        before = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in params]
-        opt.param_groups[1]["lr"] = float("nan")
+        before, lr = snapshot(opt), group["lr"]
+        group["lr"] = float("nan")
         with pytest.raises(ValueError, match="group 1: Invalid learning rate: nan"):
             params[1].sum().backward()
-        opt.param_groups[1]["lr"] = before[0]["param_groups"][1]["lr"]
-        params[1].grad = None
+        group["lr"], params[1].grad = lr, None
         if started:
-            name = opt.rule.state_names(opt.param_groups[1])[0]
+            name = opt.rule.state_names(group)[0]
             kept = opt.state[params[1]][name]
             opt.state[params[1]][name] = kept[:2]
             with pytest.raises(RuntimeError, match=rf"group 1 parameter 0 .*state '{name}' has shape \[2\]"):
                 params[1].sum().backward()
             assert params[1].grad is not None
-            opt.state[params[1]][name] = kept
-            params[1].grad = None
-        for p, old in zip(params, before[1], strict=True):
-            assert_same_bits(p.detach(), old)
-        now = opt.state_dict()
-        assert now["state"].keys() == before[0]["state"].keys()
-        for key, state in before[0]["state"].items():
-            for name, t in state.items():
-                assert_same_bits(now["state"][key][name], t)
+            opt.state[params[1]][name], params[1].grad = kept, None
+        assert_unchanged(opt, before)
 
 
 def test_a_sparse_gradient_is_refused_by_name():

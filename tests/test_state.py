@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import os
-import pickle
 import threading
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from cases import (
     CASES,
+    COPIES,
     EMULATED,
     NATIVE,
     SHAPES,
@@ -24,6 +25,14 @@ from cases import (
     randn,
     set_grads,
     train,
+)
+from low_precision import (
+    assert_copies_train_on_alone,
+    assert_unchanged,
+    load_own,
+    rename_keys,
+    saved,
+    snapshot,
 )
 
 from genopt_ext import optim
@@ -37,17 +46,19 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def trained(make, params, steps=3):
+    opt = make(params)
+    return opt, train(opt, params, steps)
+
+
+def copies_of(params):
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
 def replace_state(opt, params):
     for state in opt.state.values():
         for name, t in state.items():
             state[name] = t.clone() * 0.5 if name != "step" else torch.tensor(7.0)
-
-
-def rename_key(opt, params):
-    # The same key, as another string object.
-    for p in params:
-        if p in opt.state:
-            opt.state[p] = {("_" + name)[1:]: t.clone() for name, t in reversed(list(opt.state[p].items()))}
 
 
 def swap_data(opt, params):
@@ -100,10 +111,6 @@ def change_options(opt, params):
         group["weight_decay"] = 0.3
 
 
-def load_own(opt, params):
-    opt.load_state_dict(opt.state_dict())
-
-
 def resize_storage(opt, params):
     for state in opt.state.values():
         for name, t in state.items():
@@ -141,7 +148,7 @@ CHANGES = [
     swap_states,
     reorder_params,
     replace_state,
-    rename_key,
+    rename_keys,
     swap_data,
     resize_data,
     other_strides,
@@ -227,35 +234,32 @@ def test_many_of_unusual_kinds(two_threads):
 
 @pytest.mark.parametrize("bad", [3, 300, 560])
 def test_one_bad_row_among_many_changes_nothing(bad, two_threads):
-    params = parameters(MANY)
-    opt = optim.AdamW(params)
-    train(opt, params, 1)
+    opt, params = trained(optim.AdamW, parameters(MANY), 1)
     set_grads(params, 1)
-    opt.state[params[bad]]["exp_avg"] = torch.zeros(1)
-    opt.state[params[bad + 1]]["exp_avg"] = torch.zeros(1)
-    before = copy.deepcopy([opt.state_dict()["state"], [p.detach() for p in params]])
+    for p in params[bad : bad + 2]:
+        opt.state[p]["exp_avg"] = torch.zeros(1)
+    before = snapshot(opt)
     with pytest.raises(RuntimeError, match=rf"group 0 parameter {bad} .*state 'exp_avg' has shape \[1\]"):
         opt.step()
-    after = [opt.state_dict()["state"], [p.detach() for p in params]]
-    for p, q in zip(before[1], after[1], strict=True):
-        assert_same_bits(p, q)
-    for key, state in before[0].items():
-        for name, t in state.items():
-            assert_same_bits(t, after[0][key][name])
+    assert_unchanged(opt, before)
 
 
-def test_two_optimizers_of_many_in_two_threads(two_threads):
-    alone = []
-    for case in (CASES[0], CASES[14]):
-        params = parameters(MANY)
-        alone.append(train_and_return(case.ours(params), params))
-    together = [parameters(MANY) for _ in alone]
-    opts = [case.ours(params) for case, params in zip((CASES[0], CASES[14]), together, strict=True)]
-    threads = [threading.Thread(target=train, args=(o, p, 3)) for o, p in zip(opts, together, strict=True)]
+def in_threads(*calls):
+    threads = [threading.Thread(target=call) for call in calls]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
+
+
+@pytest.mark.parametrize("shapes", [[(1 << 20,), (1000,)], MANY], ids=["large", "many"])
+def test_two_optimizers_in_two_threads(shapes, two_threads):
+    """Each gives what it gives alone."""
+    cases = [CASES[0], CASES[14]]
+    alone = [trained(case.ours, parameters(shapes))[0] for case in cases]
+    together = [parameters(shapes) for _ in cases]
+    opts = [case.ours(params) for case, params in zip(cases, together, strict=True)]
+    in_threads(*(partial(train, opt, params) for opt, params in zip(opts, together, strict=True)))
     for a, b in zip(alone, opts, strict=True):
         assert_same_state(a, b)
 
@@ -290,17 +294,12 @@ def test_gradients_that_come_and_go(case):
         for step in range(6):
             set_grads(params, step, lambda i, step=step: (i + step) % 2 == 0)
             opt.step()
-        results.append(opt)
-    for p, q in zip(*(o.param_groups[0]["params"] for o in results), strict=True):
-        torch.testing.assert_close(p, q)
-    steps = [[s["step"].item() for s in o.state_dict()["state"].values() if "step" in s] for o in results]
-    assert steps[0] == steps[1]
+        results.append((params, [s["step"].item() for s in opt.state_dict()["state"].values() if "step" in s]))
+    torch.testing.assert_close(*results)
 
 
 def test_version_counters_are_bumped():
-    p = torch.nn.Parameter(randn((5,), 0))
-    opt = optim.AdamW([p])
-    train(opt, [p], 1)
+    opt, [p] = trained(optim.AdamW, parameters([(5,)]), 1)
     written = [p, *opt.state[p].values()]
     before = [t._version for t in written]
     train(opt, [p], 1)
@@ -312,15 +311,10 @@ def test_version_counters_are_bumped():
 
 
 def test_a_freed_gradient_or_parameter_is_not_kept_alive():
-    import weakref
-
-    p = torch.nn.Parameter(randn((5,), 0))
-    opt = optim.AdamW([p])
-    train(opt, [p], 1)
-    grad = weakref.ref(p.grad)
+    opt, [p] = trained(optim.AdamW, parameters([(5,)]), 1)
+    grad, alive = weakref.ref(p.grad), weakref.ref(opt)
     p.grad = None
     assert grad() is None
-    alive = weakref.ref(opt)
     del opt
     gc.collect()
     assert alive() is None
@@ -331,90 +325,48 @@ def test_a_freed_gradient_or_parameter_is_not_kept_alive():
 def test_checkpoints_interchange_with_torch(case, dtype):
     """Train 3 steps with one, save, load into the other, train on: as if nothing had happened."""
     for first, second in ((case.torch, case.ours), (case.ours, case.torch)):
-        params = parameters(SHAPES, dtype)
-        opt = train_and_return(first(params), params)
-        file = io.BytesIO()
-        torch.save({"params": [p.detach() for p in params], "opt": opt.state_dict()}, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
-        resumed = [torch.nn.Parameter(p) for p in loaded["params"]]
+        opt, params = trained(first, parameters(SHAPES, dtype))
+        resumed = copies_of(params)
         other = second(resumed)
-        other.load_state_dict(loaded["opt"])
+        other.load_state_dict(saved(opt.state_dict()))
         assert other.state_dict().keys() == opt.state_dict().keys()
         assert_same_state(opt, other, case)
         train(opt, params, 2, first=3)
         train(other, resumed, 2, first=3)
         tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)
-        for p, q in zip(params, resumed, strict=True):
-            torch.testing.assert_close(p, q, **tolerance)
-
-
-def train_and_return(opt, params):
-    train(opt, params, 3)
-    return opt
+        torch.testing.assert_close(params, resumed, **tolerance)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_state_dict_is_torchs_key_for_key(case):
-    dicts = []
-    for make in (case.ours, case.torch):
-        params = parameters(SHAPES)
-        dicts.append(train_and_return(make(params), params).state_dict())
-    ours, theirs = dicts
+    ours, theirs = (trained(make, parameters(SHAPES))[0].state_dict() for make in (case.ours, case.torch))
     assert [set(g) for g in ours["param_groups"]] == [set(g) for g in theirs["param_groups"]]
-    assert ours["state"].keys() == theirs["state"].keys()
-    for key, state in theirs["state"].items():
-        assert list(ours["state"][key]) == list(state)
-        for name, t in state.items():
-            mine = ours["state"][key][name]
-            assert (mine.shape, mine.dtype, mine.stride()) == (t.shape, t.dtype, t.stride())
+    entries = [
+        {key: [(name, t.shape, t.dtype, t.stride()) for name, t in state.items()] for key, state in d["state"].items()}
+        for d in (ours, theirs)
+    ]
+    assert entries[0] == entries[1]
 
 
 def test_loading_keeps_the_dtype_that_was_saved():
-    saved = parameters([(300,)])
-    opt = train_and_return(optim.AdamW(saved), saved)
-    low = parameters([(300,)], torch.bfloat16)
-    other = optim.AdamW(low)
-    other.load_state_dict(opt.state_dict())
-    assert other.state[low[0]]["exp_avg"].dtype == torch.float32
-    reference = parameters([(300,)], torch.bfloat16)
-    third = optim.AdamW(reference, backend="reference")
-    third.load_state_dict(opt.state_dict())
-    train(other, low, 2, first=3)
-    train(third, reference, 2, first=3)
-    assert_same_state(other, third)
+    opt, _ = trained(optim.AdamW, parameters([(300,)]))
+    others = []
+    for backend in ("auto", "reference"):
+        low = parameters([(300,)], torch.bfloat16)
+        others.append(optim.AdamW(low, backend=backend))
+        others[-1].load_state_dict(opt.state_dict())
+        assert others[-1].state[low[0]]["exp_avg"].dtype == torch.float32
+        train(others[-1], low, 2, first=3)
+    assert_same_state(*others)
 
 
 def test_two_optimizers_loaded_from_one_state_dict_share_nothing():
-    params = parameters(SHAPES)
-    opt = train_and_return(optim.AdamW(params), params)
-    twin_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    twin = optim.AdamW(twin_params)
+    opt, params = trained(optim.AdamW, parameters(SHAPES))
+    twin = optim.AdamW(copies_of(params))
     twin.load_state_dict(opt.state_dict())
-    before = copy.deepcopy(twin.state_dict())
+    before = snapshot(twin)
     train(opt, params, 1, first=3)
-    for key, state in before["state"].items():
-        for name, t in state.items():
-            assert_same_bits(twin.state_dict()["state"][key][name], t)
-
-
-def test_old_torch_checkpoints_with_python_steps_load():
-    params = parameters(SHAPES)
-    opt = train_and_return(torch.optim.Adam(params), params)
-    old = copy.deepcopy(opt.state_dict())
-    for state in old["state"].values():
-        state["step"] = 3
-    for group in old["param_groups"]:
-        for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
-            del group[name]
-        del group["decoupled_weight_decay"]
-    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours = optim.Adam(resumed)
-    ours.load_state_dict(old)
-    train(opt, params, 1, first=3)
-    train(ours, resumed, 1, first=3)
-    for p, q in zip(params, resumed, strict=True):
-        torch.testing.assert_close(p, q)
+    assert_unchanged(twin, before)
 
 
 def test_hooks_see_what_a_load_leaves():
@@ -466,57 +418,16 @@ def test_groups_and_loads_look_at_each_parameter_a_few_times(monkeypatch):
     assert 0 < counts[1] < 5 * counts[0]
 
 
-def test_a_checkpoint_with_a_broken_option_changes_nothing():
-    params = parameters(SHAPES)
-    opt = train_and_return(optim.AdamW(params), params)
-    bad = copy.deepcopy(opt.state_dict())
-    bad["param_groups"][0]["lr"] = float("nan")
-    bad["state"][0]["exp_avg"] += 1
-    before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match="Invalid learning rate: nan"):
-        opt.load_state_dict(bad)
-    assert opt.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
-    assert_same_bits(opt.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_copies_train_on_alone(case, how):
     params = parameters(SHAPES)
-    opt = train_and_return(case.ours(params, backend="auto"), params)
-    twin = how(opt)
-    twin_params = twin.param_groups[0]["params"]
-    before = [p.detach().clone() for p in twin_params]
-    train(opt, params, 2, first=3)
-    for p, old in zip(twin_params, before, strict=True):
-        assert_same_bits(p.detach(), old)
-    train(twin, twin_params, 2, first=3)
-    assert_same_state(opt, twin, case)
-
-
-def test_two_optimizers_in_two_threads():
-    """Each gives what it gives alone; one optimizer stepped by two threads is refused or serial, never torn."""
-    cases = [CASES[0], CASES[14]]
-    alone = []
-    for case in cases:
-        params = parameters([(1 << 20,), (1000,)])
-        alone.append(train_and_return(case.ours(params), params))
-    together = [parameters([(1 << 20,), (1000,)]) for _ in cases]
-    opts = [case.ours(params) for case, params in zip(cases, together, strict=True)]
-    threads = [threading.Thread(target=train, args=(o, p, 3)) for o, p in zip(opts, together, strict=True)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for a, b in zip(alone, opts, strict=True):
-        assert_same_state(a, b)
+    assert_copies_train_on_alone(case.ours(params, backend="auto"), params, how, case)
 
 
 def test_one_optimizer_in_two_threads_counts_every_step_that_was_taken():
-    params = parameters([(1 << 21,)])
-    set_grads(params, 0)
-    opt = Case("Adam").ours(params)
-    opt.step()
+    """It is refused or serial, never torn."""
+    opt, [p] = trained(optim.Adam, parameters([(1 << 21,)]), 1)
     taken = []
 
     def work():
@@ -527,12 +438,8 @@ def test_one_optimizer_in_two_threads_counts_every_step_that_was_taken():
             except RuntimeError as error:
                 assert "already running in another thread" in str(error)
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert opt.state[params[0]]["step"].item() == 1 + len(taken)
+    in_threads(work, work)
+    assert opt.state[p]["step"].item() == 1 + len(taken)
 
 
 def test_many_parameters():
@@ -695,8 +602,7 @@ def test_a_second_thread_is_refused_while_the_first_steps():
 
 def test_another_process_goes_on_where_this_one_was(tmp_path, fresh):
     """As with spawned workers: model and optimizer travel as bytes."""
-    params = parameters(SHAPES)
-    opt = train_and_return(optim.AdamW(params, ema_decay=0.9), params)
+    opt, params = trained(partial(optim.AdamW, ema_decay=0.9), parameters(SHAPES))
     torch.save((opt, params), tmp_path / "opt")
     code = f"""
 import torch
@@ -709,9 +615,9 @@ torch.save((opt.state_dict(), params), {str(tmp_path / "end")!r})
     out = fresh(code)
     assert out.returncode == 0, out.stderr
     train(opt, params, 2, first=3)
-    saved, their_params = torch.load(tmp_path / "end", weights_only=False)
+    state_dict, their_params = torch.load(tmp_path / "end", weights_only=False)
     twin = optim.AdamW(their_params, ema_decay=0.9)
-    twin.load_state_dict(saved)
+    twin.load_state_dict(state_dict)
     assert_same_state(opt, twin)
 
 
@@ -742,27 +648,29 @@ for p, q in zip(*results):
     assert out.returncode == 0, out.stderr
 
 
-def test_safetensors(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, dict(state_dtype=torch.int8, min_int8_size=1), dict(master_weights=True)], ids=str
+)
+def test_safetensors(options, tmp_path):
     """Every tensor of a checkpoint, codes and scales included, is one that it takes."""
     safetensors = pytest.importorskip("safetensors.torch")
-    for options in ({}, dict(state_dtype=torch.int8, min_int8_size=1), dict(master_weights=True)):
-        params = parameters(SHAPES, torch.bfloat16)
-        opt = train_and_return(optim.AdamW(params, ema_decay=0.9, **options), params)
-        saved = opt.state_dict()
-        tensors = {f"{i}.{name}": t for i, state in saved["state"].items() for name, t in state.items()}
-        safetensors.save_file(safetensors_ready(tensors), tmp_path / "state")
-        state = {i: {} for i in saved["state"]}
-        for key, t in safetensors.load_file(tmp_path / "state").items():
-            i, name = key.split(".")
-            state[int(i)][name] = t
-        twin = optim.AdamW([p.detach().clone().requires_grad_() for p in params], ema_decay=0.9, **options)
-        twin.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-        assert_same_state(opt, twin, options)
-
-
-def safetensors_ready(tensors):
-    """It refuses tensors that share memory, as step counters do, or have strides of their own."""
-    return {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    make = partial(optim.AdamW, ema_decay=0.9, **options)
+    opt, params = trained(make, parameters(SHAPES, torch.bfloat16))
+    whole = opt.state_dict()
+    # It refuses tensors that share memory, as step counters do, or have strides of their own.
+    tensors = {
+        f"{i}.{name}": t.clone(memory_format=torch.contiguous_format)
+        for i, state in whole["state"].items()
+        for name, t in state.items()
+    }
+    safetensors.save_file(tensors, tmp_path / "state")
+    state = {i: {} for i in whole["state"]}
+    for key, t in safetensors.load_file(tmp_path / "state").items():
+        i, name = key.split(".")
+        state[int(i)][name] = t
+    twin = make(copies_of(params))
+    twin.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    assert_same_state(opt, twin, options)
 
 
 KINDS = [
