@@ -6,6 +6,7 @@ A new optimizer adds its entries here; test_api.py checks that none is missing.
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ from itertools import combinations, cycle, product
 from typing import Any
 
 import oracles
+import pytest
 import torch
 from torch import Tensor
 
-from genopt_ext import optim
+from genopt_ext import _backend, optim
 
 # conftest.py says what these are for.
 DEVICE = os.environ.get("GENOPT_TEST_DEVICE", "cpu")
@@ -32,6 +34,7 @@ SHAPES = [(300,), (7, 5), (), (0,), (2, 3, 40)]
 NAN, INF = float("nan"), float("inf")
 NON_FINITE = [NAN, INF, -INF, 3e38, -3e38, 1e20, 1e-40, -1e-45, 0.0, -0.0]
 COPIES = dict(deepcopy=copy.deepcopy, pickle=lambda x: pickle.loads(pickle.dumps(x)))
+KERNELS = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
 BACKENDS = ("auto", "reference")  # for tests that hold for kernels and reference alike
 
 
@@ -206,10 +209,19 @@ def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -
     return [torch.nn.Parameter(randn(shape, seed + i, dtype)) for i, shape in enumerate(shapes)]
 
 
+def grouped(params: list[Any], per_group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One group for each entry, each with every so many parameters."""
+    return [{"params": params[i :: len(per_group)], **own} for i, own in enumerate(per_group)]
+
+
 def set_grads(params: list[Any], step: int, skip: Callable[[int], bool] = lambda i: False) -> None:
     """The same gradients for the same step and shapes; None where ``skip`` says so."""
     for i, p in enumerate(params):
         p.grad = None if skip(i) else randn(p.shape, 1000 * (step + 1) + i, p.dtype)
+
+
+def come_and_go(step: int) -> Callable[[int], bool]:
+    return lambda i: (i + step) % 4 == 3
 
 
 def train(opt: torch.optim.Optimizer, params: list[Any], steps: int = 3, first: int = 0) -> list[Any]:
@@ -235,3 +247,60 @@ def assert_same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer, what: 
         assert sa[key].keys() == sb[key].keys(), what
         for name in sa[key]:
             assert_same_bits(sa[key][name], sb[key][name], f"{what} state {key} {name}")
+
+
+def places(opt: torch.optim.Optimizer) -> list[Any]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def saved(x: Any, weights_only: bool = True) -> Any:
+    """Through a file."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def snapshot(opt: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    def copied(t: Any) -> Any:
+        return t.clone() if isinstance(t, Tensor) else t
+
+    keep = [{n: copied(t) for n, t in opt.state.get(p, {}).items()} for p in places(opt)]
+    return [p.detach().clone() for p in places(opt)], keep
+
+
+def assert_unchanged(opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]], what: object = "") -> None:
+    for p, old, state in zip(places(opt), *before, strict=True):
+        assert_same_bits(p.detach(), old, what)
+        now = opt.state.get(p, {})
+        assert now.keys() == state.keys(), (what, list(now), list(state))
+        for name, t in state.items():
+            if isinstance(t, Tensor) and t.device.type != "meta":
+                assert now[name].dtype == t.dtype, (what, name)
+                assert_same_bits(now[name], t, (what, name))
+
+
+def assert_option_refused(name: str, given: dict[str, Any], match: str, backend: str, **more: Any) -> None:
+    """By constructors, in groups and, set by hand, before each of two steps; nothing is changed then."""
+    make = getattr(optim, name)
+    errors = (TypeError, ValueError)
+    with pytest.raises(errors, match=match):
+        make(parameters([(2,)]), **{**more, **given})
+    with pytest.raises(errors, match=f"group 0.*{match}"):
+        make([{"params": parameters([(2,)]), **more, **given}])
+    params = parameters([(7,), (300,)], torch.bfloat16)
+    opt = make(params, backend=backend, **more)
+    with pytest.raises(errors, match=f"group 1.*{match}"):
+        opt.add_param_group({"params": parameters([(2,)]), **given})
+    assert len(opt.param_groups) == 1
+    group = opt.param_groups[0]
+    for step in range(2):
+        set_grads(params, step)
+        before, kept = snapshot(opt), dict(group)
+        group.update(given)
+        with pytest.raises(errors, match=f"group 0.*{match}"):
+            opt.step()
+        assert_unchanged(opt, before, (name, given, more, backend))
+        group.clear()
+        group.update(kept)
+        opt.step()

@@ -13,8 +13,22 @@ from itertools import product
 from typing import Any
 
 import torch
-from cases import CASES, INF, INT8, NON_FINITE, SIXTEEN, SIZES, Case, by_states, in_turn, layouts, parameters, randn
-from low_precision import KEPT, WIDER, come_and_go, gradient
+from cases import (
+    CASES,
+    INF,
+    INT8,
+    NON_FINITE,
+    SIXTEEN,
+    SIZES,
+    Case,
+    by_states,
+    come_and_go,
+    in_turn,
+    layouts,
+    parameters,
+    randn,
+)
+from low_precision import KEPT, WIDER, gradient
 from torch import Tensor
 
 import genopt_ext

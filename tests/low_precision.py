@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from cases import (
+    COPIES,
     INT8,
     NARROW,
     NATIVE,
@@ -18,13 +18,16 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    assert_unchanged,
+    come_and_go,
+    grouped,
+    places,
     randn,
+    saved,
+    snapshot,
 )
 from torch import Tensor
 
-from genopt_ext import _backend
-
-KERNELS = pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
 needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
 ADAMW = Case("AdamW")
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
@@ -64,24 +67,11 @@ def name_of(x: Any) -> str:
     return getattr(x, "__name__", str(x))
 
 
-def places(opt: torch.optim.Optimizer) -> list[Any]:
-    return [p for group in opt.param_groups for p in group["params"]]
-
-
-def grouped(params: list[Any], per_group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One group for each entry, each with every so many parameters."""
-    return [{"params": params[i :: len(per_group)], **own} for i, own in enumerate(per_group)]
-
-
 def seeded(make: Callable[[], Any], seed: int = 7) -> Any:
     """``make()`` where torch's initial seed is ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
-
-
-def come_and_go(step: int) -> Callable[[int], bool]:
-    return lambda i: (i + step) % 4 == 3
 
 
 def gradient(p: Tensor, step: int, i: int = 0, scale: float = 1.0) -> Tensor:
@@ -285,28 +275,60 @@ def assert_decoded_like(mine: dict[str, Tensor], truth: dict[str, Tensor], what:
                 assert (a[b != 0] > 0).all(), where
 
 
-def saved(x: Any, weights_only: bool = True) -> Any:
-    """Through a file."""
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
+# Bodies of tests that several files have
 
 
-def snapshot(opt: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    def copied(t: Any) -> Any:
-        return t.clone() if isinstance(t, Tensor) else t
+def assert_round_trip(make: Callable[[list[Any]], Any], params: list[Any], what: object = "") -> Any:
+    """Saved, loaded into a new optimizer, and on: as if nothing had happened, random bits included. The new one."""
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    opt, other = seeded(lambda: make(params)), seeded(lambda: make(resumed), 8)
+    for step in range(3):
+        take(opt, params, step)
+    for p, q in zip(params, resumed, strict=True):
+        q.data.copy_(p.detach())
+    other.load_state_dict(saved(opt.state_dict()))
+    assert_same(opt, other, what)
+    for step in range(3, 6):
+        take(opt, params, step)
+        take(other, resumed, step)
+    assert_same(opt, other, what)
+    opt.load_state_dict(opt.state_dict())  # its own state, in place
+    assert_same(opt, other, what)
+    for o, ps in ((opt, params), (other, resumed)):
+        take(o, ps, 6)
+    assert_same(opt, other, what)
+    return other
 
-    keep = [{n: copied(t) for n, t in opt.state.get(p, {}).items()} for p in places(opt)]
-    return [p.detach().clone() for p in places(opt)], keep
+
+def assert_copies_train_on_alone(opt: Any, how: str, what: object = "") -> None:
+    for step in range(2):
+        take(opt, places(opt), step)
+    twin = COPIES[how](opt)
+    assert type(twin) is type(opt), (what, how)
+    before = snapshot(twin)
+    for step in (2, 3):
+        take(opt, places(opt), step)
+    assert_unchanged(twin, before, (what, how))
+    for step in (2, 3):
+        take(twin, places(twin), step)
+    assert_same(opt, twin, (what, how))
 
 
-def assert_unchanged(opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]], what: object = "") -> None:
-    for p, old, state in zip(places(opt), *before, strict=True):
-        assert_same_bits(p.detach(), old, what)
-        now = opt.state.get(p, {})
-        assert now.keys() == state.keys(), (what, list(now), list(state))
+# What a user may do between two steps without changing a number
+
+
+def other_storage(opt: Any, params: list[Any]) -> None:
+    for state in opt.state.values():
         for name, t in state.items():
-            if isinstance(t, Tensor) and t.device.type != "meta":
-                assert now[name].dtype == t.dtype, (what, name)
-                assert_same_bits(now[name], t, (what, name))
+            if name != "step":
+                old, t.data = t.data, t.data.clone()
+                old.fill_(77)  # what a stale pointer would find
+
+
+def rename_keys(opt: Any, params: list[Any]) -> None:
+    for p in params:
+        opt.state[p] = {("_" + name)[1:]: t.clone() for name, t in reversed(list(opt.state[p].items()))}
+
+
+def load_own(opt: Any, params: list[Any]) -> None:
+    opt.load_state_dict(opt.state_dict())

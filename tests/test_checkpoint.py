@@ -25,9 +25,9 @@ from cases import (
     set_grads,
     train,
 )
+from cases import saved as through_a_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from low_precision import saved as through_a_file
 
 from genopt_ext import optim
 

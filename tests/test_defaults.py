@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, FIRST, INT8, assert_same_bits, pairs
-from low_precision import assert_same, saved, seeded
+from cases import BACKENDS, DEVICE, FIRST, INT8, assert_same_bits, pairs, saved
+from low_precision import assert_same, seeded
 
 import genopt_ext
 from genopt_ext import optim, quant

@@ -10,6 +10,7 @@ from cases import (
     BACKENDS,
     CASES,
     DEVICE,
+    KERNELS,
     NARROW,
     SHAPES,
     SIXTEEN,
@@ -19,27 +20,19 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    assert_unchanged,
+    come_and_go,
     pairs,
     parameters,
+    places,
     randn,
+    saved,
     set_grads,
+    snapshot,
     stored,
     train,
 )
-from low_precision import (
-    KERNELS,
-    MIXED,
-    assert_same,
-    assert_unchanged,
-    come_and_go,
-    copied,
-    places,
-    run_both,
-    run_one,
-    saved,
-    snapshot,
-    take,
-)
+from low_precision import MIXED, assert_same, copied, run_both, run_one, take
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genopt_ext import optim

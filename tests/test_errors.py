@@ -12,13 +12,16 @@ from cases import (
     NAN,
     NATIVE,
     STATEFUL,
+    assert_option_refused,
     assert_same_bits,
+    assert_unchanged,
     parameters,
+    places,
     randn,
     set_grads,
+    snapshot,
     train,
 )
-from low_precision import assert_option_refused, assert_unchanged, places, snapshot
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from genopt_ext import _backend, optim
@@ -53,7 +56,7 @@ BAD = (NAN, INF, -INF, "0.1", None, [0.1], torch.tensor([0.1, 0.1]), torch.tenso
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
 def test_options_that_are_no_finite_number(name, option, backend):
     for value in BAD:
-        assert_option_refused(name, {option: value}, {}, backend, option)
+        assert_option_refused(name, {option: value}, option, backend)
 
 
 def test_options_of_a_group_without_gradients_do_not_matter(backend):

@@ -20,13 +20,15 @@ from cases import (
     STATEFUL,
     assert_same_bits,
     assert_same_state,
+    assert_unchanged,
     parameters,
     randn,
+    saved,
     set_grads,
+    snapshot,
     train,
 )
 from genopt_ext.optim.lr_scheduler import ExponentialLR
-from low_precision import assert_unchanged, saved, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -17,10 +17,13 @@ from cases import (
     NATIVE,
     SIXTEEN,
     assert_same_bits,
+    assert_unchanged,
     pairs,
     parameters,
+    places,
     randn,
     set_grads,
+    snapshot,
     train,
 )
 from low_precision import (
@@ -28,13 +31,10 @@ from low_precision import (
     SOME,
     STATES,
     assert_same,
-    assert_unchanged,
     needs_grad_dtype,
-    places,
     run_one,
     seeded,
     set_strained,
-    snapshot,
     stepped,
     take,
 )

@@ -11,9 +11,8 @@ import cases
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import BACKENDS, COPIES, DEVICE, DTYPES, INF, NAN, NATIVE, SIZES, assert_same_bits, randn
+from cases import BACKENDS, COPIES, DEVICE, DTYPES, INF, KERNELS, NAN, NATIVE, SIZES, assert_same_bits, randn, saved
 from hypothesis import given, settings
-from low_precision import KERNELS, saved
 
 from genopt_ext import _backend, quant
 from genopt_ext.quant import ops

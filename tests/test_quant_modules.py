@@ -7,8 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import COPIES, DTYPES, INF, NAN, assert_same_bits, randn
-from low_precision import saved
+from cases import COPIES, DTYPES, INF, NAN, assert_same_bits, randn, saved
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune

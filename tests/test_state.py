@@ -13,7 +13,6 @@ import pytest
 import torch
 from cases import (
     CASES,
-    COPIES,
     EMULATED,
     NATIVE,
     SHAPES,
@@ -21,19 +20,15 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    assert_unchanged,
     parameters,
     randn,
+    saved,
     set_grads,
+    snapshot,
     train,
 )
-from low_precision import (
-    assert_copies_train_on_alone,
-    assert_unchanged,
-    load_own,
-    rename_keys,
-    saved,
-    snapshot,
-)
+from low_precision import load_own, other_storage, rename_keys
 
 from genopt_ext import optim
 
@@ -111,13 +106,6 @@ def change_options(opt, params):
         group["weight_decay"] = 0.3
 
 
-def resize_storage(opt, params):
-    for state in opt.state.values():
-        for name, t in state.items():
-            if name != "step":
-                t.data = t.data.clone()
-
-
 def reorder_state(opt, params):
     entries = list(opt.state.items())
     opt.state.clear()
@@ -158,7 +146,7 @@ CHANGES = [
     drop_state,
     change_options,
     load_own,
-    resize_storage,
+    other_storage,
 ]
 
 
@@ -298,18 +286,6 @@ def test_gradients_that_come_and_go(case):
     torch.testing.assert_close(*results)
 
 
-def test_version_counters_are_bumped():
-    opt, [p] = trained(optim.AdamW, parameters([(5,)]), 1)
-    written = [p, *opt.state[p].values()]
-    before = [t._version for t in written]
-    train(opt, [p], 1)
-    assert all(t._version > old for t, old in zip(written, before, strict=True))
-    loss = (p * p).sum()
-    train(opt, [p], 1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_a_freed_gradient_or_parameter_is_not_kept_alive():
     opt, [p] = trained(optim.AdamW, parameters([(5,)]), 1)
     grad, alive = weakref.ref(p.grad), weakref.ref(opt)
@@ -360,15 +336,6 @@ def test_loading_keeps_the_dtype_that_was_saved():
     assert_same_state(*others)
 
 
-def test_two_optimizers_loaded_from_one_state_dict_share_nothing():
-    opt, params = trained(optim.AdamW, parameters(SHAPES))
-    twin = optim.AdamW(copies_of(params))
-    twin.load_state_dict(opt.state_dict())
-    before = snapshot(twin)
-    train(opt, params, 1, first=3)
-    assert_unchanged(twin, before)
-
-
 def test_hooks_see_what_a_load_leaves():
     """In the dtype that was saved, and as copies; also what belongs to no parameter, and nested entries."""
     params = parameters([(4,), (5,)], torch.bfloat16)
@@ -416,13 +383,6 @@ def test_groups_and_loads_look_at_each_parameter_a_few_times(monkeypatch):
         counts.append(len(looks))
         looks.clear()
     assert 0 < counts[1] < 5 * counts[0]
-
-
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_copies_train_on_alone(case, how):
-    params = parameters(SHAPES)
-    assert_copies_train_on_alone(case.ours(params, backend="auto"), params, how, case)
 
 
 def test_one_optimizer_in_two_threads_counts_every_step_that_was_taken():
