@@ -280,6 +280,21 @@ def assert_unchanged(opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]]
                 assert_same_bits(now[name], t, (what, name))
 
 
+def version_of(grad: Tensor | None) -> int | None:
+    return None if grad is None or grad.is_inference() else grad._version
+
+
+def refused(opt: Any, match: str, error: type[Exception] = RuntimeError, call: str = "step") -> None:
+    """The call is refused, and changes no parameter, gradient or state."""
+    before = snapshot(opt)
+    gradients = [(p.grad, version_of(p.grad)) for p in places(opt)]
+    with pytest.raises(error, match=match):
+        getattr(opt, call)()
+    assert_unchanged(opt, before, match)
+    for p, (grad, version) in zip(places(opt), gradients, strict=True):
+        assert p.grad is grad and version_of(grad) == version, match
+
+
 def assert_option_refused(name: str, given: dict[str, Any], match: str, backend: str, **more: Any) -> None:
     """By constructors, in groups and, set by hand, before each of two steps; nothing is changed then."""
     make = getattr(optim, name)

@@ -7,8 +7,7 @@ import pickle
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, DEVICE, FIRST, Case, assert_same_bits, assert_same_state, parameters, randn
-from test_errors import refused
+from cases import BACKENDS, CASES, DEVICE, FIRST, Case, assert_same_bits, assert_same_state, parameters, randn, refused
 from torch.autograd import gradcheck
 
 import genopt_ext

@@ -14,12 +14,10 @@ from cases import (
     STATEFUL,
     assert_option_refused,
     assert_same_bits,
-    assert_unchanged,
     parameters,
-    places,
     randn,
+    refused,
     set_grads,
-    snapshot,
     train,
 )
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
@@ -95,21 +93,6 @@ def test_other_arguments(name, given, error, message):
         pytest.skip("the kernels are built")
     with pytest.raises(error, match=message):
         getattr(optim, name)(parameters([(2,)]), **given)
-
-
-def version_of(grad):
-    return None if grad is None or grad.is_inference() else grad._version
-
-
-def refused(opt, match, error=RuntimeError, call="step"):
-    """The call is refused, and changes no parameter, gradient or state."""
-    before = snapshot(opt)
-    gradients = [(p.grad, version_of(p.grad)) for p in places(opt)]
-    with pytest.raises(error, match=match):
-        getattr(opt, call)()
-    assert_unchanged(opt, before, match)
-    for p, (grad, version) in zip(places(opt), gradients, strict=True):
-        assert p.grad is grad and version_of(grad) == version, match
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)

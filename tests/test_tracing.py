@@ -17,9 +17,9 @@ from cases import (
     assert_same_state,
     parameters,
     randn,
+    refused,
     set_grads,
 )
-from test_errors import refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -217,4 +217,4 @@ def test_other_refusals_hold_under_modes():
     p.grad = randn((3,), 0)
     p.data = p.data[:2]
     with Names():
-        refused(opt, [p], "gradient has shape")
+        refused(opt, "gradient has shape")
