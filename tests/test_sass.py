@@ -145,6 +145,15 @@ def test_integers_in_pairs() -> None:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
+def test_a_predicate_joins_what_a_logic_instruction_tells() -> None:
+    code = """ISETP.LT.AND P2, PT, R0, 0x4, PT
+    LOP3.LUT P1, RZ, R0, 0x1, RZ, 0xc0, P2
+    SEL R12, RZ, 0x1, !P1
+    STG.E desc[UR4][R4.64], R12"""
+    lanes = np.arange(LANES)
+    assert (output_of(warp_of(code), np.uint32) == ((lanes & 1) != 0) | (lanes < 4)).all()
+
+
 def test_loads_before_the_first_wait() -> None:
     together = """LDG.E R8, desc[UR4][R2.64]
     LDG.E R9, desc[UR4][R2.64+0x200000]
@@ -195,6 +204,12 @@ def test_every_case_is_recorded() -> None:
     made_with, recorded = sass.load(sass.RECORD)
     assert made_with["architecture"] == f"sm_{toolchain.ARCHITECTURE}"
     assert list(recorded) == [case.name for case in cases.all_cases()]
+
+
+def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        sass.main(["--help"])
+    assert "2% worse" in capsys.readouterr().out
 
 
 def test_without_tools_nothing_is_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

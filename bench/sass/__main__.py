@@ -112,7 +112,7 @@ def table(recorded: dict[str, dict[str, float]], results: Results) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
-    parser.add_argument("--check", action="store_true", help=f"fail where a case is more than {TOLERANCE:.0%} worse")
+    parser.add_argument("--check", action="store_true", help=f"fail where a case is more than {TOLERANCE:.0%}% worse")
     parser.add_argument("--update", action="store_true", help=f"record these numbers in bench/{RECORD.name}")
     parser.add_argument("--only", default="", help="only cases with this in their name", metavar="TEXT")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; all processors")

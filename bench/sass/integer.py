@@ -125,12 +125,10 @@ def logic(warp: Warp, ins: Instruction, active: Array) -> None:
     operands = list(ins.operands)
     tells = operands.pop(0) if is_predicate(operands[0]) else None
     to, a, b, c, table, also = operands
-    if also.index is not None or not also.negated:
-        raise UnknownInstruction(ins.text)
     result = look_up(warp.integer(a), warp.integer(b), warp.integer(c), int(table.value))
     warp.write(to, result, active)
     if tells is not None:
-        warp.set_predicate(tells, result != 0, active)
+        warp.set_predicate(tells, (result != 0) | warp.predicate(also), active)
 
 
 @opcode("PLOP3", "UPLOP3", modifiers="LUT")

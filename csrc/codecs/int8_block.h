@@ -57,25 +57,31 @@ struct Int8Block {
     return float_of(rounded < kLowest ? kLowest : rounded < kHighest ? rounded : kHighest);
   }
 
+  // Whether no code has to be looked at alone: the scale is positive, and no number is larger. Then kUsual spares the
+  // test of each.
+  GENOPT_INLINE bool is_usual() const {
+    return limit != 0 && border < as_signed(kHighest - (uint32_t{kOctaves} << 23));
+  }
+
   // `I`: int32_t, or several.
-  template <class I>
+  template <bool kUsual = false, class I>
   GENOPT_INLINE auto decode(I code) const {
     const I size = kSigned ? absolute(code) : code;
     const I fine = (size - I(kBorder)) << kFine, coarse = fine << 2;
     I bits = smaller(fine, coarse) + border;
     if constexpr (kSigned) bits = bits | (code & INT32_MIN);
-    return float_of(choose(code == 0, I(fill), bits));
+    return float_of(choose(code == 0, I(kUsual ? 0 : fill), bits));
   }
 
   // `threshold`: 32 bits that decide which way to round. An average of squares that is not zero stays so.
-  template <class V, class U>
+  template <bool kUsual = false, class V, class U>
   GENOPT_INLINE auto encode(V x, U threshold) const {
     const auto size = magnitude(x);
     using I = std::remove_cv_t<decltype(size)>;
     const I fine = size - I(border), coarse = fine >> 2;
     I code = ((larger(fine, coarse) + as_signed(threshold >> (32 - kFine))) >> kFine) + kBorder;
     code = larger(code, kSigned ? I(0) : smaller(size, I(1)));
-    code = smaller(code, I(limit));
+    if constexpr (!kUsual) code = smaller(code, I(limit));
     return kSigned ? choose(signed_bits(x) < 0, -code, code) : code;
   }
 };

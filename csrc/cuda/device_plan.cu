@@ -13,6 +13,30 @@ int64_t layout_words(const Layout& layout) {
   return 1 + static_cast<int64_t>(layout.sizes.size()) * (1 + kOperands);
 }
 
+// How a lean kernel would have the row stored; null: none has one so.
+const Way* way_of(const Row& row, const Control& control) {
+  const DType dtype = row.dtype[kParam];
+  const bool has_master = row.extra == Extra::kMaster, is_half = size_of(dtype) == 2;
+  if (row.layout || row.only_average || control.gradients == Gradients::kUnscaled || row.used & kWithAverage ||
+      row.extra == Extra::kCompensation || row.dtype[kGrad] != dtype)
+    return nullptr;
+  Way way{is_half ? Form::kHalf : Form::kFloat, Form::kFloat, has_master};
+  bool first = true;
+  for (int k = 0; k < kOperands; ++k) {
+    if (!is_used(row.used, k)) continue;
+    if (reinterpret_cast<uintptr_t>(row.data[k]) % 16) return nullptr;
+    if (k < kState || k >= kAverage) continue;
+    const DType stored = row.dtype[k];
+    const Form form = is_block(stored) ? Form::kCodes : is_half && stored == dtype ? Form::kHalf : Form::kFloat;
+    if (form == Form::kFloat && stored != DType::kFloat32) return nullptr;
+    if (!first && form != way.state) return nullptr;
+    way.state = form;
+    first = false;
+  }
+  const Way* const found = std::find(std::begin(kWays), std::end(kWays), way);
+  return dtype == DType::kFloat64 || found == std::end(kWays) ? nullptr : found;
+}
+
 }  // namespace
 
 DevicePlan::DevicePlan(const RuleInfo& rule, int device) : rule_(rule), device_(device) {
@@ -30,6 +54,7 @@ bool kernels_run_here() {
 
 void DevicePlan::renew(const Table& wanted, const Queue& queue) {
   Table table = wanted;
+  table.place();
   std::vector<uint64_t> image(table.norms());
   std::shared_ptr<void> memory = queue.allocate(table.end() * sizeof(uint64_t));
   table.words = static_cast<uint64_t*>(memory.get());
@@ -50,7 +75,16 @@ void DevicePlan::put(int64_t at, const void* words, int count) {
   }
 }
 
-void DevicePlan::put_row(int r, const Row& row, const Options& options) {
+int DevicePlan::kind_of(const Row& row, const Control& control) const {
+  if (const Way* const way = way_of(row, control))
+    for (size_t i = 0; i < kernels_.lean.size(); ++i) {
+      const LeanKernel& each = kernels_.lean[i];
+      if (each.used == row.used % kWithAverage && each.way == way - kWays) return kFirstLean + static_cast<int>(i);
+    }
+  return row.dtype[kParam] == DType::kFloat64 ? kDouble : kFloat;
+}
+
+void DevicePlan::put_row(int r, const Row& row, const Options& options, const Control& control) {
   DeviceRow made{};
   bool halves = true;
   for (int k = 0; k < kOperands; ++k) {
@@ -72,7 +106,8 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options) {
   std::copy(row.scales.begin(), row.scales.end(), made.scales);
   made.unbiased = static_cast<uint8_t>(row.unbiased);
   made.extra = row.extra;
-  made.piece = row.dtype[kParam] == DType::kFloat64 ? 2 : halves ? 8 : 4;
+  made.kind = static_cast<uint8_t>(kind_of(row, control));
+  made.piece_bits = row.dtype[kParam] == DType::kFloat64 ? 1 : halves ? 3 : 2;
   if (row.layout) {
     const auto& sizes = row.layout->sizes;
     made.layout = layout_end_;
@@ -97,19 +132,18 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   Table wanted{};
   wanted.rows = static_cast<int>(rows.size());
   wanted.groups = static_cast<int>(groups.size());
-  int measured = 0;     // rows
-  bool active[2] = {};  // float, double
-  bool measures[2] = {};
+  int measured = 0, active = 0;  // rows
+  bool measures[2] = {};         // float, double
   for (const Row& row : rows) {
     if (!is_here(row)) continue;
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
-    active[in_double] = true;
+    ++active;
     if (row.layout) wanted.layout_words += layout_words(*row.layout);
     if (!control.measure || row.spans(device_) == 0) continue;
     ++measured;
     measures[in_double] = true;
   }
-  if (!active[0] && !active[1]) return;
+  if (!active) return;
   // Of inactive rows and those elsewhere too, as the device knows them.
   for (int r = 0; control.measure && r < wanted.rows; ++r) {
     DeviceRow known{};
@@ -129,21 +163,34 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   // First what mostly stays: the prologue reads rows from the table.
   if (anew) changes_ = {{table_.first_tile(0), static_cast<int64_t>(image_.size())}};
   layout_end_ = 0;
-  int64_t tiles = 0, spans = 0;
+  int64_t spans = 0;
+  std::vector<Kind> kinds(kFirstLean + kernels_.lean.size());
+  std::vector<DeviceRow> known(wanted.rows);  // inactive ones too, as they will return
   for (int r = 0; r < wanted.rows; ++r) {
-    if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group]);
-    put(table_.first_tile(r), tiles);
+    if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group], control);
     put(table_.first_span(r), spans);
-    DeviceRow known;  // of an inactive row too, as it will return
-    std::memcpy(&known, &image_[table_.row(r)], sizeof known);
-    tiles += tiles_of(known.numel);
-    spans += spans_of(known.numel);
+    std::memcpy(&known[r], &image_[table_.row(r)], sizeof(DeviceRow));
+    spans += spans_of(known[r].numel);
+    Kind& kind = kinds[known[r].kind];
+    ++kind.range.rows;
+    kind.range.tiles += tiles_of(known[r].numel);
+    kind.active = kind.active || is_here(rows[r]);
+  }
+  for (size_t i = 1; i < kinds.size(); ++i) {
+    kinds[i].range.first = kinds[i - 1].range.first + kinds[i - 1].range.rows;
+    kinds[i].range.first_tile = kinds[i - 1].range.first_tile + kinds[i - 1].range.tiles;
+  }
+  for (int r = 0; r < wanted.rows; ++r) {
+    Kind& kind = kinds[known[r].kind];
+    put(table_.first_tile(kind.range.first + kind.placed), kind.range.first_tile + kind.placed_tiles);
+    put(table_.order(kind.range.first + kind.placed), static_cast<uint64_t>(r));
+    ++kind.placed;
+    kind.placed_tiles += tiles_of(known[r].numel);
   }
   for (int g = 0, r = 0; g <= wanted.groups; ++g) {
     while (r < wanted.rows && rows[r].group < g) ++r;
     put(table_.first_row(g), static_cast<uint64_t>(r));
   }
-  table_.tiles = tiles;
   table_.spans = spans;
   table_.measures = control.measure;
   table_.gradients = control.gradients;
@@ -176,9 +223,14 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     if (measures[1]) launch(norms.of_double, threads, queue, table_, measured);
   }
   if (control.only_measure) return;
-  const int64_t threads = tiles * kWarp;
-  if (tiles && active[0]) launch(kernels_.update_float, threads, queue, table_);
-  if (tiles && active[1]) launch(kernels_.update_double, threads, queue, table_);
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    const TileRange& range = kinds[i].range;
+    if (!kinds[i].active || !range.tiles) continue;
+    const UpdateKernel update = i == kFloat    ? kernels_.update_float
+                                : i == kDouble ? kernels_.update_double
+                                               : kernels_.lean[i - kFirstLean].update;
+    launch(update, range.tiles * kWarp, queue, table_, range);
+  }
 }
 
 // Sends what changed; the last launch derives the scalars of the first `rows` rows.

@@ -28,9 +28,9 @@ class DevicePlan {
   DevicePlan(const RuleInfo& rule, int device);
 
   // Enqueues one step of the active rows on this device: a prologue, again where more changed than one launch can
-  // carry, then one launch for float rows and one for double, after one each to measure gradients, if asked. Nothing
-  // that is passed needs to live on after it. Row r of one step is row r of the next: an inactive row keeps its place.
-  // Throws std::runtime_error.
+  // carry, then one launch for each kind of rows, after one each to measure float and double gradients, if asked.
+  // Nothing that is passed needs to live on after it. Row r of one step is row r of the next: an inactive row keeps its
+  // place. Throws std::runtime_error.
   void step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors, const Queue& queue);
 
   // Kernels launched since the plan was made.
@@ -42,13 +42,22 @@ class DevicePlan {
   struct Range {
     int64_t begin, end;
   };
+  // Kinds of rows, by the kernel that updates them: any that compute in float, in double, then RuleKernels::lean.
+  enum : int { kFloat, kDouble, kFirstLean };
+  struct Kind {
+    TileRange range{};
+    int32_t placed = 0;
+    int64_t placed_tiles = 0;
+    bool active = false;  // a row of it
+  };
 
   void renew(const Table& wanted, const Queue& queue);
   void put(int64_t at, const void* words, int count);
   void put(int64_t at, uint64_t word) {
     put(at, &word, 1);
   }
-  void put_row(int r, const Row& row, const Options& options);
+  void put_row(int r, const Row& row, const Options& options, const Control& control);
+  int kind_of(const Row& row, const Control& control) const;
   void flush(int rows, const Queue& queue);
   void send(Range range, int rows, const Queue& queue);
   template <class... Parameters, class... Arguments>

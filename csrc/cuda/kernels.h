@@ -1,17 +1,49 @@
 // The kernels of each rule, as function pointers. Each rule's .cu instantiates rule_kernels.cuh for it.
 #pragma once
 
+#include <iterator>
+#include <vector>
+
 #include "table.h"
 
 namespace genopt::cuda {
 
 constexpr int kWarp = 32, kThreads = 128;  // of a block
 
+// Rows that one kernel updates: positions in Table::order, and their tiles.
+struct TileRange {
+  int32_t first, rows;
+  int64_t first_tile, tiles;
+};
+
+// How the operands of a lean row (lean.cuh) are stored. kHalf: bf16 or fp16, all in the same; kCodes: int8 and uint8.
+// The gradient is stored as the parameter.
+enum class Form : uint8_t { kFloat, kHalf, kCodes };
+struct Way {
+  Form param, state;
+  bool has_master;
+
+  bool operator==(const Way&) const = default;
+};
+constexpr Way kWays[] = {{Form::kFloat, Form::kFloat, false}, {Form::kFloat, Form::kCodes, false},
+                         {Form::kHalf, Form::kFloat, false},  {Form::kHalf, Form::kHalf, false},
+                         {Form::kHalf, Form::kCodes, false},  {Form::kHalf, Form::kFloat, true},
+                         {Form::kHalf, Form::kCodes, true}};
+constexpr int kWayCount = static_cast<int>(std::size(kWays));
+
+using UpdateKernel = void (*)(Table, TileRange);
+
+struct LeanKernel {
+  unsigned used;  // states, as a mask
+  int way;        // of kWays
+  UpdateKernel update;
+};
+
 struct RuleKernels {
   void (*prologue_small)(Table, Payload<kSmallPayload>, int rows);
   void (*prologue_large)(Table, Payload<kLargePayload>, int rows);
-  void (*update_float)(Table);
-  void (*update_double)(Table);
+  UpdateKernel update_float, update_double;  // of rows of any kind that compute in float, in double
+  std::vector<LeanKernel> lean;
 };
 
 template <class Rule>

@@ -14,6 +14,11 @@ __device__ constexpr bool may_be_block(int operand) {
   return sizeof(T) == 4 && operand >= kState && operand < kAverage;
 }
 
+// One of the neighbours of x that a 16-bit dtype has.
+__device__ inline float round_by(DType dtype, float x, uint32_t bits) {
+  return dtype == DType::kBFloat16 ? BFloat16::round_by(x, bits) : Float16::round_by(x, bits);
+}
+
 // Elements that can not be accessed as pieces pass through here one by one, in rolled loops: unrolled for
 // every dtype and operand they would be most of the program. Each thread has slots of its own.
 template <class T, int kCount>
@@ -36,11 +41,11 @@ class LaneOperand {
     dtype_ = dtype;
     is_block_ = may_be_block<T>(operand) && is_block(dtype_);
     if (is_block_) scale_ = *tile.scale(operand);
-    const int size = size_of(dtype_), bytes = size * tile.row.piece;
+    const int size = size_of(dtype_), bytes = size << tile.row.piece_bits;
     strided_ = tile.row.strided >> operand & 1;
     base_ = static_cast<char*>(data) + (strided_ ? 0 : tile.start * size);
     // fp64 parameters with states of another dtype, and the reverse, are rare enough for the slots.
-    whole_ = tile.count == kTile && !strided_ && reinterpret_cast<uintptr_t>(base_) % bytes == 0 &&
+    whole_ = tile.count == kTile && !strided_ && (reinterpret_cast<uintptr_t>(base_) & (bytes - 1)) == 0 &&
              (sizeof(T) == 8 ? size == 8 : size <= 4);
     if (!whole_) return;
     if (bytes == 16) {
@@ -95,12 +100,8 @@ class LaneOperand {
   template <class Bits>
   __device__ void round_by(const Tile& tile, Bits bits) {
     if constexpr (sizeof(T) == 4) {
-      const bool is_bfloat16 = dtype_ == DType::kBFloat16;
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const uint32_t given = bits(tile.element(j));
-        values[j] = is_bfloat16 ? BFloat16::round_by(values[j], given) : Float16::round_by(values[j], given);
-      }
+      for (int j = 0; j < kElements; ++j) values[j] = cuda::round_by(dtype_, values[j], bits(tile.element(j)));
     }
   }
 
@@ -144,7 +145,7 @@ class LaneOperand {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) set_value(raw_, j, decltype(codec)::encode(values[j]));
       });
-    const int bytes = size_of(dtype_) * tile.row.piece;
+    const int bytes = size_of(dtype_) << tile.row.piece_bits;
     if (bytes == 16) {
       store_pieces<uint4>(tile);
     } else if constexpr (sizeof(T) == 4) {
@@ -205,7 +206,7 @@ class LaneOperand {
   // How many pieces a lane has: all that fit, but one of two where eight bf16 or fp16 make one of 16 bytes.
   static constexpr int kPieces = sizeof(T) == 8 ? 4 : 2;
   static __device__ bool has_piece(const Tile& tile, int i) {
-    return i == 0 || sizeof(T) == 8 || tile.row.piece != kElements;
+    return i == 0 || sizeof(T) == 8 || tile.row.piece_bits != 3;
   }
 
   template <class Piece>

@@ -8,7 +8,8 @@
 //   options  [option][group]   a double; the last option first, so that lr stands beside what follows
 //   control  [ControlWord]
 //   grads    [row]             the gradient's address; 0: the row takes no part
-//   tiles    [row]             tiles of all rows before this one
+//   tiles    [position]        tiles of all rows before this one, in the order of the next column
+//   order    [position]        rows, those that one kernel updates together
 //   spans    [row]             spans of all rows before this one
 //   rows     [row]             DeviceRow
 //   firsts   [group]           the group's first row, and after the last group the number of rows
@@ -36,14 +37,15 @@ struct DeviceRow {
   DType step_dtype;
   uint8_t used;         // as Row::used
   uint8_t strided;      // operands that have strides in the layout, as a mask
-  uint8_t piece;        // elements that a lane holds side by side
+  uint8_t piece_bits;   // a lane holds 1 << piece_bits elements side by side
   uint8_t clips_alone;  // its group is left out of the optimizer's norm
   uint8_t by_tensor;    // its group clips by tensor
   uint8_t weighs;       // and by the parameter's norm
   uint8_t unbiased;     // as Row::unbiased
   Extra extra;
   uint8_t only_average;  // as Row::only_average
-  uint8_t unused[3];
+  uint8_t kind;          // which kernel updates it: see DevicePlan
+  uint8_t unused[2];
 
   GENOPT_INLINE int param() const {
     return extra == Extra::kMaster ? kExtra : kParam;
@@ -84,49 +86,70 @@ enum ControlWord { kMaxNorm, kScale, kNormKind, kGuard, kTensors, kControlWords 
 struct Table {
   uint64_t* words;
   int32_t groups, rows;
-  int64_t tiles, spans;
+  int64_t spans;
   int64_t layout_words, norm_spans;  // that there is room for
   bool measures;                     // this step
   Gradients gradients;               // what is left in them
   bool may_skip;
 
-  // Where the columns stand, in words.
+  // Where the columns stand, in words: place() knows, so that no kernel has to multiply.
   static constexpr int64_t kSkip = 0, kRowsDone = 1, kUnscale = 2, kHeader = 4;
+  int64_t sources_at, options_at, control_at, grads_at, tiles_at, order_at, spans_at, rows_at, groups_at, layouts_at,
+      norms_at;
+
+  // Once it is known how much there is of each.
+  void place() {
+    sources_at = scalars(rows);
+    options_at = sources_at + int64_t{kMaxOptions} * groups;
+    control_at = options_at + int64_t{kAllOptions} * groups;
+    grads_at = control_at + kControlWords;
+    tiles_at = grads_at + rows;
+    order_at = tiles_at + rows;
+    spans_at = order_at + rows;
+    rows_at = spans_at + rows;
+    groups_at = rows_at + int64_t{rows} * kRowWords;
+    layouts_at = groups_at + groups + 1;
+    norms_at = layouts_at + layout_words;
+  }
+
   GENOPT_INLINE int64_t scalars(int row) const {
     return kHeader + int64_t{row} * kScalarsWords;
   }
   GENOPT_INLINE int64_t source(int option, int group) const {
-    return scalars(rows) + int64_t{option} * groups + group;
+    return sources_at + int64_t{option} * groups + group;
   }
   GENOPT_INLINE int64_t option(int option, int group) const {
-    return source(kMaxOptions + kAllOptions - 1 - option, group);
+    return options_at + int64_t{kAllOptions - 1 - option} * groups + group;
   }
   GENOPT_INLINE int64_t control(int word) const {
-    return source(kMaxOptions + kAllOptions, word);
+    return control_at + word;
   }
   GENOPT_INLINE int64_t tensor(int kind) const {  // a DeviceTensorKind
     return control(kTensors) + kind;
   }
   GENOPT_INLINE int64_t grad(int row) const {
-    return control(kControlWords) + row;
+    return grads_at + row;
   }
-  GENOPT_INLINE int64_t first_tile(int row) const {
-    return grad(rows) + row;
+  GENOPT_INLINE int64_t first_tile(int position) const {
+    return tiles_at + position;
+  }
+  GENOPT_INLINE int64_t order(int position) const {
+    return order_at + position;
   }
   GENOPT_INLINE int64_t first_span(int row) const {
-    return first_tile(rows) + row;
+    return spans_at + row;
   }
   GENOPT_INLINE int64_t row(int row) const {
-    return first_span(rows) + int64_t{row} * kRowWords;
+    return rows_at + int64_t{row} * kRowWords;
   }
   GENOPT_INLINE int64_t first_row(int group) const {
-    return row(rows) + group;
+    return groups_at + group;
   }
   GENOPT_INLINE int64_t layouts() const {
-    return first_row(groups + 1);
+    return layouts_at;
   }
   GENOPT_INLINE int64_t norms() const {
-    return layouts() + layout_words;
+    return norms_at;
   }
   GENOPT_INLINE int64_t end() const {
     return norms() + (norm_spans ? groups + 4 * rows + 2 * norm_spans : 0);

@@ -52,6 +52,19 @@ __device__ inline int find_row(const uint64_t* first, int rows, int64_t tile, in
   return low;
 }
 
+// The tile of this warp of a launch for `range`.
+struct TileHere {
+  int row;
+  int64_t start;  // its first element
+};
+__device__ inline TileHere find_tile(const Table& table, const TileRange& range) {
+  const int64_t tile = range.first_tile + warp_here();
+  const int position =
+      range.first + find_row(table.words + table.first_tile(range.first), range.rows, tile, lane_here());
+  const int64_t first = static_cast<int64_t>(table.words[table.first_tile(position)]);
+  return {static_cast<int>(table.words[table.order(position)]), (tile - first) * kTile};
+}
+
 // Where element i of a row with a layout lies, in elements from the operand's base.
 __device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t i) {
   const int64_t dims = static_cast<int64_t>(layout[0]);
@@ -66,6 +79,11 @@ __device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t
   return offset;
 }
 
+// Which element of the tile is a lane's j-th, in pieces of 1 << bits.
+__device__ inline int element_of(int j, int lane, int bits) {
+  return (j >> bits) << (bits + 5) | lane << bits | (j & ((1 << bits) - 1));
+}
+
 // A tile of one row.
 struct Tile {
   const DeviceRow& row;
@@ -75,7 +93,7 @@ struct Tile {
 
   // Which element of the tile is a lane's j-th.
   __device__ int element(int j) const {
-    return j / row.piece * (kWarp * row.piece) + lane * row.piece + j % row.piece;
+    return element_of(j, lane, row.piece_bits);
   }
   __device__ float* scale(int operand) const {
     return row.scales[operand - kState] + start / kTile;

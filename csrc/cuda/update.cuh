@@ -159,20 +159,19 @@ __device__ Scalars scalars_of(const Table& table, const DeviceRow& row, int r) {
 
 // Of rows that compute in T.
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) update(const __grid_constant__ Table table) {
-  const int64_t tile = warp_here();
-  if (tile >= table.tiles) return;
-  const int r = find_row(table.words + table.first_tile(0), table.rows, tile, lane_here());
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+    update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
+  if (warp_here() >= range.tiles) return;
+  const auto [r, start] = find_tile(table, range);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
-  if (!grad || !computes_in<T>(row)) return;
+  if (!grad) return;
   const bool skips = table.may_skip && table.words[Table::kSkip] != 0, only_average = row.only_average;
   if (skips && (only_average || table.gradients != Gradients::kZeroed)) return;
   const auto scalars = scalars_of<Scalars<Rule, T>>(table, row, r);
   if constexpr (requires { scalars.update.is_idle(scalars.around); })
     if (scalars.update.is_idle(scalars.around)) return;
 
-  const int64_t start = (tile - static_cast<int64_t>(table.words[table.first_tile(r)])) * kTile;
   const int64_t rest = row.numel - start;
   const Tile here{row, table.words + table.layouts() + row.layout, start, count_of(rest), lane_here()};
   constexpr int kUsable = kState + static_cast<int>(std::size(Rule::kStates));

@@ -277,7 +277,7 @@ void test_graphs(const char* rule) {
     std::swap(twins.stream, stream);
     twins.capturing = true;
     const int64_t launches = twins.step_on_device();
-    CHECK(!warm || launches <= 3, launches);
+    CHECK(!warm || launches <= 5, launches);  // a prologue, and one for each of four kinds of rows
     twins.capturing = false;
     std::swap(twins.stream, stream);
     cudaGraph_t graph = nullptr;

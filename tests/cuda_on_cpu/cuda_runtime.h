@@ -67,6 +67,14 @@ inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
 
+// Four of the eight bytes of x and y (x has the lower four), by the digits of `selector`.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = x | static_cast<uint64_t>(y) << 32;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= (both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return picked;
+}
+
 inline bool __isGlobal(const void*) {
   return true;
 }

@@ -1,0 +1,305 @@
+// The update of usual rows: contiguous, aligned, without average or compensation, and stored in one of a few ways that
+// are known when this is compiled. The general update (update.cuh) has registers for whatever a row may be; this one
+// has what it needs, so that enough warps run to keep memory busy. The same rules, codecs and bits.
+#pragma once
+
+#include "pieces.cuh"
+#include "update.cuh"
+
+namespace genopt::cuda {
+
+// A tile of a row that is contiguous.
+struct LeanTile {
+  int64_t start;
+  int count, lane;
+
+  // Which element of the tile is a lane's j-th, in pieces of kPiece.
+  template <int kPiece>
+  __device__ int element(int j) const {
+    return element_of(j, lane, kPiece == 8 ? 3 : 2);
+  }
+};
+
+// Calls visit(block) with the codec of a rule's i-th state in codes.
+template <class Rule, class Visit>
+__device__ void with_block_of(int i, float scale, Visit visit) {
+  if (Rule::kSquares >> i & 1) {
+    visit(UInt8(scale));
+  } else {
+    visit(Int8(scale));
+  }
+}
+
+// A lane's elements of one operand, in pieces of kPiece side by side. kHalf: bf16 or fp16, as the row says.
+template <Form kForm, int kPiece>
+class LeanOperand {
+ public:
+  // Elements that the tile has not are 0.
+  __device__ void load(const void* data, const LeanTile& tile) {
+    const char* const from = at(data, tile);
+    if (tile.count == kTile) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) load_piece(piece<const Piece>(from, tile, i), raw_ + i * kPieceWords);
+      return;
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) raw_[w] = 0;
+#pragma unroll
+    for (int j = 0; j < kElements; ++j)
+      if (const int e = tile.template element<kPiece>(j); e < tile.count)
+        put(j, reinterpret_cast<const Stored*>(from)[e]);
+  }
+
+  __device__ void store(void* data, const LeanTile& tile) const {
+    char* const to = at(data, tile);
+    if (tile.count == kTile) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) store_piece(piece<Piece>(to, tile, i), raw_ + i * kPieceWords);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kElements; ++j)
+      if (const int e = tile.template element<kPiece>(j); e < tile.count) reinterpret_cast<Stored*>(to)[e] = bits(j);
+  }
+
+  // Calls visit(codec) with the codec of a plain number.
+  template <class Visit>
+  __device__ static void with_codec_of(DType dtype, Visit visit) {
+    if constexpr (kForm == Form::kFloat) {
+      visit(Float32{});
+    } else if (dtype == DType::kBFloat16) {
+      visit(BFloat16{});
+    } else {
+      visit(Float16{});
+    }
+  }
+
+  __device__ void decode(float (&values)[kElements], DType dtype) const {
+    with_codec_of(dtype, [&](auto codec) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const Stored stored = bits(j);
+        typename decltype(codec)::Stored x;
+        memcpy(&x, &stored, sizeof x);
+        values[j] = decltype(codec)::template decode<float>(x);
+      }
+    });
+  }
+  __device__ void encode(const float (&values)[kElements], DType dtype) {
+    with_codec_of(dtype, [&](auto codec) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const auto x = decltype(codec)::encode(values[j]);
+        Stored stored;
+        memcpy(&stored, &x, sizeof stored);
+        put(j, stored);
+      }
+    });
+  }
+
+  // Of codes in blocks.
+  template <class Block>
+  __device__ void decode(float (&values)[kElements], const Block& block) const {
+    with_usual(block, [&]<bool kUsual>() {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        values[j] = block.template decode<kUsual>(int32_t{static_cast<typename Block::Stored>(bits(j))});
+    });
+  }
+  // Returns the tile's scale. `phase`: the tile's.
+  template <class Block>
+  __device__ float encode_block(float (&values)[kElements], uint32_t phase, const LeanTile& tile) {
+    if (tile.count < kTile)
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        if (tile.template element<kPiece>(j) >= tile.count) values[j] = 0;
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) largest = larger(largest, static_cast<uint32_t>(Block::magnitude(values[j])));
+    const float scale = Block::scale_for(__reduce_max_sync(~0u, largest));
+    const Block block(scale);
+    with_usual(block, [&]<bool kUsual>() {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        uint32_t codes[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t element = static_cast<uint32_t>(tile.template element<kPiece>(4 * w + j));
+          codes[j] =
+              static_cast<uint32_t>(block.template encode<kUsual>(values[4 * w + j], threshold_of(phase, element)));
+        }
+        // The low bytes of all four.
+        raw_[w] = __byte_perm(__byte_perm(codes[0], codes[1], 0x0040), __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
+      }
+    });
+    return scale;
+  }
+
+ private:
+  static constexpr int kBytes = kForm == Form::kFloat ? 4 : kForm == Form::kHalf ? 2 : 1;
+  static constexpr int kPieceWords = kPiece * kBytes / 4, kPieces = kElements / kPiece;
+  static constexpr int kWords = kElements * kBytes / 4;
+  using Stored = std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
+  using Piece = std::conditional_t<kPieceWords == 4, uint4, std::conditional_t<kPieceWords == 2, uint2, uint1>>;
+
+  // All lanes of a warp go the same way.
+  template <class Block, class Visit>
+  __device__ static void with_usual(const Block& block, Visit visit) {
+    if (block.is_usual()) {
+      visit.template operator()<true>();
+    } else {
+      visit.template operator()<false>();
+    }
+  }
+
+  template <class Bytes>
+  __device__ static Bytes* global(Bytes* data) {
+    // The compiler can not know where a pointer that was itself loaded leads to.
+    __builtin_assume(__isGlobal(data));
+    return data;
+  }
+  __device__ static const char* at(const void* data, const LeanTile& tile) {
+    return global(static_cast<const char*>(data)) + tile.start * kBytes;
+  }
+  __device__ static char* at(void* data, const LeanTile& tile) {
+    return global(static_cast<char*>(data)) + tile.start * kBytes;
+  }
+  template <class P, class Bytes>
+  __device__ static P* piece(Bytes* base, const LeanTile& tile, int i) {
+    return reinterpret_cast<P*>(base) + i * kWarp + tile.lane;
+  }
+
+  __device__ Stored bits(int j) const {
+    return static_cast<Stored>(raw_[j * kBytes / 4] >> (j * kBytes % 4 * 8));
+  }
+  // In the order of j: the first of a word clears the others.
+  __device__ void put(int j, Stored x) {
+    uint32_t& word = raw_[j * kBytes / 4];
+    const int shift = j * kBytes % 4 * 8;
+    word = shift ? word | static_cast<uint32_t>(x) << shift : static_cast<uint32_t>(x);
+  }
+
+  uint32_t raw_[kWords];
+};
+
+// How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
+// computed for longer, and need seven.
+constexpr int lean_blocks(unsigned used, const Way& way) {
+  return way.state == Form::kCodes && used != 0b111 ? 7 : 6;
+}
+
+// kUsed: a set of the rule's states, as in Rule::Masks.
+template <class Rule, unsigned kUsed, int kWay>
+__global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
+    lean_update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
+  constexpr Way kStored = kWays[kWay];
+  constexpr Form kSeen = kStored.has_master ? Form::kFloat : kStored.param;  // the parameter as the rule sees it
+  constexpr bool kHasFloats = kSeen == Form::kFloat || (kUsed && kStored.state == Form::kFloat);
+  constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand
+  if (warp_here() >= range.tiles) return;
+  const TileHere found = find_tile(table, range);
+  const uint64_t grad = table.words[table.grad(found.row)];
+  if (!grad) return;
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(found.row));
+  const LeanTile tile{found.start, count_of(row.numel - found.start), lane_here()};
+  const DType dtype = row.dtype[kParam];
+  const bool zeroes = table.gradients == Gradients::kZeroed;
+  void* const gradient = reinterpret_cast<void*>(grad);
+  LeanOperand<kStored.param, kPiece> g;
+  float values[kState + kMaxStates][kElements];
+  const auto leave_zeros = [&] {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) values[kGrad][j] = 0;
+    g.encode(values[kGrad], dtype);
+    g.store(gradient, tile);
+  };
+  if (table.may_skip && table.words[Table::kSkip] != 0) {
+    if (zeroes) leave_zeros();
+    return;
+  }
+
+  LeanOperand<kSeen, kPiece> p;
+  LeanOperand<kStored.state, kPiece> states[kMaxStates];
+  float scales[kMaxStates];
+  p.load(row.data[kStored.has_master ? kExtra : kParam], tile);
+  g.load(gradient, tile);
+#pragma unroll
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!(kUsed >> i & 1)) continue;
+    states[i].load(row.data[kState + i], tile);
+    if constexpr (kStored.state == Form::kCodes) scales[i] = row.scales[i][tile.start / kTile];
+  }
+  const auto scalars = scalars_of<Scalars<Rule, float>>(table, row, found.row);
+  p.decode(values[kParam], dtype);
+  g.decode(values[kGrad], dtype);
+#pragma unroll
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!(kUsed >> i & 1)) continue;
+    if constexpr (kStored.state != Form::kCodes) {
+      states[i].decode(values[kState + i], dtype);
+    } else {
+      with_block_of<Rule>(i, scales[i], [&](const auto& block) { states[i].decode(values[kState + i], block); });
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kElements; ++j)
+    scalars.update.template apply<kUsed>(values[kParam][j], scalars.around.gradient(values[kGrad][j]),
+                                         values[kState][j], values[kState + 1][j], values[kState + 2][j]);
+
+  if constexpr (kStored.has_master) {
+    LeanOperand<kStored.param, kPiece> narrow;
+    narrow.encode(values[kParam], dtype);
+    narrow.store(row.data[kParam], tile);
+  } else if constexpr (kSeen == Form::kHalf) {
+    if (row.unbiased & 1 << kParam) {
+      const uint32_t key = tile_key(scalars.random, tile.start);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        values[kParam][j] = round_by(dtype, values[kParam][j],
+                                     random_bits(key, static_cast<uint32_t>(tile.template element<kPiece>(j))));
+    }
+  }
+  p.encode(values[kParam], dtype);
+  p.store(row.data[kStored.has_master ? kExtra : kParam], tile);
+  const uint32_t phase = tile_phase(scalars.phase, tile.start);
+#pragma unroll
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!(kUsed >> i & 1)) continue;
+    float (&x)[kElements] = values[kState + i];
+    if constexpr (kStored.state == Form::kCodes) {
+      with_block_of<Rule>(i, scales[i], [&]<class Block>(const Block&) {
+        const float scale = states[i].template encode_block<Block>(x, phase, tile);
+        if (tile.lane == 0) row.scales[i][tile.start / kTile] = scale;
+      });
+    } else {
+      if constexpr (kStored.state == Form::kHalf)
+        if (row.unbiased >> (kState + i) & 1) {
+#pragma unroll
+          for (int j = 0; j < kElements; ++j)
+            x[j] = round_by(dtype, x[j], threshold_of(phase, static_cast<uint32_t>(tile.template element<kPiece>(j))));
+        }
+      states[i].encode(x, dtype);
+    }
+    states[i].store(row.data[kState + i], tile);
+  }
+  if (zeroes) leave_zeros();
+}
+
+// All lean kernels of an optimizer's rule: one for each of its sets of states and each way that these can be stored.
+template <class Rule>
+std::vector<LeanKernel> lean_kernels() {
+  std::vector<LeanKernel> kernels;
+  const auto add = [&]<unsigned kUsed, int kWay>() {
+    if constexpr (!std::is_same_v<Rule, Transfer> && (kUsed || kWays[kWay].state == Form::kFloat))
+      kernels.push_back({kUsed, kWay, lean_update<Rule, kUsed, kWay>});
+  };
+  [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
+    const auto add_ways = [&]<unsigned kUsed, int... kWay>(std::integer_sequence<int, kWay...>) {
+      (add.template operator()<kUsed, kWay>(), ...);
+    };
+    (add_ways.template operator()<kMasks>(std::make_integer_sequence<int, kWayCount>{}), ...);
+  }(typename Rule::Masks{});
+  return kernels;
+}
+
+}  // namespace genopt::cuda
