@@ -84,7 +84,7 @@ class LaneOperand {
         with_block(dtype_, scale_, [&]<class Block>(const Block& block) {
 #pragma unroll
           for (int j = 0; j < kElements; ++j)
-            values[j] = block.decode(int32_t{static_cast<typename Block::Stored>(raw_[j / 4] >> (j % 4 * 8))});
+            values[j] = block.decode(int32_t{value_in<typename Block::Stored>(raw_, j)});
         });
         return;
       }

@@ -47,7 +47,7 @@ class LeanOperand {
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
       if (const int e = tile.template element<kPiece>(j); e < tile.count)
-        put(j, reinterpret_cast<const Stored*>(from)[e]);
+        set_value(raw_, j, reinterpret_cast<const Stored*>(from)[e]);
   }
 
   __device__ void store(void* data, const LeanTile& tile) const {
@@ -59,7 +59,8 @@ class LeanOperand {
     }
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
-      if (const int e = tile.template element<kPiece>(j); e < tile.count) reinterpret_cast<Stored*>(to)[e] = bits(j);
+      if (const int e = tile.template element<kPiece>(j); e < tile.count)
+        reinterpret_cast<Stored*>(to)[e] = value_in<Stored>(raw_, j);
   }
 
   // Calls visit(codec) with the codec of a plain number.
@@ -77,23 +78,14 @@ class LeanOperand {
   __device__ void decode(float (&values)[kElements], DType dtype) const {
     with_codec_of(dtype, [&](auto codec) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const Stored stored = bits(j);
-        typename decltype(codec)::Stored x;
-        memcpy(&x, &stored, sizeof x);
-        values[j] = decltype(codec)::template decode<float>(x);
-      }
+      for (int j = 0; j < kElements; ++j)
+        values[j] = decltype(codec)::template decode<float>(value_in<typename decltype(codec)::Stored>(raw_, j));
     });
   }
   __device__ void encode(const float (&values)[kElements], DType dtype) {
     with_codec_of(dtype, [&](auto codec) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const auto x = decltype(codec)::encode(values[j]);
-        Stored stored;
-        memcpy(&stored, &x, sizeof stored);
-        put(j, stored);
-      }
+      for (int j = 0; j < kElements; ++j) set_value(raw_, j, decltype(codec)::encode(values[j]));
     });
   }
 
@@ -103,7 +95,7 @@ class LeanOperand {
     with_usual(block, [&]<bool kUsual>() {
 #pragma unroll
       for (int j = 0; j < kElements; ++j)
-        values[j] = block.template decode<kUsual>(int32_t{static_cast<typename Block::Stored>(bits(j))});
+        values[j] = block.template decode<kUsual>(int32_t{value_in<typename Block::Stored>(raw_, j)});
     });
   }
   // Returns the tile's scale. `phase`: the tile's.
@@ -167,16 +159,6 @@ class LeanOperand {
   template <class P, class Bytes>
   __device__ static P* piece(Bytes* base, const LeanTile& tile, int i) {
     return reinterpret_cast<P*>(base) + i * kWarp + tile.lane;
-  }
-
-  __device__ Stored bits(int j) const {
-    return static_cast<Stored>(raw_[j * kBytes / 4] >> (j * kBytes % 4 * 8));
-  }
-  // In the order of j: the first of a word clears the others.
-  __device__ void put(int j, Stored x) {
-    uint32_t& word = raw_[j * kBytes / 4];
-    const int shift = j * kBytes % 4 * 8;
-    word = shift ? word | static_cast<uint32_t>(x) << shift : static_cast<uint32_t>(x);
   }
 
   uint32_t raw_[kWords];

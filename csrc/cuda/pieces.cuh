@@ -32,8 +32,9 @@ __device__ void store_piece(Piece* to, const uint32_t* words) {
 template <class Stored>
 __device__ Stored value_in(const uint32_t* words, int i) {
   Stored x;
-  if constexpr (sizeof(Stored) == 2) {
-    x = static_cast<Stored>(words[i / 2] >> (i % 2 * 16));
+  if constexpr (sizeof(Stored) <= 2) {
+    constexpr int kInWord = 4 / sizeof(Stored);
+    x = static_cast<Stored>(words[i / kInWord] >> (i % kInWord * 8 * sizeof(Stored)));
   } else if constexpr (sizeof(Stored) == 4) {
     memcpy(&x, &words[i], sizeof x);
   } else {
@@ -43,11 +44,14 @@ __device__ Stored value_in(const uint32_t* words, int i) {
   return x;
 }
 
-// In the order of i: the first value of a word clears the second.
+// In the order of i: the first value of a word clears the others.
 template <class Stored>
 __device__ void set_value(uint32_t* words, int i, Stored x) {
-  if constexpr (sizeof(Stored) == 2) {
-    words[i / 2] = i % 2 ? words[i / 2] | static_cast<uint32_t>(x) << 16 : static_cast<uint32_t>(x);
+  if constexpr (sizeof(Stored) <= 2) {
+    constexpr int kInWord = 4 / sizeof(Stored);
+    uint32_t& word = words[i / kInWord];
+    const int shift = i % kInWord * 8 * sizeof(Stored);
+    word = shift ? word | static_cast<uint32_t>(x) << shift : static_cast<uint32_t>(x);
   } else if constexpr (sizeof(Stored) == 4) {
     memcpy(&words[i], &x, sizeof x);
   } else {

@@ -1,4 +1,5 @@
-// The last kernel of a step: load, rule, store, as cpu/assembly.h, with the same rules and codecs. One warp, one tile.
+// The last kernel of a step, for rows that lean.cuh does not serve: load, rule, store, as cpu/assembly.h, with the same
+// rules and codecs. One warp, one tile.
 #pragma once
 
 #include <iterator>
