@@ -375,14 +375,27 @@ def test_whatever_was_done_between_two_steps(case, kept, actions):
     assert_alike(case, kept, actions)
 
 
+@pytest.fixture
+def two_threads():
+    """Each of which takes rows from a thousand on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kept", sorted(KEPT))
-def test_rows_that_several_threads_compare(kept):
+def test_rows_that_several_threads_compare(kept, two_threads):
     draw = random.Random(kept)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # from a thousand rows each
-    try:
-        actions = [(name, draw.random()) for name in draw.sample(sorted(ACTIONS), 12)]
-        assert_alike(draw.choice(STATEFUL), kept, actions, more=2500)
-    finally:
-        torch.set_num_threads(threads)
+    actions = [(name, draw.random()) for name in draw.sample(sorted(ACTIONS), 12)]
+    assert_alike(draw.choice(STATEFUL), kept, actions, more=2500)
+
+
+def test_several_threads_bump_all_versions(two_threads):
+    world = World(ADAGRAD, "fp32", forgets=False, more=2500)
+    for _ in range(3):
+        before = [t._version for p in world.params for t in (p, *world.tensors(p))]
+        world.step()
+        after = [t._version for p in world.params for t in (p, *world.tensors(p))]
+        assert all(a > b for a, b in zip(after, before, strict=True))
