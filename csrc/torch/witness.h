@@ -82,7 +82,7 @@ class Witnesses {
   bool takes(size_t r, const at::Tensor& grad, const at::Tensor& param) const {
     const RowWitness& was = rows_[r];
     return was.is_kept_as(kGrad, grad) && was.lies_as(grad, param, param.sizes()) && grad.device() == param.device() &&
-           !is_lazy_copy(storage_of(grad));
+           !is_lazy_copy(*storage_of(grad));
   }
 
   // Of a row that was taken or holds in this step: bumps the versions of all its tensors but its gradient. False: there
@@ -115,7 +115,7 @@ class Witnesses {
     const at::Tensor& grad = THPVariable_Unpack(objects.params[r]).unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return;
     fetch(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
-    fetch(&storage_of(grad), 64);
+    fetch(storage_of(grad), 64);
   }
 
   // Prefetches what bump_versions() of the next row will write.
@@ -126,10 +126,11 @@ class Witnesses {
   }
 
  private:
-  static const c10::StorageImpl& storage_of(const c10::TensorImpl& impl) {
-    return *impl.unsafe_storage().unsafeGetStorageImpl();
+  // Null where a tensor has none, as a sparse one.
+  static const c10::StorageImpl* storage_of(const c10::TensorImpl& impl) {
+    return impl.unsafe_storage().unsafeGetStorageImpl();
   }
-  static const c10::StorageImpl& storage_of(const at::Tensor& t) {
+  static const c10::StorageImpl* storage_of(const at::Tensor& t) {
     return storage_of(*t.unsafeGetTensorImpl());
   }
   // Whether it is to be copied when it is written.
@@ -151,7 +152,7 @@ class Witnesses {
     explicit Place(const at::Tensor& t)
         : handle(&t),
           impl(t.unsafeGetTensorImpl()),
-          storage(&storage_of(t)),
+          storage(storage_of(t)),
           counter(counter_of(*impl)),
           memory(storage->data_ptr().get()),
           offset(t.storage_offset()),
@@ -161,7 +162,7 @@ class Witnesses {
     // Whether they are so still.
     GENOPT_INLINE bool holds() const {
       const c10::TensorImpl& now = *handle->unsafeGetTensorImpl();
-      return &storage_of(now) == storage && counter_of(now) == counter && storage->data_ptr().get() == memory &&
+      return storage_of(now) == storage && counter_of(now) == counter && storage->data_ptr().get() == memory &&
              handle->storage_offset() == offset && bytes <= storage->nbytes() && !is_lazy_copy(*storage);
     }
 
