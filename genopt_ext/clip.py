@@ -129,6 +129,28 @@ def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
     return scale * torch.stack(parts).sum().pow(1 / norm)
 
 
+def _norm_in_full(tensors: list[Tensor], norm: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
+    """What :func:`get_total_norm` rounds: in float64, but where only torch serves the tensors."""
+    if not tensors:
+        return torch.tensor(0.0)
+    total = _total_norm(tensors, norm)
+    if total is None:
+        total = _torch.get_total_norm([t.float() if t.dtype in _NARROW else t for t in tensors], norm, False, foreach)
+    if error_if_nonfinite and not math.isfinite(_rounded(total, tensors)):
+        where = next((i for i, t in enumerate(tensors) if not torch.isfinite(t).all()), None)
+        first = "all are finite, but not their norm" if where is None else f"the first is parameter {where}"
+        raise RuntimeError(
+            f"The total norm of order {norm} for gradients from `parameters` is non-finite, so it cannot be "
+            f"clipped ({first}). To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    return total
+
+
+def _rounded(total: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    return total if is_precise(tensors) else total.float()
+
+
 def is_precise(tensors: Iterable[Tensor]) -> bool:
     """Whether a norm over them needs float64."""
     return any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
@@ -175,24 +197,8 @@ def get_total_norm(
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``; it names the first tensor.
         TypeError: ``norm_type`` is no number.
     """
-    norm = _order("get_total_norm", norm_type)
     listed = _listed(tensors)
-    if not listed:
-        return torch.tensor(0.0)
-    total = _total_norm(listed, norm)
-    if total is None:
-        total = _torch.get_total_norm([t.float() if t.dtype in _NARROW else t for t in listed], norm, False, foreach)
-    elif not is_precise(listed):
-        total = total.float()
-    if error_if_nonfinite and not math.isfinite(total):
-        where = next((i for i, t in enumerate(listed) if not torch.isfinite(t).all()), None)
-        first = "all are finite, but not their norm" if where is None else f"the first is parameter {where}"
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-            f"clipped ({first}). To disable this error and scale the gradients by the non-finite norm anyway, set "
-            "`error_if_nonfinite=False`"
-        )
-    return total
+    return _rounded(_norm_in_full(listed, _order("get_total_norm", norm_type), error_if_nonfinite, foreach), listed)
 
 
 @opaque
@@ -267,11 +273,11 @@ def clip_grad_norm_(
     overlap.refuse_unwritable("clip_grad_norm_", grads)
     if error_if_nonfinite:  # named by its index among all parameters, with a gradient or without
         everything = [grads[0].new_zeros(0) if p.grad is None else p.grad for p in listed] if grads else []
-        total = get_total_norm(everything, norm, True, foreach)
+        total = _norm_in_full(everything, norm, True, foreach)
     else:
-        total = get_total_norm(grads, norm, False, foreach)
+        total = _norm_in_full(grads, norm, False, foreach)
     clip_grads_with_norm_(listed, bound, total, foreach)
-    return total
+    return _rounded(total, grads)
 
 
 @opaque

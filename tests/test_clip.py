@@ -375,16 +375,18 @@ def test_same_bits_for_every_thread_count_and_run(norm_type):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, INF, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_same_bits_from_the_reference(dtype, norm_type, monkeypatch):
+    """Of more rows, and of a row of more spans, than a warp has lanes too."""
     results = []
-    for backend in ("auto", "reference"):
+    for backend, error_if_nonfinite in (("auto", False), ("auto", True), ("reference", False)):
         monkeypatch.setenv("GENOPT_BACKEND", backend)
-        params = leaves(drawn([(n,) for n in SIZES] + [(3, 5, 7)], dtype))
-        norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type)
+        params = leaves(drawn([(n,) for n in SIZES] + [(3, 5, 7), (300_000,)] + [(9,)] * 70, dtype))
+        norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite)
         results.append([norm, *(p.grad for p in params)])
-    for a, b in zip(*results, strict=True):
-        assert_same_bits(a, b)
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            assert_same_bits(first, other)
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)

@@ -33,6 +33,7 @@ SIGNATURES = {
     "Adagrad fp32": f"kind=step {_ADAGRAD}",
     "Lion fp32": f"kind=step {_LION}",
     "norm fp32": f"kind=step measures=1 {_ADAMW}",
+    "norm bf16": f"kind=step measures=1 {_ADAMW} {_HALVES}",
     "quantize fp32 in blocks of 256": "kind=quantize",
     "ranges fp32 by tensor": "kind=quantize blocks=0 run=1048576",
     "codes fp32 by tensor": "kind=quantize blocks=0 run=1048576 counts=codes",

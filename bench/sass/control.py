@@ -201,7 +201,7 @@ def store(warp: Warp, ins: Instruction, active: Array) -> None:
         warp.access = warp.memory.store(addresses, bytes_of, ins.opcode == "STS")
 
 
-@opcode("ATOMG", "REDG", modifiers="E ADD MAX MIN 64 STRONG GPU")
+@opcode("ATOM", "ATOMG", "REDG", modifiers="E ADD MAX MIN 64 STRONG GPU")
 def atomic(warp: Warp, ins: Instruction, active: Array) -> None:
     """Lane by lane; REDG does not tell what was there before."""
     *told, address, source = ins.operands

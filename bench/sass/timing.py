@@ -64,7 +64,7 @@ def latency_of(event: Event) -> str:
             return "shared"
         case "R2UR":
             return "to_uniform"
-        case "REDUX" | "SHFL" | "VOTE" | "VOTEU" | "ATOMG":
+        case "REDUX" | "SHFL" | "VOTE" | "VOTEU" | "ATOM" | "ATOMG":
             return "between_lanes"
         case "ISETP" | "FSETP" | "PLOP3" | "DSETP":
             return "predicate"

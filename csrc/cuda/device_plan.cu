@@ -37,6 +37,14 @@ const Way* way_of(const Row& row, const Control& control) {
   return dtype == DType::kFloat64 || found == std::end(kWays) ? nullptr : found;
 }
 
+Measured measured_as(const Row& row, const Options& options) {
+  const auto is_usual = [&](int k) {
+    return row.dtype[k] != DType::kFloat64 && reinterpret_cast<uintptr_t>(row.data[k]) % 16 == 0;
+  };
+  if (row.dtype[kParam] == DType::kFloat64) return Measured::kDouble;
+  return !row.layout && is_usual(kGrad) && (options[kAgc] < 0 || is_usual(kParam)) ? Measured::kLean : Measured::kFloat;
+}
+
 }  // namespace
 
 DevicePlan::DevicePlan(const RuleInfo& rule, int device) : rule_(rule), device_(device) {
@@ -106,6 +114,7 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options, const Co
   std::copy(row.scales.begin(), row.scales.end(), made.scales);
   made.unbiased = static_cast<uint8_t>(row.unbiased);
   made.extra = row.extra;
+  made.measured = measured_as(row, options);
   made.kind = static_cast<uint8_t>(kind_of(row, control));
   made.piece_bits = row.dtype[kParam] == DType::kFloat64 ? 1 : halves ? 3 : 2;
   if (row.layout) {
@@ -133,15 +142,14 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   wanted.rows = static_cast<int>(rows.size());
   wanted.groups = static_cast<int>(groups.size());
   int measured = 0, active = 0;  // rows
-  bool measures[2] = {};         // float, double
+  bool measures[kMeasured] = {};
   for (const Row& row : rows) {
     if (!is_here(row)) continue;
-    const bool in_double = row.dtype[kParam] == DType::kFloat64;
     ++active;
     if (row.layout) wanted.layout_words += layout_words(*row.layout);
     if (!control.measure || row.spans(device_) == 0) continue;
     ++measured;
-    measures[in_double] = true;
+    measures[static_cast<int>(measured_as(row, groups[row.group]))] = true;
   }
   if (!active) return;
   // Of inactive rows and those elsewhere too, as the device knows them.
@@ -194,6 +202,8 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   table_.spans = spans;
   table_.measures = control.measure;
   table_.gradients = control.gradients;
+  table_.some_clip_alone =
+      std::any_of(groups.begin(), groups.end(), [](const Options& each) { return clips_alone(each.data()); });
   table_.may_skip = control.guard || tensors[kFoundInf].address;
   flush(0, queue);
 
@@ -219,8 +229,9 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   if (control.measure) {
     const NormKernels norms = norm_kernels(control.norm);
     const int64_t threads = std::max<int64_t>(spans, 1) * kWarp;
-    if (measures[0] || !measured) launch(norms.of_float, threads, queue, table_, measured);
-    if (measures[1]) launch(norms.of_double, threads, queue, table_, measured);
+    if (!measured) measures[0] = true;  // which decides
+    for (int i = 0; i < kMeasured; ++i)
+      if (measures[i]) launch(norms[i], threads, queue, table_, measured);
   }
   if (control.only_measure) return;
   for (size_t i = 0; i < kinds.size(); ++i) {

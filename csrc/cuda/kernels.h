@@ -1,6 +1,7 @@
 // The kernels of each rule, as function pointers. Each rule's .cu instantiates rule_kernels.cuh for it.
 #pragma once
 
+#include <array>
 #include <iterator>
 #include <vector>
 
@@ -49,11 +50,9 @@ struct RuleKernels {
 template <class Rule>
 RuleKernels rule_kernels();
 
-// For rows that compute in float and in double.
-struct NormKernels {
-  void (*of_float)(Table, int rows);
-  void (*of_double)(Table, int rows);
-};
+// Measures the rows whose DeviceRow::measured is the index. `rows`: how many there are to measure in all.
+using NormKernel = void (*)(Table, int rows);
+using NormKernels = std::array<NormKernel, kMeasured>;
 
 NormKernels norm_kernels(Norm kind);
 

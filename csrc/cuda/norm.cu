@@ -1,12 +1,17 @@
 // The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
 // that of cpu/measure.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one
 // launch does it all.
+#include <cuda/atomic>
+
 #include "../plan/decide.h"
 #include "lane_operand.cuh"
+#include "lean_operand.cuh"
 #include "prologue.cuh"
 
 namespace genopt::cuda {
 namespace {
+
+struct None {};
 
 // What a block's warps add up in.
 using Places = double[kWarps][kTile];
@@ -26,19 +31,57 @@ __device__ double by_halves(double* places, int count, int lane) {
   return result;
 }
 
-// One span of an operand.
+// A span of an operand, or what there is of one.
+struct Span {
+  int64_t begin, end;  // elements
+};
+
+// Of an operand that is contiguous and aligned, in fp32 or, for kHalf, 16 bits.
+template <class M, Form kForm>
+__device__ double measure_lean(const Span& span, const void* data, DType dtype, int lane, double* places) {
+  constexpr int kPiece = kForm == Form::kFloat ? 4 : 8;
+  constexpr int64_t kAtOnce = kForm == Form::kFloat ? 4 : 8;  // tiles whose loads are under way
+  using Operand = LeanOperand<kForm, kPiece>;
+  double sums[kElements] = {};
+  const auto add = [&](const Operand& x) {
+    float values[kElements];
+    x.decode(values, dtype);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) sums[j] = M::join(sums[j], M::of(static_cast<double>(values[j])));
+  };
+  int64_t start = span.begin;
+#pragma unroll 1
+  for (; start + kAtOnce * kTile <= span.end; start += kAtOnce * kTile) {
+    Operand x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[i].load(data, LeanTile{start + i * kTile, kTile, lane});
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) add(x[i]);
+  }
+#pragma unroll 1
+  for (; start < span.end; start += kTile) {
+    Operand x;
+    x.load(data, LeanTile{start, count_of(span.end - start), lane});
+    add(x);
+  }
+  const LeanTile any{0, kTile, lane};
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) places[any.element<kPiece>(j)] = sums[j];
+  return by_halves<M>(places, kTile, lane);
+}
+
+// Of any operand.
 template <class M, class T>
-__device__ double measure(const Table& table, const DeviceRow& row, int operand, void* data, int64_t first_tile,
-                          int lane, double* places, Slots<T, 2>& slots) {
+__device__ double measure_any(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data,
+                              int lane, double* places, Slots<T, 2>& slots) {
   double sums[kElements] = {};
   const uint64_t* layout = table.words + table.layouts() + row.layout;
-  const int64_t end = row.numel < (first_tile + kSpan) * kTile ? row.numel : (first_tile + kSpan) * kTile;
   const auto tile_at = [&](int64_t start) {
-    const int64_t rest = end - start;
+    const int64_t rest = span.end - start;
     return Tile{row, layout, start, rest <= 0 ? 0 : count_of(rest), lane};
   };
 #pragma unroll 1
-  for (int64_t start = first_tile * kTile; start < end; start += 2 * kTile) {
+  for (int64_t start = span.begin; start < span.end; start += 2 * kTile) {
     const Tile tiles[] = {tile_at(start), tile_at(start + kTile)};  // two loads under way at once
     LaneOperand<T> x[2];
 #pragma unroll
@@ -60,9 +103,16 @@ __device__ double measure(const Table& table, const DeviceRow& row, int operand,
 // Numbers [0, count) as LaneSums adds them up; number(i) is asked for by the lane that adds it.
 template <class M, class Number>
 __device__ double join(int64_t count, int lane, double* places, Number number) {
+  constexpr int kAtOnce = 16;  // loads under way: what one alone waits for is most of the time
   double sum = 0;
-#pragma unroll 4
-  for (int64_t i = lane; i < count; i += kWarp) sum = M::join(sum, number(i));
+#pragma unroll 1
+  for (int64_t i = lane; i < count; i += kAtOnce * kWarp) {
+    double numbers[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) numbers[k] = i + k * kWarp < count ? number(i + k * kWarp) : 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sum = M::join(sum, numbers[k]);
+  }
   places[lane] = sum;
   return by_halves<M>(places, kWarp, lane);
 }
@@ -71,9 +121,9 @@ __device__ double join(int64_t count, int lane, double* places, Number number) {
 __device__ bool arrives_last(uint64_t* counter, int64_t count, int lane) {
   bool last = false;
   if (lane == 0) {
-    __threadfence();
-    last = atomicAdd(reinterpret_cast<unsigned*>(counter), 1u) + 1 == static_cast<unsigned>(count);
-    __threadfence();
+    const ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*reinterpret_cast<unsigned*>(counter));
+    last = arrived.fetch_add(1, ::cuda::memory_order_release) + 1 == static_cast<unsigned>(count);
+    if (last) ::cuda::atomic_thread_fence(::cuda::memory_order_acquire, ::cuda::thread_scope_device);
   }
   const bool is_last = __ballot_sync(~0u, last) != 0;
   __syncwarp();  // a vote orders no memory
@@ -88,21 +138,25 @@ __device__ void write_number(uint64_t word, double x) {
   });
 }
 
+// A group's options; only the common ones are there.
+struct GroupOptions {
+  double values[kAllOptions];
+
+  __device__ GroupOptions(const Table& table, int g) {
+#pragma unroll
+    for (int k = kMaxOptions; k < kAllOptions; ++k) values[k] = as_double(table.words[table.option(k, g)]);
+  }
+  __device__ double operator[](int k) const {
+    return values[k];
+  }
+  __device__ const double* data() const {
+    return values;
+  }
+};
+
 // All rows of the table, for decide() by one warp.
 template <class M>
 struct Ledger {
-  // A group's options; only the common ones are there.
-  struct GroupOptions {
-    double values[kAllOptions];
-
-    __device__ double operator[](int k) const {
-      return values[k];
-    }
-    __device__ const double* data() const {
-      return values;
-    }
-  };
-
   const Table& table;
   const int lane;
   double* const places;
@@ -112,7 +166,7 @@ struct Ledger {
   const Norm kind = static_cast<Norm>(word(table.control(kNormKind)));
   const double scale = common_scale(table, [this](int64_t at) { return word(at); });
   const double max_norm = as_double(word(table.control(kMaxNorm)));
-  const bool is_told = word(table.tensor(kGroupScales)) != 0;
+  const bool is_told = word(table.tensor(kGroupScales)) != 0, some_clip_alone = table.some_clip_alone;
 
   __device__ uint64_t word(int64_t at) const {
     return table.words[at];
@@ -127,16 +181,8 @@ struct Ledger {
   __device__ double sum(int64_t r) const {
     return __ldcg(norms.row_sums + r);
   }
-  __device__ double weights(int64_t r) const {
-    return __ldcg(norms.row_weights + r);
-  }
-  __device__ int group_of(int64_t r) const {
-    return row(r).group;
-  }
   __device__ GroupOptions options(int g) const {
-    GroupOptions options;
-    for (int k = kMaxOptions; k < kAllOptions; ++k) options.values[k] = as_double(word(table.option(k, g)));
-    return options;
+    return GroupOptions(table, g);
   }
   __device__ int64_t first_row(int g) const {
     return static_cast<int64_t>(word(table.first_row(g)));
@@ -147,14 +193,8 @@ struct Ledger {
   __device__ bool clips_alone(int64_t r) const {
     return row(r).clips_alone;
   }
-  __device__ bool clips_by_tensor(int64_t r) const {
-    return row(r).by_tensor && word(table.grad(static_cast<int>(r)));
-  }
   __device__ double& group_factor(int g) const {
     return norms.group_factors[g];
-  }
-  __device__ double& row_factor(int64_t r) const {
-    return norms.row_factors[r];
   }
 };
 
@@ -178,40 +218,69 @@ __device__ void decide(const Table& table, int lane, double* places) {
   if (counter && skips) ++*static_cast<int64_t*>(address_in(counter));
 }
 
-// Of rows that compute in T. `rows`: how many rows there are to measure, in float and double together.
-template <class M, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
-    norm(const __grid_constant__ Table table, int rows) {
+// Of one operand of a row. The lane that joined it has the result.
+template <class M, Measured kHow, class Slots>
+__device__ double measure(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data, int lane,
+                          double* places, Slots& slots) {
+  if constexpr (kHow != Measured::kLean) {
+    return measure_any<M>(span, table, row, operand, data, lane, places, slots);
+  } else {
+    const DType dtype = row.dtype[operand];
+    return dtype == DType::kFloat32 ? measure_lean<M, Form::kFloat>(span, data, dtype, lane, places)
+                                    : measure_lean<M, Form::kHalf>(span, data, dtype, lane, places);
+  }
+}
+
+// How many blocks are to run on a processor.
+constexpr int norm_blocks(Measured how) {
+  return how == Measured::kLean ? 5 : how == Measured::kFloat ? 4 : 2;
+}
+
+// `rows`: how many rows there are to measure in all.
+template <class M, Measured kHow>
+__global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid_constant__ Table table, int rows) {
+  using T = std::conditional_t<kHow == Measured::kDouble, double, float>;
   __shared__ Places all_places;
-  __shared__ Slots<T, 2> slots;
+  __shared__ std::conditional_t<kHow == Measured::kLean, None, Slots<T, 2>> slots;
   const int lane = lane_here();
   double* const places = all_places[threadIdx.x / kWarp];
-  const int64_t span = warp_here();
-  if (rows == 0 && span == 0) decide<M>(table, lane, places);
-  if (span >= table.spans) return;
-  const int r = find_row(table.words + table.first_span(0), table.rows, span, lane);
+  const int64_t number = warp_here();
+  if (rows == 0 && number == 0) decide<M>(table, lane, places);
+  if (number >= table.spans) return;
+  const int r = find_row(table.words + table.first_span(0), table.rows, number, lane);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
-  if (!grad || row.only_average || !computes_in<T>(row)) return;
+  if (!grad || row.only_average || row.measured != kHow) return;
 
   const NormColumns norms(table);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);
   const int64_t count = spans_of(row.numel);
-  const int64_t first_tile = (span - first) * kSpan;
+  const int64_t begin = (number - first) * kSpan * kTile, end = begin + kSpan * kTile;
+  const Span span{begin, row.numel < end ? row.numel : end};
   // The gradient, then the parameter where its norm is wanted too: in one rolled loop, for the registers' sake.
   const int operands = row.weighs ? 2 : 1;
 #pragma unroll 1
   for (int i = 0; i < operands; ++i) {
     void* const data = i == 0 ? reinterpret_cast<void*>(grad) : row.data[kParam];
-    const double sum = measure<M, T>(table, row, i == 0 ? kGrad : kParam, data, first_tile, lane, places, slots);
-    if (lane == 0) (i == 0 ? norms.partials : norms.weight_partials)[span] = sum;
+    const double sum = measure<M, kHow>(span, table, row, i == 0 ? kGrad : kParam, data, lane, places, slots);
+    if (lane == 0) (i == 0 ? norms.partials : norms.weight_partials)[number] = sum;
   }
   if (!arrives_last(norms.spans_done + r, count, lane)) return;
+  double sums[2] = {};
 #pragma unroll 1
   for (int i = 0; i < operands; ++i) {
     const double* const spans = (i == 0 ? norms.partials : norms.weight_partials) + first;
     const double sum = join<M>(count, lane, places, [&](int64_t k) { return __ldcg(spans + k); });
-    if (lane == 0) (i == 0 ? norms.row_sums : norms.row_weights)[r] = sum;
+    (i == 0 ? sums[0] : sums[1]) = sum;
+  }
+  if (lane == 0) {
+    norms.row_sums[r] = sums[0];
+    if (row.by_tensor) {
+      const auto word = [&](int64_t at) { return table.words[at]; };
+      norms.row_factors[r] =
+          row_factor(static_cast<Norm>(word(table.control(kNormKind))), GroupOptions(table, row.group).data(),
+                     group_scale(table, word, row.group), sums[0], sums[1]);
+    }
   }
   if (arrives_last(table.words + Table::kRowsDone, rows, lane)) decide<M>(table, lane, places);
 }
@@ -219,7 +288,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
 }  // namespace
 
 NormKernels norm_kernels(Norm kind) {
-  return with_measure(kind, []<class M>(M) { return NormKernels{norm<M, float>, norm<M, double>}; });
+  return with_measure(kind, []<class M>(M) {
+    return NormKernels{norm<M, Measured::kLean>, norm<M, Measured::kFloat>, norm<M, Measured::kDouble>};
+  });
 }
 
 }  // namespace genopt::cuda

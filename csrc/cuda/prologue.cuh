@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (table.measures) {
     const NormColumns norms(table);
     norms.spans_done[r] = 0;
-    norms.row_sums[r] = norms.row_weights[r] = 0;
+    norms.row_sums[r] = 0;
   }
   if (!word(table.grad(r))) return;
 

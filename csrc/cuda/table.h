@@ -26,6 +26,10 @@
 
 namespace genopt::cuda {
 
+// How a row's norm is measured: as one whose operands are stored in a usual way, in float, in double.
+enum class Measured : uint8_t { kLean, kFloat, kDouble };
+constexpr int kMeasured = 3;
+
 struct DeviceRow {
   void* data[kOperands];  // data[kGrad] is not used: see grads
   float* scales[kMaxStates];
@@ -45,7 +49,8 @@ struct DeviceRow {
   Extra extra;
   uint8_t only_average;  // as Row::only_average
   uint8_t kind;          // which kernel updates it: see DevicePlan
-  uint8_t unused[2];
+  Measured measured;
+  uint8_t unused;
 
   GENOPT_INLINE int param() const {
     return extra == Extra::kMaster ? kExtra : kParam;
@@ -91,6 +96,7 @@ struct Table {
   bool measures;                     // this step
   Gradients gradients;               // what is left in them
   bool may_skip;
+  bool some_clip_alone;  // groups: they have norms of their own
 
   // Where the columns stand, in words: place() knows, so that no kernel has to multiply.
   static constexpr int64_t kSkip = 0, kRowsDone = 1, kUnscale = 2, kHeader = 4;
@@ -152,22 +158,21 @@ struct Table {
     return norms_at;
   }
   GENOPT_INLINE int64_t end() const {
-    return norms() + (norm_spans ? groups + 4 * rows + 2 * norm_spans : 0);
+    return norms() + (norm_spans ? groups + 3 * rows + 2 * norm_spans : 0);
   }
 };
 
 // The columns of doubles, and of one counter, in which norms are made.
 struct NormColumns {
-  double* group_factors;                         // [group]
-  double *row_sums, *row_weights, *row_factors;  // [row]
-  uint64_t* spans_done;                          // [row]
-  double *partials, *weight_partials;            // [span]
+  double* group_factors;               // [group]
+  double *row_sums, *row_factors;      // [row]
+  uint64_t* spans_done;                // [row]
+  double *partials, *weight_partials;  // [span]
 
   GENOPT_INLINE explicit NormColumns(const Table& table) {
     group_factors = reinterpret_cast<double*>(table.words + table.norms());
     row_sums = group_factors + table.groups;
-    row_weights = row_sums + table.rows;
-    row_factors = row_weights + table.rows;
+    row_factors = row_sums + table.rows;
     spans_done = reinterpret_cast<uint64_t*>(row_factors + table.rows);
     partials = row_factors + 2 * int64_t{table.rows};
     weight_partials = partials + table.norm_spans;

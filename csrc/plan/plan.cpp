@@ -1,6 +1,7 @@
 // The plan's arithmetic: tile numbers, factors of gradients, and the scalars of a step. See plan.h.
 #include "plan.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "decide.h"
@@ -23,6 +24,8 @@ struct Ledger {
   const Norm kind = plan.control.norm;
   const double scale = plan.control.scale, max_norm = plan.control.max_norm;
   const bool is_told = !plan.group_scales.empty();
+  const bool some_clip_alone = std::any_of(plan.groups.begin(), plan.groups.end(),
+                                           [](const Options& options) { return genopt::clips_alone(options.data()); });
   std::vector<double> factors = std::vector<double>(groups);
   std::vector<int64_t> firsts = std::vector<int64_t>(groups + 1);
 
@@ -40,12 +43,6 @@ struct Ledger {
   double sum(int64_t r) const {
     return plan.rows[r].norm;
   }
-  double weights(int64_t r) const {
-    return plan.rows[r].weights;
-  }
-  int group_of(int64_t r) const {
-    return plan.rows[r].group;
-  }
   const Options& options(int g) const {
     return plan.groups[g];
   }
@@ -56,17 +53,10 @@ struct Ledger {
     return scale * (is_told ? plan.group_scales[g] : 1.0);
   }
   bool clips_alone(int64_t r) const {
-    return genopt::clips_alone(options(group_of(r)).data());
-  }
-  bool clips_by_tensor(int64_t r) const {
-    const Row& row = plan.rows[r];
-    return row.active && row.device == kHost && genopt::clips_by_tensor(options(row.group).data());
+    return genopt::clips_alone(options(plan.rows[r].group).data());
   }
   double& group_factor(int g) {
     return factors[g];
-  }
-  double& row_factor(int64_t r) {
-    return plan.rows[r].factor;
   }
 };
 
@@ -89,9 +79,13 @@ bool Plan::is_clipping() const {
 bool Plan::decide() {
   Ledger ledger(*this);
   total_norm_ = genopt::decide(ledger);
-  for (Row& row : rows)
-    if (row.active && row.device == kHost && !clips_by_tensor(groups[row.group].data()))
-      row.factor = ledger.factors[row.group];
+  for (Row& row : rows) {
+    if (!row.active || row.device != kHost) continue;
+    const double* const options = groups[row.group].data();
+    row.factor = clips_by_tensor(options)
+                     ? row_factor(control.norm, options, ledger.scale_of(row.group), row.norm, row.weights)
+                     : ledger.factors[row.group];
+  }
   // Clipping alone leaves what it would not change.
   if (is_clipping())
     for (Row& row : rows) {
