@@ -21,6 +21,7 @@ _HALVES = "weights=bfloat16 gradient=bfloat16"
 
 SIGNATURES = {
     "AdamW fp32": f"kind=step {_ADAMW}",
+    "AdamW fp32, zeros": f"kind=step {_ADAMW} zeros=1",  # but for the weights, as in unused rows of an embedding
     "AdamW bf16, fp32 state": f"kind=step {_ADAMW} {_HALVES}",
     "AdamW bf16 stochastic, fp32 state": f"kind=step {_ADAMW} {_HALVES} unbiased=weights",
     "AdamW bf16 with masters": f"kind=step {_ADAMW} {_HALVES} extra=master",

@@ -199,6 +199,7 @@ struct Step {
       if (!is_used(row.used, k)) continue;
       row.data[k] = memory.allocate(kNames[k] + suffix, row.numel * size_of(row.dtype[k]));
       fill(row.data[k], row.dtype[k], row.numel, [&] {
+        if (k != kParam && given.integer("zeros")) return 0.0;
         if (is_block(row.dtype[k]))
           return std::trunc(random.uniform() * 127) * (square || random.uniform() < 0.5 ? 1 : -1);
         if (k == kGrad) return random.normal();

@@ -32,7 +32,7 @@ class Access:
 
     pieces: frozenset[str]
     stores: bool
-    bytes: int  # of all lanes
+    bytes: int  # different ones
     sectors: frozenset[int]
 
 
@@ -98,4 +98,4 @@ class Memory:
 
 def _access(found: list[tuple[Piece, np.ndarray, np.ndarray]], stores: bool, at: np.ndarray, bytes: int) -> Access:
     pieces = frozenset(piece.name for piece, _, _ in found)
-    return Access(pieces, stores, len(at) * bytes, frozenset(int(each) // SECTOR for each in at))
+    return Access(pieces, stores, len(np.unique(at)) * bytes, frozenset(int(each) // SECTOR for each in at))

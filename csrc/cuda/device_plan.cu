@@ -182,6 +182,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     Kind& kind = kinds[known[r].kind];
     ++kind.range.rows;
     kind.range.tiles += tiles_of(known[r].numel);
+    kind.range.one_each = kind.range.one_each && tiles_of(known[r].numel) == 1;
     kind.active = kind.active || is_here(rows[r]);
   }
   for (size_t i = 1; i < kinds.size(); ++i) {

@@ -45,7 +45,7 @@ class DevicePlan {
   // Kinds of rows, by the kernel that updates them: any that compute in float, in double, then RuleKernels::lean.
   enum : int { kFloat, kDouble, kFirstLean };
   struct Kind {
-    TileRange range{};
+    TileRange range{.first = 0, .rows = 0, .first_tile = 0, .tiles = 0, .one_each = true};
     int32_t placed = 0;
     int64_t placed_tiles = 0;
     bool active = false;  // a row of it

@@ -15,6 +15,7 @@ constexpr int kWarp = 32, kThreads = 128;  // of a block
 struct TileRange {
   int32_t first, rows;
   int64_t first_tile, tiles;
+  bool one_each;  // every row has one tile
 };
 
 // How the operands of a lean row (lean.cuh) are stored. kHalf: bf16 or fp16, all in the same; kCodes: int8 and uint8.

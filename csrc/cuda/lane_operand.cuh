@@ -126,6 +126,7 @@ class LaneOperand {
                            block.encode(values[j], threshold_of(phase, static_cast<uint32_t>(tile.element(j)))) & 0xff)
                        << (j % 4 * 8);
     });
+    __syncwarp();  // all lanes have read the one before
     if (tile.lane == 0) *tile.scale(operand) = scale_;
   }
 

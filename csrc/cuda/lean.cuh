@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   LeanOperand<kSeen, kPiece> p;
   LeanOperand<kStored.state, kPiece> states[kMaxStates];
   float scales[kMaxStates];
-  p.load(row.data[kStored.has_master ? kExtra : kParam], tile);
-  g.load(gradient, tile);
+  p.load(row.data[kStored.has_master ? kExtra : kParam], tile, kOrdinary);
+  g.load(gradient, tile, kOrdinary);
 #pragma unroll
   for (int i = 0; i < kMaxStates; ++i) {
     if (!(kUsed >> i & 1)) continue;
-    states[i].load(row.data[kState + i], tile);
+    states[i].load(row.data[kState + i], tile, kOrdinary);
     if constexpr (kStored.state == Form::kCodes) scales[i] = row.scales[i][tile.start / kTile];
   }
   const auto scalars = scalars_of<Scalars<Rule, float>>(table, row, found.row);
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   p.encode(values[kParam], dtype);
   p.store(row.data[kStored.has_master ? kExtra : kParam], tile);
   const uint32_t phase = tile_phase(scalars.phase, tile.start);
+  if constexpr (kStored.state == Form::kCodes) __syncwarp();  // all lanes have read the scales that one writes
 #pragma unroll
   for (int i = 0; i < kMaxStates; ++i) {
     if (!(kUsed >> i & 1)) continue;

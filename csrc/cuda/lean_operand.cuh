@@ -19,12 +19,15 @@ struct LeanTile {
   }
 };
 
+// What there is no element for, in update(): ordinary numbers in every format, for which no operation takes longer.
+constexpr uint32_t kOrdinary = 0x3c003c00;
+
 // A lane's elements of one operand, in pieces of kPiece side by side. kHalf: bf16 or fp16, as the row says.
 template <Form kForm, int kPiece>
 class LeanOperand {
  public:
-  // Elements that the tile has not are 0.
-  __device__ void load(const void* data, const LeanTile& tile) {
+  // Elements that the tile has not are made of `fill`.
+  __device__ void load(const void* data, const LeanTile& tile, uint32_t fill) {
     const char* const from = at(data, tile);
     if (tile.count == kTile) {
 #pragma unroll
@@ -32,11 +35,18 @@ class LeanOperand {
       return;
     }
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) raw_[w] = 0;
+    for (int w = 0; w < kWords; ++w) raw_[w] = fill;
+    if (tile.count % kPiece == 0) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (tile.template element<kPiece>(i * kPiece) < tile.count)
+          load_piece(piece<const Piece>(from, tile, i), raw_ + i * kPieceWords);
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
       if (const int e = tile.template element<kPiece>(j); e < tile.count)
-        set_value(raw_, j, reinterpret_cast<const Stored*>(from)[e]);
+        replace_value(raw_, j, reinterpret_cast<const Stored*>(from)[e]);
   }
 
   __device__ void store(void* data, const LeanTile& tile) const {
@@ -44,6 +54,13 @@ class LeanOperand {
     if (tile.count == kTile) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) store_piece(piece<Piece>(to, tile, i), raw_ + i * kPieceWords);
+      return;
+    }
+    if (tile.count % kPiece == 0) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (tile.template element<kPiece>(i * kPiece) < tile.count)
+          store_piece(piece<Piece>(to, tile, i), raw_ + i * kPieceWords);
       return;
     }
 #pragma unroll

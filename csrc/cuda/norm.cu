@@ -54,14 +54,14 @@ __device__ double measure_lean(const Span& span, const void* data, DType dtype, 
   for (; start + kAtOnce * kTile <= span.end; start += kAtOnce * kTile) {
     Operand x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i].load(data, LeanTile{start + i * kTile, kTile, lane});
+    for (int i = 0; i < kAtOnce; ++i) x[i].load(data, LeanTile{start + i * kTile, kTile, lane}, 0);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) add(x[i]);
   }
 #pragma unroll 1
   for (; start < span.end; start += kTile) {
     Operand x;
-    x.load(data, LeanTile{start, count_of(span.end - start), lane});
+    x.load(data, LeanTile{start, count_of(span.end - start), lane}, 0);
     add(x);
   }
   const LeanTile any{0, kTile, lane};

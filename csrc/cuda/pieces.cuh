@@ -44,6 +44,19 @@ __device__ Stored value_in(const uint32_t* words, int i) {
   return x;
 }
 
+// Keeps the others of its word.
+template <class Stored>
+__device__ void replace_value(uint32_t* words, int i, Stored x) {
+  static_assert(sizeof(Stored) <= 4);
+  if constexpr (sizeof(Stored) == 4) {
+    words[i] = x;
+  } else {
+    constexpr int kInWord = 4 / sizeof(Stored), kBits = 8 * sizeof(Stored);
+    const int shift = i % kInWord * kBits;
+    words[i / kInWord] = (words[i / kInWord] & ~(((1u << kBits) - 1) << shift)) | static_cast<uint32_t>(x) << shift;
+  }
+}
+
 // In the order of i: the first value of a word clears the others.
 template <class Stored>
 __device__ void set_value(uint32_t* words, int i, Stored x) {

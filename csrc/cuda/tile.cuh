@@ -58,6 +58,7 @@ struct TileHere {
   int64_t start;  // its first element
 };
 __device__ inline TileHere find_tile(const Table& table, const TileRange& range) {
+  if (range.one_each) return {static_cast<int>(table.words[table.order(range.first) + warp_here()]), 0};
   const int64_t tile = range.first_tile + warp_here();
   const int position =
       range.first + find_row(table.words + table.first_tile(range.first), range.rows, tile, lane_here());

@@ -27,6 +27,13 @@ struct Work {
     if (q.numel >> 32) return i / q.run % q.units;
     return static_cast<uint32_t>(i) / static_cast<uint32_t>(q.run) % static_cast<uint32_t>(q.units);
   }
+
+  // Whether all of a tile is in one unit, as far as can be told at once.
+  __device__ bool shares_unit(int64_t start, int count) const {
+    if (q.run < kTile) return false;
+    const int64_t last = start + count - 1;
+    return shift >= 0 ? start >> shift == last >> shift : start / q.run == last / q.run;
+  }
 };
 
 __device__ inline int32_t exchange(int32_t key, int lanes) {
@@ -192,11 +199,6 @@ __global__ void __launch_bounds__(kThreads) resolve_ranges(const __grid_constant
   resolve(work.q, reach, unit, true);
 }
 
-// Whether all of a tile is in one unit, as far as can be told at once.
-__device__ inline bool shares_unit(const Quantization& q, int64_t start, int count) {
-  return q.run >= kTile && start / q.run == (start + count - 1) / q.run;
-}
-
 template <class Codec>
 __global__ void __launch_bounds__(kThreads) encode_tiles(const __grid_constant__ Work work) {
   using T = Compute<Codec>;
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) encode_tiles(const __grid_constant__
   int8_t codes[kElements];
   tile.load_numbers(x);
   const uint32_t key = tile.key();
-  if (shares_unit(q, start, tile.count)) {
+  if (work.shares_unit(start, tile.count)) {
     const Encoder<T> encoder = encoder_of(work.unit_of(start));
     tile.encode(encoder, x, key, codes);
   } else {
@@ -242,14 +244,20 @@ __global__ void __launch_bounds__(kThreads) decode_tiles(const __grid_constant__
   const T largest = largest_of<T>(q.dtype);
   int8_t codes[kElements];
   T x[kElements];
-  tile.load_codes(codes);
-  if (shares_unit(q, start, tile.count)) {
+  if (work.shares_unit(start, tile.count)) {
     const int64_t unit = work.unit_of(start);
     const float scale = q.scale[unit];
     const int zero_point = q.zero_point_at(unit);
+    tile.load_codes(codes);
+    if (static_cast<T>(scale) * T(256) <= largest) {  // no number is beyond it
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) x[j] = number_behind<T>(codes[j], zero_point, scale, largest);
+      for (int j = 0; j < kElements; ++j) x[j] = static_cast<T>(codes[j] - zero_point) * static_cast<T>(scale);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) x[j] = number_behind<T>(codes[j], zero_point, scale, largest);
+    }
   } else {
+    tile.load_codes(codes);
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
       if (tile.element(j) >= tile.count) continue;
