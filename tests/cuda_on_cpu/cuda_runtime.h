@@ -1,9 +1,12 @@
 // A stand-in for the CUDA runtime: the kernels in csrc/cuda compile against it as C++ and run on a CPU, where
 // sanitizers see every access. It has what they use and no more: anything else does not compile.
 //
-// A kernel runs when it is launched, or when the graph that captured it is: in_order.cpp says how. Lanes that disagree on
-// whether they reach a collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync, __syncwarp) are an error, as on a
-// GPU.
+// It runs them in one of two ways, as the program links:
+//   in_order.cpp      lanes, warps and blocks one after the other: quick, and with sanitizers of memory
+//   interleaved.cpp   in random order with a switch at any access, and with a detector of races: see there
+// Lanes that disagree on whether they reach a collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync,
+// __syncwarp) are an error in both, as on a GPU. A kernel runs when it is launched, or when the graph that captured it
+// is.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +20,11 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#if defined(GENOPT_INTERLEAVED)
+#include "interleaved.h"
+#else
 #define __shared__ static  // blocks run one at a time
+#endif
 
 struct dim3 {
   unsigned x, y, z;
@@ -88,7 +95,7 @@ struct cudaLaunchConfig_t {
 
 // Runs `thread` for every thread of the grid, or captures it.
 cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
-// Runs it.
+// Runs it: in_order.cpp or interleaved.cpp.
 void cuda_on_cpu_run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 template <class... Parameters, class... Arguments>
