@@ -1,12 +1,14 @@
 // A short training in random order, again and again: a table longer than one launch can carry, rows of all kinds,
-// several spans, clips of every kind, a skipped step, rows that change between steps. The interleaved stand-in
-// (interleaved.cpp) stops at the first race; what is left is compared with the bits that a run in order leaves.
+// several spans, clips of every kind, a skipped step, rows that change between steps; then quantization. The
+// interleaved stand-in (interleaved.cpp) stops at the first race; what is left is compared with the bits that a run in
+// order leaves.
 //
 // test_interleaved [first seed]: GENOPT_SEEDS of them, else 100. A seed alone does again what it did among others.
 #include <cmath>
 
 #include "../cpp/on_device.h"
 #include "interleaved.h"
+#include "quant/cuda.h"
 
 namespace {
 
@@ -45,6 +47,13 @@ std::vector<Tensor> make_tensors(const RuleInfo& info, const Options& options) {
   return tensors;
 }
 
+// Adds memory of the device to what is compared.
+void leave(std::string& left, const void* from, size_t bytes) {
+  std::string text(bytes, 0);
+  copy(text.data(), from, bytes);
+  left += text;
+}
+
 // All bits that four steps leave.
 std::string train(const RuleInfo& info, const std::vector<Tensor>& initial, std::vector<Options> groups) {
   std::vector<Tensor> tensors = initial;
@@ -62,11 +71,6 @@ std::string train(const RuleInfo& info, const std::vector<Tensor>& initial, std:
   given[kSkippedSteps] = {skipped.get(), k32, 1};
 
   std::string left;
-  const auto leave = [&left](const void* from, size_t bytes) {
-    std::string text(bytes, 0);
-    copy(text.data(), from, bytes);
-    left += text;
-  };
   using enum Gradients;
   constexpr Gradients kLeft[] = {kKept, kZeroed, kKept, kUnscaled};
   for (int step = 0; step < 4; ++step) {
@@ -91,12 +95,58 @@ std::string train(const RuleInfo& info, const std::vector<Tensor>& initial, std:
     std::stable_sort(host.rows.begin(), host.rows.end(), [](const Row& a, const Row& b) { return a.group < b.group; });
     plan.step(host, std::vector<Sources>(groups.size()), given, {nullptr, false, allocate});
     groups[step][0] *= 0.5;
-    leave(norm.get(), sizeof(float));
+    leave(left, norm.get(), sizeof(float));
   }
-  leave(skipped.get(), sizeof(int64_t));
+  leave(left, skipped.get(), sizeof(int64_t));
   for (size_t i = 0; i < tensors.size(); ++i) {
-    leave(on_device[i].step.get(), tensors[i].double_step ? sizeof(double) : sizeof(float));
-    for (int k = 0; k < kOperands; ++k) leave(on_device[i].memory[k].get(), tensors[i].operands[k].bytes.size());
+    leave(left, on_device[i].step.get(), tensors[i].double_step ? sizeof(double) : sizeof(float));
+    for (int k = 0; k < kOperands; ++k) leave(left, on_device[i].memory[k].get(), tensors[i].operands[k].bytes.size());
+  }
+  return left;
+}
+
+// All bits of scales, zero points, codes and the numbers behind these: of blocks, and of units that warps share.
+std::string quantize() {
+  constexpr int64_t kNumel = 6000;
+  struct Case {
+    bool blocks;
+    int64_t run, units;
+    int bits;
+    bool symmetric;
+  };
+  std::string left;
+  for (const Case& each : {Case{true, 64, 94, 4, true}, Case{true, 512, 12, 8, false}, Case{false, kNumel, 1, 8, false},
+                           Case{false, 500, 12, 4, true}, Case{false, 1, 60, 8, false}}) {
+    std::vector<float> numbers(kNumel);
+    for (int64_t i = 0; i < kNumel; ++i) numbers[i] = static_cast<float>(i * 7919 % 1000) - 400;
+    const std::vector<uint64_t> zeros(2 * each.units);
+    const auto x = allocate(kNumel * 4), back = allocate(kNumel * 4), codes = allocate(kNumel * each.bits / 8),
+               scale = allocate(each.units * 4), zero_point = allocate(each.units), ranges = allocate(16 * each.units);
+    copy(x.get(), numbers.data(), kNumel * 4);
+    copy(ranges.get(), zeros.data(), 16 * each.units);
+    quant::Quantization q{};
+    q.numbers = x.get();
+    q.dtype = k32;
+    q.numel = kNumel;
+    q.run = each.run;
+    q.units = each.units;
+    q.codes = codes.get();
+    q.scale = static_cast<float*>(scale.get());
+    q.zero_point = each.symmetric ? nullptr : static_cast<int8_t*>(zero_point.get());
+    q.bits = each.bits;
+    const cuda::Queue queue{nullptr, false, allocate};
+    if (each.blocks) {
+      quant::cuda::quantize_blocks(q, queue);
+    } else {
+      quant::cuda::find_scales(q, ranges.get(), queue);
+      quant::cuda::encode(q, queue);
+    }
+    q.numbers = back.get();
+    quant::cuda::decode(q, queue);
+    leave(left, back.get(), kNumel * 4);
+    leave(left, codes.get(), kNumel * each.bits / 8);
+    leave(left, scale.get(), each.units * 4);
+    if (q.zero_point) leave(left, q.zero_point, each.units);
   }
   return left;
 }
@@ -116,7 +166,10 @@ struct Expected {
     for (Options& each : groups) each[kEmaDecay] = 0.75;
     initial = make_tensors(info, groups[0]);
     cuda_on_cpu_seed(0);
-    left = train(info, initial, groups);
+    left = run();
+  }
+  std::string run() const {
+    return train(info, initial, groups) + quantize();
   }
 };
 
@@ -131,6 +184,6 @@ int main(int count, char** arguments) {
   for (uint64_t seed = first; seed < first + seeds; ++seed) {
     const Expected& each = expected[seed % rules];
     cuda_on_cpu_seed(seed);
-    CHECK(train(each.info, each.initial, each.groups) == each.left, each.info.name + (" seed " + std::to_string(seed)));
+    CHECK(each.run() == each.left, each.info.name + (" seed " + std::to_string(seed)));
   }
 }
