@@ -13,6 +13,8 @@
 namespace {
 
 constexpr int64_t kLong = int64_t{kSpan} * kTile;
+constexpr size_t kRows = 255;
+static_assert(kRows * cuda::kRowWords > cuda::kLargePayload);
 
 // In a state's buffer, after its codes.
 size_t scales_at(int64_t numel) {
@@ -43,7 +45,7 @@ std::vector<Tensor> make_tensors(const RuleInfo& info, const Options& options) {
   add(300, kTransposed, 0);
   for (const int dtypes : {1, 5, 7}) add(300, kSliced, dtypes, kWithAverage);
   for (const int dtypes : {0, 1, 3}) add(257, kOneElementOn, dtypes);
-  while (tensors.size() < 180) add(0, kContiguous, 0);
+  while (tensors.size() < kRows) add(0, kContiguous, 0);
   return tensors;
 }
 
