@@ -92,18 +92,20 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-// Kinds of accesses; and the last ones to a byte.
+// Kinds of accesses; and the last ones to a byte, in few bits: most of the time goes in moving them.
 enum Kind { kRead, kWrite, kAtomic };
 struct Access {
-  uint32_t epoch = 0;
-  uint32_t lane : 30 = 0;
-  uint32_t kind : 2 = kRead;
-  uint32_t site = 0;  // programs are linked below 4 GiB
+  uint64_t epoch : 27 = 0, lane : 14 = 0, kind : 2 = kRead, site : 21 = 0;
 };
-constexpr uint32_t kNeverWritten = ~0u;  // as the epoch of a write
+constexpr unsigned kMostLanes = 1 << 14, kNeverWritten = (1 << 27) - 1;  // the epoch of such a write
 struct Cell {
   Access write, reads[2];
+
+  bool operator==(const Cell& other) const {
+    return std::memcmp(this, &other, sizeof other) == 0;
+  }
 };
+static_assert(sizeof(Cell) == 24);
 
 // Device memory, and that which blocks share, with a Cell for each byte. Never given back, but reused when all is free.
 template <class T>
@@ -146,18 +148,20 @@ struct Machine {
 };
 Machine machine;
 
-// In the kernel's source, where that has debug information.
-std::string source_of(uintptr_t site) {
+// Where code stands in the program, in 21 bits; and in the kernel's source, where that has debug information.
+extern "C" const char __executable_start;
+uint64_t offset_of(const void* code) {
+  return static_cast<uint64_t>(static_cast<const char*>(code) - &__executable_start);
+}
+std::string source_of(const void* code) {
   char program[512] = {}, text[1024];
   if (readlink("/proc/self/exe", program, sizeof program - 1) < 0) return "?";
-  std::snprintf(text, sizeof text, "addr2line -sie '%s' %#zx | grep -vm1 cuda_runtime.h", program, site - 1);
+  std::snprintf(text, sizeof text, "addr2line -sie '%s' %#zx | grep -vm1 cuda_runtime.h", program,
+                reinterpret_cast<uintptr_t>(code) - 1);
   FILE* const lines = popen(text, "r");
   const char* const line = lines ? std::fgets(text, sizeof text, lines) : nullptr;
   if (lines) pclose(lines);
   return line ? std::string(line, std::strcspn(line, " \n")) : "?";
-}
-std::string source_of(const void* site) {
-  return source_of(reinterpret_cast<uintptr_t>(site));
 }
 
 std::string name_of(unsigned lane) {
@@ -316,7 +320,7 @@ void access(const void* address, size_t bytes, Kind kind, void* site) {
   Lane& lane = *machine.lane;
   const bool shared = is_shared(address);
   const auto where = [&] { return std::string(shared ? "shared" : "device") + " memory at " + source_of(site); };
-  Access now{lane.epoch, lane.id, kind, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site))};
+  const Access now{lane.epoch, lane.id, static_cast<uint64_t>(kind), offset_of(site)};
   // The memory of a block that shares it has been that of others.
   const auto is_gone = [&](const Access& before) {
     return before.epoch <= machine.launched || (shared && before.lane / machine.threads != lane.block->id);
@@ -324,7 +328,7 @@ void access(const void* address, size_t bytes, Kind kind, void* site) {
   const auto check = [&](const Access& before) {
     if (is_gone(before) || (before.kind == kAtomic && kind == kAtomic) || is_ordered(before, lane)) return;
     fail(std::string("races: its ") + kKinds[kind] + " of " + where() + " is not ordered after the " +
-         kKinds[before.kind] + " by " + name_of(before.lane) + " at " + source_of(uintptr_t{before.site}));
+         kKinds[before.kind] + " by " + name_of(before.lane) + " at " + source_of(&__executable_start + before.site));
   };
   // Which of two earlier reads gives way: with another seed another.
   const uint64_t kept = kind == kRead ? machine.random() % 2 : 0;
@@ -347,7 +351,7 @@ void access(const void* address, size_t bytes, Kind kind, void* site) {
   Cell known = *first;
   enter(*first);
   for (Cell* cell = first + 1; cell < first + bytes; ++cell) {
-    if (std::memcmp(cell, &known, sizeof known) == 0) {
+    if (*cell == known) {
       *cell = cell[-1];
     } else {
       known = *cell;
@@ -469,6 +473,8 @@ void cuda_on_cpu_seed(uint64_t seed) {
 }
 
 void cuda_on_cpu_run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  if (uint64_t{config.gridDim.x} * config.blockDim.x > kMostLanes || machine.latest > kNeverWritten / 2)
+    fail("has more lanes or epochs than an access has bits for");
   if (machine.threads != config.blockDim.x) make_blocks(config.blockDim.x);
   machine.thread = &thread;
   machine.launched = machine.latest;
