@@ -1,5 +1,6 @@
 # Three commands for a fresh clone: make demo, make test, make bench. Each sets everything up first.
-# make cuda-on-cpu runs the CUDA kernels without a GPU, under sanitizers; make gpu-check is for a machine with one.
+# make cuda-on-cpu runs the CUDA kernels without a GPU, under sanitizers and a detector of races; make gpu-check is for
+# a machine with one.
 # make instructions counts what CPU cases take, under valgrind; make sass what compiled CUDA kernels do, by emulation.
 PYTHON ?= python3
 VENV ?= .venv

@@ -2,53 +2,11 @@
 // Every step against the rule element by element (step_cases.h), then against the CPU backend: rows, options and
 // addresses that change between steps, captured graphs, and how many launches all of it takes.
 #include "cpu/run.h"
-#include "cuda/device_plan.h"
-#include "step_cases.h"
+#include "on_device.h"
 
 namespace {
 
 using cuda::DevicePlan;
-
-void check(cudaError_t error) {
-  CHECK(error == cudaSuccess, std::string(cudaGetErrorString(error)));
-}
-
-// Device memory of exactly this size, so that a checker sees every access beside it.
-std::shared_ptr<void> allocate(size_t bytes) {
-  void* address = nullptr;
-  if (bytes) check(cudaMalloc(&address, bytes));
-  return {address, [](void* each) { check(cudaFree(each)); }};
-}
-
-void copy(void* to, const void* from, size_t bytes) {
-  if (bytes) check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
-}
-
-// A tensor's operands and step counter on the device.
-struct OnDevice {
-  std::array<std::shared_ptr<void>, kOperands> memory;
-  std::shared_ptr<void> step = allocate(sizeof(double));
-
-  explicit OnDevice(const Tensor& t) {
-    for (int k = 0; k < kOperands; ++k) send(t, k);
-    t.double_step ? copy(step.get(), &t.step64, sizeof t.step64) : copy(step.get(), &t.step, sizeof t.step);
-  }
-  void send(const Tensor& t, int k) {
-    memory[k] = allocate(t.operands[k].bytes.size());
-    copy(memory[k].get(), t.operands[k].bytes.data(), t.operands[k].bytes.size());
-  }
-  void fetch(Tensor& t) const {
-    for (int k = 0; k < kOperands; ++k) copy(t.operands[k].bytes.data(), memory[k].get(), t.operands[k].bytes.size());
-    t.double_step ? copy(&t.step64, step.get(), sizeof t.step64) : copy(&t.step, step.get(), sizeof t.step);
-  }
-  Row row(Tensor& t, int group) const {
-    Row row = t.row(group);
-    for (int k = 0; k < kOperands; ++k)
-      row.data[k] = memory[k] ? static_cast<char*>(memory[k].get()) + t.operands[k].shift : nullptr;
-    row.step = step.get();
-    return row;
-  }
-};
 
 void run_on_device(const RuleInfo& info, const std::vector<Options>& groups, std::vector<Tensor>& tensors, int steps,
                    int /*variant*/) {
@@ -144,15 +102,6 @@ struct Twins {
     copy(on_device[i].memory[k].get(), old.get(), bytes);
   }
 };
-
-Options options_of(const RuleInfo& info, double lr) {
-  Options options = kNoOptions;
-  for (size_t i = 0; i < info.options.size(); ++i) {
-    const std::string key = info.options[i].key;
-    options[i] = key == "lr" ? lr : key == "eps" ? 1e-8 : key == "maximize" ? 0.0 : 0.5;
-  }
-  return options;
-}
 
 // Anything may change between two steps: gradients come, go and move, so do states, layouts and options.
 void test_changes(const char* rule) {

@@ -1,10 +1,11 @@
 // A stand-in for the CUDA runtime: the kernels in csrc/cuda compile against it as C++ and run on a CPU, where
 // sanitizers see every access. It has what they use and no more: anything else does not compile.
 //
-// A block's threads are fibers. A warp's 32 lanes run one after the other, each until it ends or reaches a
-// collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync, __syncwarp); when all have, the collective is computed
-// and they go on. Lanes that disagree on whether they reach one are an error, as on a GPU. Blocks and warps run in
-// order: races between them are not seen here. A kernel runs when it is launched, or when the graph that captured it
+// It runs them in one of two ways, as the program links:
+//   in_order.cpp      lanes, warps and blocks one after the other: quick, and with sanitizers of memory
+//   interleaved.cpp   in random order with a switch at any access, and with a detector of races: see there
+// Lanes that disagree on whether they reach a collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync,
+// __syncwarp) are an error in both, as on a GPU. A kernel runs when it is launched, or when the graph that captured it
 // is.
 #pragma once
 
@@ -19,7 +20,11 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#if defined(GENOPT_INTERLEAVED)
+#include "interleaved.h"
+#else
 #define __shared__ static  // blocks run one at a time
+#endif
 
 struct dim3 {
   unsigned x, y, z;
@@ -45,21 +50,10 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return static_cast<T>(cuda_on_cpu_exchange(mask, value, lanes));
 }
-inline void __syncwarp() {
-  __ballot_sync(~0u, false);
-}
-inline void __threadfence() {
-}
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address += value;
-  return old;
-}
-inline unsigned long long atomicMax(unsigned long long* address, unsigned long long value) {
-  const unsigned long long old = *address;
-  *address = old > value ? old : value;
-  return old;
-}
+void __syncwarp();
+void __threadfence();
+unsigned atomicAdd(unsigned* address, unsigned value);
+unsigned long long atomicMax(unsigned long long* address, unsigned long long value);
 inline double __ldcg(const double* address) {
   return *address;
 }
@@ -101,6 +95,8 @@ struct cudaLaunchConfig_t {
 
 // Runs `thread` for every thread of the grid, or captures it.
 cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
+// Runs it: in_order.cpp or interleaved.cpp.
+void cuda_on_cpu_run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
