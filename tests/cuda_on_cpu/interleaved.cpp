@@ -7,8 +7,7 @@
 // Every lane is a fiber. A few blocks are resident at a time, in any order, and any lane of theirs may go on at each
 // access to memory that lanes share. Races are found by what orders accesses in CUDA's memory model, in whatever order
 // lanes happened to run: __syncwarp() among lanes of a warp; a fence, an atomic, an atomic that sees it and another
-// fence; launches. A collective that exchanges values orders no memory, but for reads before writes: what a lane writes
-// may depend on all that others had read when they came, and no value can depend on itself.
+// fence; launches. A collective that exchanges values orders no memory.
 //
 // Also errors: a read of device or shared memory that nothing has written, lanes that meet in different collectives, a
 // lane that ends while others of its warp wait for it.
@@ -65,10 +64,9 @@ struct Lane {
   unsigned id, thread;  // in the launch, in the block
   size_t place;         // in Machine::ready
   uint32_t epoch;
-  SharedClock before;        // what is ordered before what the lane does now
-  SharedClock reads_before;  // of reads
-  SharedClock released;      // what its atomics tell others: as of its last fence
-  SharedClock acquired;      // what its atomics were told: ordered from its next fence on
+  SharedClock before;    // what is ordered before what the lane does now
+  SharedClock released;  // what its atomics tell others: as of its last fence
+  SharedClock acquired;  // what its atomics were told: ordered from its next fence on
 
   unsigned warp_id() const {
     return id / kLanes;
@@ -239,7 +237,7 @@ void begin_block(Block& block) {
   for (Lane& each : block.lanes) {
     each.id = block.id * machine.threads + each.thread;
     begin_epoch(each, machine.launched + 1);
-    each.before = each.reads_before = each.released = each.acquired = nullptr;
+    each.before = each.released = each.acquired = nullptr;
     make_ready(each);
   }
 }
@@ -307,10 +305,9 @@ SharedClock known_to(const Lane& lane) {
 
 bool is_ordered(const Access& before, const Lane& lane) {
   if (before.epoch <= machine.launched || before.lane == lane.id) return true;
-  const SharedClock& clock = before.kind == kRead ? lane.reads_before : lane.before;
-  if (!clock) return false;
-  const auto found = clock->find(before.lane / kLanes);
-  return found != clock->end() && found->second[before.lane % kLanes] >= before.epoch;
+  if (!lane.before) return false;
+  const auto found = lane.before->find(before.lane / kLanes);
+  return found != lane.before->end() && found->second[before.lane % kLanes] >= before.epoch;
 }
 
 void access(const void* address, size_t bytes, Kind kind, void* site) {
@@ -370,13 +367,13 @@ void access_atomic(void* address, size_t bytes, void* site) {
 }
 
 // All lanes of a warp know what one knew, and what all did.
-void join_lanes(Lane* lanes, SharedClock Lane::* known) {
+void join_lanes(Lane* lanes) {
   SharedClock joined;
-  for (unsigned i = 0; i < kLanes; ++i) joined = join(joined, lanes[i].*known);
+  for (unsigned i = 0; i < kLanes; ++i) joined = join(joined, lanes[i].before);
   Clock clock = joined ? *joined : Clock{};
   for (unsigned i = 0; i < kLanes; ++i) clock[lanes->warp_id()][i] = lanes[i].epoch;
   joined = std::make_shared<const Clock>(std::move(clock));
-  for (unsigned i = 0; i < kLanes; ++i) lanes[i].*known = joined;
+  for (unsigned i = 0; i < kLanes; ++i) lanes[i].before = joined;
 }
 
 // Waits until all lanes of the warp have come; what they bring is then in Warp::exchanged.
@@ -400,8 +397,7 @@ Warp& meet(Collective collective, unsigned mask, uint64_t value, void* site) {
     warp.waiting = 0;
     warp.exchanged = warp.values;
     Lane* const lanes = &lane.block->lanes[lane.thread / kLanes * kLanes];
-    join_lanes(lanes, &Lane::reads_before);
-    if (collective == kSyncwarp) join_lanes(lanes, &Lane::before);
+    if (collective == kSyncwarp) join_lanes(lanes);
     for (unsigned i = 0; i < kLanes; ++i) {
       begin_epoch(lanes[i], lanes[i].epoch + 1);
       make_ready(lanes[i]);
@@ -438,7 +434,6 @@ void __threadfence() {
   maybe_switch();
   Lane& lane = *machine.lane;
   lane.before = join(lane.before, lane.acquired);
-  lane.reads_before = join(lane.reads_before, lane.acquired);
   lane.acquired = nullptr;
   lane.released = known_to(lane);
   begin_epoch(lane, lane.epoch + 1);
