@@ -130,7 +130,7 @@ def no_build(left: Left) -> None:
     left.expect("the JSON has the end of the log", "planted: no such register" in data["checks"][-1]["last"])
     left.expect("nothing else was begun", not (left.folder / "cases.log").exists())
     left.log("build.log", "compiling 0", "compiling 99", "planted: no such register")
-    left.screen("FAILED (1)   build", "planted: no such register", "nothing is timed, as build failed")
+    left.screen("FAILED (1)   build", "planted: no such register", "nothing is timed, as the build failed")
 
 
 def one_case(left: Left) -> None:

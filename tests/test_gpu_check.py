@@ -137,13 +137,25 @@ def test_what_crashes_is_tried_again_without_packages(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "times.json").read_text())["failed"]) == 3
 
 
+def test_a_table_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.report, "rows", lambda data: 1 / 0)
+    assert gpu_check.times(Quick(tmp_path), tmp_path) == 1
+    assert list(json.loads((tmp_path / "times.json").read_text())["failed"]) == ["case 0", "case 1", "case 2"]
+
+
 def test_a_machine_without_a_gpu_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Bare(Quick):
         def probe(self) -> list[str]:
             return python("raise RuntimeError('Found no NVIDIA driver')")
 
+    class Mute(Quick):
+        def probe(self) -> list[str]:
+            return python("")
+
     assert gpu_check.times(Bare(tmp_path), tmp_path) == gpu_check.checks(Bare(tmp_path), tmp_path) == 1
-    assert "Found no NVIDIA driver" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("Found no NVIDIA driver") == 2 and "nothing is timed, as the probe failed" in said
+    assert gpu_check.times(Mute(tmp_path), tmp_path) == 1
 
 
 @pytest.mark.parametrize("name", ("times-build", "checks-test"))
