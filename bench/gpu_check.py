@@ -133,25 +133,22 @@ class Times:
             folder = Path(name)
             following: Child | None = None
             for i, (case, others) in enumerate(table):
-                child = following or self.child(folder, i, case, others)
-                following = None
                 if self.call.left("cases") < LEAST:
-                    child.kill()
                     self.data["failed"][case.name] = "no time was left"
                     continue
+                child = following or self.child(folder, i, case, others)
                 child.go()
-                if i + 1 < len(table):
-                    following = self.child(folder, i + 1, *table[i + 1])
+                following = self.child(folder, i + 1, *table[i + 1]) if i + 1 < len(table) else None
                 step = self.ended(child, case)
-                mine = tuple(each for each in others if each not in PACKAGES)
-                if step.status == NOT_BUILT:  # nor would any other case
-                    if following is not None:
-                        following.kill()
+                if step.status == NOT_BUILT:  # nor would any other case be timed
                     break
+                mine = tuple(each for each in others if each not in PACKAGES)
                 if not child.log.with_suffix(".json").exists() and mine != others and self.call.left("cases") > LEAST:
                     child = self.child(folder, len(table) + i, case, mine)
                     child.go()
                     self.ended(child, case)
+            if following is not None:
+                following.kill()
         self.call.write()
 
     def child(self, folder: Path, index: int, case: Case, others: tuple[str, ...]) -> Child:
@@ -286,7 +283,7 @@ def main() -> int:
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "times.json", kept)
         print(f"result: {kept}")
-    else:
+    elif data.get("benchmarks"):
         print(f"times.json is to become {RESULT}")
     return status
 

@@ -64,7 +64,7 @@ class Rehearsal(Machine):
     def timed(self, case: Case, others: tuple[str, ...], facts: Facts, path: Path) -> list[str]:
         if self.plant == "case" and case.name == CRASHES:
             return python("import os; input(); print('planted: illegal access', flush=True); os.abort()")
-        return super().timed(case, others, facts, path)
+        return ["env", "OMP_NUM_THREADS=1", *super().timed(case, others, facts, path)]
 
     def profile(self, facts: Facts) -> list[str] | None:
         return None

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("bench.report", reason="run from the repository's root")
 from bench import gpu_check, gpu_measure, gpu_probe, gpu_rehearsal, gpu_steps, session  # noqa: E402
@@ -81,8 +83,17 @@ def test_what_matters_most_comes_first() -> None:
     assert {len(case.shapes) for case in large.values() if case.graph} == {1000, 10_000, 20_000}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads wait long for each other where other processes of the tests have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("case", "others"), TABLE, ids=[case.name for case, _ in TABLE])
-def test_each_case_can_be_timed(case: Case, others: tuple[str, ...]) -> None:
+def test_each_case_can_be_timed(case: Case, others: tuple[str, ...], one_thread: None) -> None:
     few = dataclasses.replace(case, shapes=case.shapes[:20], warm=True)
     settings = session.Settings(0.0, device="cpu", subjects=(OURS, *others), strict=False)
     measured = session.measure(few, settings)
@@ -141,6 +152,13 @@ def test_a_table_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_check.report, "rows", lambda data: 1 / 0)
     assert gpu_check.times(Quick(tmp_path), tmp_path) == 1
     assert list(json.loads((tmp_path / "times.json").read_text())["failed"]) == ["case 0", "case 1", "case 2"]
+
+
+def test_without_time_no_case_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LEAST", 1e9)
+    assert gpu_check.times(Quick(tmp_path), tmp_path) == 1
+    failed = json.loads((tmp_path / "times.json").read_text())["failed"]
+    assert failed == {f"case {i}": "no time was left" for i in range(3)} and not (tmp_path / "cases.log").exists()
 
 
 def test_a_machine_without_a_gpu_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
