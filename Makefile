@@ -58,7 +58,7 @@ build/sass/triton: | $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.9.0
 
 # These take $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt. Each is at most
-# nine minutes; $OUT, where it is set, or build/gpu-check has the logs and the JSON. Both run, whatever fails.
+# nine minutes; $OUT, where it is set, or build/gpu-check has folders of what they say. Both run, whatever fails.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py times; times=$$?; $(PYTHON) bench/gpu_check.py checks && exit $$times
 

@@ -20,6 +20,7 @@ NEEDED = {
     "pytest": "tests and times",
     "pytest-benchmark": "times",
     "pytest-xdist": "tests in several processes",
+    "pytest-timeout": "ending tests that hang",
     "expecttest": "tests that take torch's own cases: test_api.py, test_errors.py",
     "hypothesis": "the files of all tests that draw their cases",
     "bitsandbytes": "its times",

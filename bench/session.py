@@ -297,7 +297,7 @@ def run(table: list[Case], settings: Settings, path: Path, told: Callable[[Case,
     path.parent.mkdir(parents=True, exist_ok=True)
     plugin = Plugin(table, settings, told)
     options = ["-s", "-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={path}"]
-    options += ["-W", "ignore::DeprecationWarning", "-W", "ignore::UserWarning", "-W", "ignore::FutureWarning"]
+    options += ["-W", "ignore"]  # in tests a warning is an error, and here it is no reason to lose a time
     said = io.StringIO()
     # Options for tests, and that they run within xdist, are not meant for this pytest.
     others = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PYTEST_")}
