@@ -206,7 +206,7 @@ def summary(case: Case, found: dict[str, Any], step: Step) -> str:
     if mine.of_limit is not None:
         said.append(f"{mine.of_limit:.0%} of copy")
     if mine.peer:
-        said.append(f"{mine.peer} {report.ratio(mine.peer_over_ours)}")
+        said.append(f"{mine.peer} takes {report.ratio(mine.peer_over_ours)}")
     if "host_ms" in mine.info:
         said.append(f"host {mine.info['host_ms']:.3f} ms, {mine.info['launches']} launches")
     return ", ".join(said + [mine.doubt] * bool(mine.doubt))
