@@ -10,7 +10,8 @@ TOOLS := $(VENV)/.tools
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash -o pipefail
 
-.PHONY: demo test bench bench-peers lint cuda-on-cpu instructions sass gpu-check clean
+.PHONY: demo test bench bench-peers lint cuda-on-cpu instructions sass clean
+.PHONY: gpu-check gpu-times gpu-checks gpu-wheels
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_gpt.py
@@ -57,9 +58,24 @@ sass: $(STAMP) $(NVDISASM)
 build/sass/triton: | $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.9.0
 
-# Takes $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt.
+# These take $(PYTHON) as it is: with a torch that has CUDA, and the packages of requirements-dev.txt. Each is at most
+# nine minutes; $OUT, where it is set, or build/gpu-check has folders of what they say. Both run, whatever fails.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py times; times=$$?; $(PYTHON) bench/gpu_check.py checks && exit $$times
+
+gpu-times:
+	$(PYTHON) bench/gpu_check.py times
+
+gpu-checks:
+	$(PYTHON) bench/gpu_check.py checks
+
+# What a machine without network may lack, for its Python; pip takes each name of a platform as it is.
+GPU_PYTHON := 3.12
+GPU_PLATFORMS := $(addsuffix _x86_64,manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  $(addprefix --platform ,$(GPU_PLATFORMS)) --dest build/gpu-wheels -r requirements-gpu-check.txt
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -29,6 +29,8 @@ class Case:
     ``kind``: ``step``, the optimizer's; ``clip``, ``clip_grad_norm_`` alone; ``quantize``, ``dequantize``;
     ``training``, whole steps of the demo's model; ``save``, ``load``, the optimizer's checkpoint.
     ``amp``: a GradScaler looks for infinities. ``warm``: tensors are few enough for the caches, and not rotated.
+    ``graph``: on CUDA, steps are replays of a captured one. ``offset``: elements by which parameters and gradients
+    stand behind an allocation's start. ``gradients``: without them, every ``.grad`` is None.
     ``main``: the README shows it. ``goal``: what it is to reach, where somebody said so.
     """
 
@@ -45,6 +47,9 @@ class Case:
     rounding: str = "nearest"
     master: bool = False
     warm: bool = False
+    graph: bool = False
+    offset: int = 0
+    gradients: bool = True
     main: bool = False
     goal: str = ""
 
@@ -72,9 +77,11 @@ class Case:
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """The least that must go through memory; nothing for ``training``, which has no such bound."""
+        """The least that must go through memory; nothing where no bound is known or nothing moves."""
         width = self.dtype.itemsize
         coded = 1 + 4 / BLOCK
+        if not self.gradients:
+            return ()
         if self.kind == "step":
             # The norm, and the search for infinities, must be through with all gradients before the first update.
             gradient = Move(width, 1 + (self.clip is not None or self.amp), 0)

@@ -1,203 +1,295 @@
-"""``make gpu-check``: all that only a machine with an NVIDIA GPU can tell, in one run of at most ten minutes.
+"""All that only a machine with an NVIDIA GPU can tell, in two calls of at most nine minutes, each useful alone.
 
-Builds the extension for the torch of this Python, runs the tests on ``cuda``, runs compute-sanitizer on the
-torch-free test of the CUDA backend, and times the cases below as ``python -m bench run --device cuda`` does, host time
-and launches included. Writes one JSON, after every part, and prints it as one table.
+``times`` builds the extension for the GPU that is there and times the cases of ``gpu_cases.py``, each in a process of
+its own; a build that fails ends it. ``checks`` builds too, runs the tests on ``cuda``, and compute-sanitizer on the
+torch-free test of the kernels. Each writes logs and one JSON into a folder, anew after every step and case.
+``rehearse`` goes through both on a CPU, with failures planted, and sees that what they leave can be read.
 
-Needs a torch with CUDA, nvcc, and of requirements-dev.txt the packages for tests (expecttest too); ``--dry-run`` goes
-through the timed part on a CPU with small tensors, to see that it works, and writes nothing.
+Needs a torch with CUDA, nvcc, the packages for tests of requirements-dev.txt and, to compare with others,
+requirements-gpu-check.txt. ``python bench/gpu_check.py times --out FOLDER``.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import io
 import json
 import os
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+import traceback
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the Makefile runs this as a file
 
+from rich.console import Console  # noqa: E402
+
 from bench import method, report  # noqa: E402
-from bench.cases import Case, Shape  # noqa: E402
+from bench.cases import Case  # noqa: E402
+from bench.gpu_cases import PACKAGES, cases  # noqa: E402
+from bench.gpu_steps import NOT_BUILT, Call, Child, Step  # noqa: E402
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-MINUTES = 10  # for all of it
-FUSED, FOREACH = ("torch fused",), ("torch foreach",)
-EIGHT_BIT = (*FUSED, "bitsandbytes", "torchao", "flashoptim")
+# Seconds that each step is promised; what one leaves, later ones have. A first import of torch may take half a minute.
+TIMES = {"probe": 60.0, "build": 120.0, "cases": 310.0, "profile": 50.0}
+CHECKS = {"probe": 60.0, "build": 100.0, "tests": 170.0, "compile": 50.0, "kernels": 20.0}
+CHECKS |= dict.fromkeys(SANITIZERS, 35.0)
+CASE = 75.0  # at most, for one that hangs; torchao's compiles take half of it
+SHORT = 6  # lines of a case's failure on the screen; the JSON and the log have more
+LEAST = 12.0  # with less left, no case is begun
+WORKERS = 12
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats", "SchedulerStats")
+RESULT = "bench/results/<device>/<date>-<commit>.json"
+# Tests that look at no device.
+ELSEWHERE = ("demo", "growth", "instructions", "mutations", "quality", "sass")
+Facts = dict[str, Any]
 
 
-def cases(scale: float) -> list[tuple[Case, tuple[str, ...]]]:
-    """The goals' cases, and whom ours is to beat; ``scale`` shrinks the tensors."""
+class Machine:
+    """The commands that each step runs."""
 
-    def tensors(count: int, n: float) -> tuple[Shape, ...]:
-        return ((max(1, int(n * scale)),),) * count
+    device, scale, seconds = "cuda", 1.0, 3.0
 
-    one = tensors(1, 1e9)
-    momentum = {"momentum": 0.9}
-    bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.int8
-    stochastic = "stochastic"
-    table = [
-        (Case("AdamW 1B", "AdamW", one, goal="95 % of copy"), FUSED),
-        (Case("AdamW 200 x 5M", "AdamW", tensors(200, 5e6), goal="95 % of copy"), FUSED),
-        (Case("AdamW mixed 1B", "AdamW", one, dtype=bf16, state=fp32, goal="92 % of copy"), FUSED),
-        (Case("RMSprop 1B", "RMSprop", one, goal="93 % of copy, 5 x torch"), FOREACH),
-        (Case("SGD momentum 1B", "SGD", one, kwargs=momentum, goal="93 % of copy"), FUSED),
-        (Case("Adagrad 1B", "Adagrad", one, goal="93 % of copy"), FUSED + FOREACH),
-        (Case("AdamW clipped 1B", "AdamW", one, clip=1.0, goal="93 % of copy, 1.2 x torch"), FUSED),
-        (Case("AdamW AMP clipped 1B", "AdamW", one, clip=1.0, amp=True, goal="1.4 x torch"), FUSED),
-        (Case("AdamW 1000 x 1024", "AdamW", tensors(1000, 1024), goal="10 x torch"), FUSED),
-        (Case("AdamW 10000 x 64", "AdamW", tensors(10_000, 64), goal="10 x torch"), FUSED),
-        (Case("AdamW int8 1B", "AdamW", one, state=int8, goal="85 % of copy, 1.5 x torch"), EIGHT_BIT),
-        (Case("AdamW int8 bf16 1B", "AdamW", one, dtype=bf16, state=int8, goal="70 % of copy"), EIGHT_BIT),
-        (Case("RMSprop int8 1B", "RMSprop", one, state=int8, goal="85 % of copy"), FOREACH),
-        (
-            Case("AdamW mixed stochastic 1B", "AdamW", one, dtype=bf16, state=fp32, rounding=stochastic, goal="92 %"),
-            FUSED,
-        ),
-        (Case("AdamW mixed master 1B", "AdamW", one, dtype=bf16, state=fp32, master=True, goal="90 %"), FUSED),
-        (Case("AdamW 2000 x 1024", "AdamW", tensors(2000, 1024), goal="host 0.3 ms, 3 launches"), FUSED),
-        (Case("quantize 1B", "AdamW", one, kind="quantize", goal="90 % of copy"), ("bitsandbytes",)),
-        (Case("dequantize 1B", "AdamW", one, kind="dequantize", goal="90 % of copy"), ("bitsandbytes",)),
-    ]
-    return [(dataclasses.replace(case, main=True), others) for case, others in table]
+    def table(self, facts: Facts) -> list[tuple[Case, tuple[str, ...]]]:
+        return cases(self.scale, facts["memory"])
+
+    def probe(self) -> list[str]:
+        return [sys.executable, "-m", "bench.gpu_probe", self.device]
+
+    def build(self, facts: Facts) -> list[str]:
+        given = ["FORCE_CUDA=1", f"TORCH_CUDA_ARCH_LIST={facts['architecture']}"]
+        return ["env", *given, sys.executable, "setup.py", "build_ext", "--inplace"]
+
+    def case(self, name: str, others: tuple[str, ...], facts: Facts, *more: str) -> list[str]:
+        where = ["--device", self.device, "--scale", f"{self.scale:g}", "--memory", f"{facts['memory']:g}"]
+        return [sys.executable, "-m", "bench.gpu_measure", name, *others, *where, *more]
+
+    def timed(self, case: Case, others: tuple[str, ...], facts: Facts, path: Path) -> list[str]:
+        return self.case(case.name, others, facts, "--seconds", f"{self.seconds:g}", "--json", str(path), "--wait")
+
+    def profile(self, facts: Facts) -> list[str] | None:
+        """Of a tenth of the parameters, as a profiler restores what a kernel writes. None: there is no profiler."""
+        if "ncu" not in facts["tools"]:
+            return None
+        sections = [word for section in SECTIONS for word in ("--section", section)]
+        which = ["--kernel-name", "regex:update|norm", "--launch-skip", "2", "--launch-count", "2"]
+        steps = self.case("AdamW clipped 1B", (), facts, "--profile", "--scale", f"{self.scale / 10:g}")
+        return ["ncu", "--clock-control", "none", *sections, *which, *steps]
+
+    def tests(self, facts: Facts) -> list[str]:
+        options = ["-v", "-o", "addopts=", "-o", "faulthandler_timeout=45", "-rfE", "--tb=short", "--durations=20"]
+        options += ["-p", "no:cacheprovider", "-p", "bench.gpu_tests", "--continue-on-collection-errors"]
+        if "pytest-timeout" not in facts["missing"]:
+            options += ["--timeout=60", "--timeout-method=thread"]  # which ends the process
+        if "pytest-xdist" not in facts["missing"]:
+            workers = min(WORKERS, os.cpu_count() or 1)
+            options += ["-n", str(workers), f"--max-worker-restart={WORKERS}"]
+        return [sys.executable, "-m", "pytest", *options, *self.tested()]
+
+    def tested(self) -> list[str]:
+        return [*(f"--ignore=tests/test_{name}.py" for name in ELSEWHERE), "tests"]
+
+    def compile(self, facts: Facts, program: Path) -> list[str]:
+        return ["bash", "tests/cpp/build_cuda.sh", str(program), facts["architecture"].replace(".", "")]
+
+    def kernels(self, program: Path) -> list[str]:
+        return [str(program)]
+
+    def sanitizer(self, tool: str, program: Path) -> list[str]:
+        return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program), "few"]
 
 
-def shell(command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
-    """Runs a command; its exit status, time and last lines."""
-    start = time.perf_counter()
-    print("+", *command, flush=True)
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+def begun(machine: Machine, folder: Path, name: str, budget: dict[str, float]) -> tuple[Call, Facts | None]:
+    """A call with its first two steps. None: the machine has not even a GPU."""
+    call = Call(folder, name, budget)
+    probe = call.run("probe", machine.probe())
+    told = [line for line in probe.last if line.startswith('{"')]  # warnings may follow it
+    if not probe.passed or not told:
+        return call, None
+    facts: Facts = json.loads(told[-1])
+    call.data["facts"] = facts
+    for package, what in facts["missing"].items():
+        print(f"    missing: {package}, for {what}; see requirements-gpu-check.txt")
+    call.run("build", machine.build(facts))
+    return call, facts
+
+
+# --- times ----------------------------------------------------------------------------------------------------------
+
+
+class Times:
+    """The cases of a call, each in a process of its own; the next one's imports run while one is measured."""
+
+    def __init__(self, call: Call, machine: Machine, facts: Facts, commit: str) -> None:
+        self.call, self.machine, self.facts, self.commit = call, machine, facts, commit
+        self.data = call.data
+        self.data |= {"machine_info": {}, "benchmarks": [], "absent": {}, "failed": {}}
+        self.log = call.folder / "cases.log"
+
+    def all(self) -> None:
+        table = self.machine.table(self.facts)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            following: Child | None = None
+            for i, (case, others) in enumerate(table):
+                if self.call.left("cases") < LEAST:
+                    self.data["failed"][case.name] = "no time was left"
+                    continue
+                child = following or self.child(folder, i, case, others)
+                child.go()
+                following = self.child(folder, i + 1, *table[i + 1]) if i + 1 < len(table) else None
+                step = self.ended(child, case)
+                if step.status == NOT_BUILT:  # nor would any other case be timed
+                    break
+                mine = tuple(each for each in others if each not in PACKAGES)
+                if not child.log.with_suffix(".json").exists() and mine != others and self.call.left("cases") > LEAST:
+                    child = self.child(folder, len(table) + i, case, mine)
+                    child.go()
+                    self.ended(child, case)
+            if following is not None:
+                following.kill()
+        self.call.write()
+
+    def child(self, folder: Path, index: int, case: Case, others: tuple[str, ...]) -> Child:
+        path = folder / f"{index}.json"
+        return Child(self.machine.timed(case, others, self.facts, path), path.with_suffix(".log"), waits=True)
+
+    def ended(self, child: Child, case: Case) -> Step:
+        """Takes in what a case's process has found, and how it ended."""
+        step = child.wait(case.name, min(CASE, self.call.left("cases")))
+        with self.log.open("ab") as log:
+            log.write(f"\n== {case.name}: {step.verdict}\n".encode() + child.log.read_bytes())
+        path, failed = child.log.with_suffix(".json"), self.data["failed"]
+        found: dict[str, Any] = {"benchmarks": [], "absent": {}, "failed": {}}
+        if path.exists() and path.stat().st_size:
+            found |= json.loads(path.read_text())
+            self.data["machine_info"] = self.data["machine_info"] or found["machine_info"]
+            self.data["machine_info"]["load at the end"] = found["machine_info"]["load at the end"]
+            if self.commit:
+                self.data["machine_info"] |= {"commit": self.commit, "changed": False}
+        else:
+            path.unlink(missing_ok=True)
+        self.data["benchmarks"] += found["benchmarks"]
+        self.data["absent"] |= found["absent"]
+        failed |= found["failed"]
+        if not (step.passed and found["benchmarks"]) and case.name not in found["failed"]:
+            failed[case.name] = "\n".join([step.verdict, *step.last[-12:]])
+        self.call.write()
         try:
-            # A session of its own, so that what it started ends with it.
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            status = process.wait(timeout=seconds)
-        except FileNotFoundError as error:
-            status = 127
-            print(error, file=output)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status = 124
-            print(f"stopped after {seconds:.0f} s", file=output)
-        output.seek(0)
-        last = output.read().strip().splitlines()[-5:]
-    print(*last, sep="\n", flush=True)
-    return {"command": " ".join(command), "status": status, "seconds": time.perf_counter() - start, "last": last}
+            print(summary(case, found, step), flush=True)
+            self.show()
+        except Exception:  # what is measured is written; a table of it is no reason to measure no more
+            traceback.print_exc(file=sys.stdout)
+        if case.name in failed:
+            print(*(f"    {each[:200]}" for each in failed[case.name].splitlines()[-SHORT:]), sep="\n", flush=True)
+        return step
+
+    def show(self) -> None:
+        """The whole table, as text."""
+        if self.data["benchmarks"]:
+            text = io.StringIO()
+            report.show(self.data, Console(file=text, width=240))
+            (self.call.folder / "report.txt").write_text(text.getvalue())
 
 
-def architecture() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
+def summary(case: Case, found: dict[str, Any], step: Step) -> str:
+    """A case of a call in a line."""
+    mine = next((row for row in report.rows(found) if row.subject == method.OURS), None)
+    if mine is None:
+        return f"{step.verdict:12} {case.name} in {step.seconds:.0f} s: not timed"
+    said = [f"{case.name:35} {report.duration(mine.median):>7}"]
+    if mine.speed:
+        said.append(f"{mine.speed / 1e9:.0f} GB/s")
+    if mine.of_limit is not None:
+        said.append(f"{mine.of_limit:.0%} of copy")
+    if mine.peer:
+        said.append(f"{mine.peer} takes {report.ratio(mine.peer_over_ours)}")
+    if "host_ms" in mine.info:
+        said.append(f"host {mine.info['host_ms']:.3f} ms, {mine.info['launches']} launches")
+    return ", ".join(said + [mine.doubt] * bool(mine.doubt))
 
 
-def build() -> dict[str, Any]:
-    setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return shell(setup, 120, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture())
+def times(machine: Machine, folder: Path, commit: str = "") -> int:
+    call, facts = begun(machine, folder, "times", TIMES)
+    if facts is None or call.failed():
+        print(f"nothing is timed, as the {'probe' if facts is None else 'build'} failed: {folder}")
+        return 1
+    measured, profile = Times(call, machine, facts, commit), machine.profile(facts)
+    if profile is None:
+        call.budget["profile"] = 0.0
+    measured.all()
+    if profile is not None:
+        call.run("profile", profile)
+    else:
+        call.skip("profile", "ncu is not on the PATH")
+    failed = [*call.failed(), *measured.data["failed"]]
+    try:
+        print(*report.verdicts(measured.data), sep="\n")
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+    print(f"{len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}; all of it: {folder}")
+    return int(bool(failed))
 
 
-def checks() -> Iterator[dict[str, Any]]:
-    """The tests on the GPU, and the sanitizers, in turn."""
-    program, tests = ROOT / "build" / "test_cuda", ["-q", "-n", "4", "--ignore=tests/test_demo.py", "tests"]
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def checks(machine: Machine, folder: Path) -> int:
+    """A step that fails costs those alone that need what it was to make."""
+    call, facts = begun(machine, folder, "checks", CHECKS)
+    if facts is None:
+        print(f"nothing is checked, as the probe failed: {folder}")
+        return 1
+    if call.failed():
+        call.skip("tests", "the build failed")
+    else:
+        environment = {"GENOPT_TEST_DEVICE": "cuda"} if machine.device == "cuda" else {}
+        # xdist waits ten seconds for workers that hang, and tells of failures after that.
+        environment |= {"PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "2"}  # threads of many processes wait for each other
+        call.run("tests", machine.tests(facts), grace=15.0, **environment)
+    program = ROOT / "build" / "test_cuda"
     program.parent.mkdir(exist_ok=True)
-    # With the timed part, the limits come to less than ten minutes.
-    yield shell([sys.executable, "-m", "pytest", *tests], 150, GENOPT_TEST_DEVICE="cuda")
-    yield shell(["bash", "tests/cpp/build_cuda.sh", str(program), architecture().replace(".", "")], 70)
-    yield shell([str(program)], 30)
-    for tool in SANITIZERS:
-        yield shell(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program), "few"], 35)
-
-
-class Report:
-    """The JSON: written anew whenever something is added, so that a run that is cut short has told what it knew."""
-
-    def __init__(self, path: Path | None, device: str, commit: str, start: float, built: list[dict[str, Any]]) -> None:
-        self.path, self.start = path, start
-        self.data: dict[str, Any] = {"machine_info": method.machine(device), "checks": built, "benchmarks": []}
-        self.data |= {"absent": {}, "failed": {}}
-        self.data["machine_info"]["command"] = "gpu-check"
-        if commit:
-            self.data["machine_info"] |= {"commit": commit, "changed": False}
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    def write(self) -> None:
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.data, indent=1))
-
-    def add(self, result: dict[str, Any]) -> None:
-        """A run of ``bench.session``."""
-        self.data["benchmarks"] += result["benchmarks"]
-        self.data["absent"] |= result["absent"]
-        self.data["failed"] |= result["failed"]
-        self.data["machine_info"]["load at the end"] = result["machine_info"]["load at the end"]
-        self.write()
+    if call.run("compile", machine.compile(facts, program), "kernels.log").passed:
+        call.run("kernels", machine.kernels(program), "kernels.log")
+        for tool in SANITIZERS:
+            call.run(tool, machine.sanitizer(tool, program), "sanitizers.log")
+    else:
+        for name in ("kernels", *SANITIZERS):
+            call.skip(name, "its program was not compiled")
+    failed = call.failed()
+    print(f"{len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}; all of it: {folder}")
+    return int(bool(failed))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<device>/<date>-<commit>.json)")
+    parser.add_argument("what", choices=("times", "checks", "rehearse"))
+    parser.add_argument("--out", type=Path, help="where a folder of its own goes (default: $OUT, else build/gpu-check)")
     parser.add_argument("--commit", default="", help="what is measured, where there is no git")
-    parser.add_argument("--only-times", action="store_true", help="neither build nor test: time what is built")
-    parser.add_argument("--dry-run", action="store_true", help="a small run on the CPU that writes nothing")
     arguments = parser.parse_args()
-    dry = arguments.dry_run
-    if not dry and not torch.cuda.is_available():
-        print("gpu-check: torch sees no CUDA device; run it where one is, or try --dry-run")
-        return 1
-    device, scale, seconds = ("cpu", 1e-4, 0.02) if dry else ("cuda", 1.0, 4.0)
-    tests = not (dry or arguments.only_times)
-    start = time.perf_counter()
-    built = [build()] if tests else []
-    # Now that it is there: whoever imports the package earlier has what was built before, or the reference.
-    from bench import session
+    given = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
+    folder = (given or ROOT / "build" / "gpu-check").absolute()
+    folder /= arguments.what
+    if arguments.what == "rehearse":
+        from bench.gpu_rehearsal import rehearse
 
-    told = Report(None, device, arguments.commit, start, built)
-    if not dry:
-        info = told.data["machine_info"]
-        name = f"{info['date'][:10]}-{info['commit']}.json"
-        told.path = arguments.out or method.RESULTS / method.device_folder(device) / name
-        if tests:
-            for each in checks():
-                told.data["checks"].append(each)
-                told.write()
-    for case, others in cases(scale):
-        if told.seconds() > 60 * MINUTES - 30:
-            told.data["failed"][case.name] = f"no time left of {MINUTES} minutes"
-            continue
-        print(f"+ {case.name}", flush=True)
-        few = dataclasses.replace(case, warm=True) if dry else case
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "case.json"
-            settings = session.Settings(seconds, scale, device, subjects=(method.OURS, *others))
-            failed = session.run([few], settings, path, lambda case, share: None)
-            if path.exists() and path.stat().st_size:
-                told.add(json.loads(path.read_text()))
-            told.data["failed"] |= failed
-    told.write()
-    report.show(told.data, Console(width=240))
-    for each in told.data["checks"]:
-        print(f"{'passed' if each['status'] == 0 else 'FAILED'} in {each['seconds']:.0f} s: {each['command']}")
-    return int(bool(told.data["failed"]) or any(each["status"] for each in told.data["checks"]))
+        return rehearse(folder)
+    if arguments.what == "checks":
+        return checks(Machine(), folder)
+    status = times(Machine(), folder, arguments.commit)
+    data = json.loads((folder / "times.json").read_text())
+    if given is None and data.get("benchmarks"):
+        info = data["machine_info"]
+        kept = method.RESULTS / method.device_folder("cuda") / f"{info['date'][:10]}-{info['commit']}.json"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "times.json", kept)
+        print(f"result: {kept}")
+    elif data.get("benchmarks"):
+        print(f"times.json is to become {RESULT}")
+    return status
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def device_folder(device: str = "cpu") -> str:
 def free_memory(device: str = "cpu") -> int:
     """Bytes."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # which tensors to come can have
+        return torch.cuda.mem_get_info()[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

@@ -86,7 +86,7 @@ def section(path: Path, root: Path = ROOT) -> list[str]:
             lines += ["", f"![{title}]({picture.relative_to(root).as_posix()})"]
     again = [f"python -m bench {m['command']} --json {name}", f"python -m bench plot {name}"]
     if m["command"] == "gpu-check":
-        again[0] = f"make gpu-check  # writes {name}"
+        again[0] = f"make gpu-times  # writes {name}"
     grown = path.parent.with_name("growth") / f"{path.parent.name}.json"
     picture = grown.with_name(f"{grown.stem}-tensors.png")
     if picture.exists():

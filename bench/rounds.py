@@ -57,10 +57,17 @@ def parameters(case: Case, device: str = "cpu", shapes: Any = None) -> Params:
     params = []
     weights, grads = values(shapes or case.shapes, case.dtype, device)
     for weight, grad in zip(weights, grads, strict=True):
-        p = torch.nn.Parameter(weight.clone())
-        p.grad = grad.clone()
+        p = torch.nn.Parameter(copied(weight, case.offset))
+        if case.gradients:
+            p.grad = copied(grad, case.offset)
         params.append(p)
     return params
+
+
+def copied(source: Tensor, offset: int) -> Tensor:
+    """A copy that begins so many elements behind its allocation."""
+    room = torch.empty(source.numel() + offset, dtype=source.dtype, device=source.device)
+    return room[offset:].view(source.shape).copy_(source)
 
 
 def around(case: Case, opt: torch.optim.Optimizer, params: Params, own: bool) -> Run:
@@ -99,7 +106,26 @@ def stepping(subject: Subject, case: Case, device: str) -> Made | None:
     run = around(case, opt, params, subject.name.startswith(OURS))
     if subject.make is compiled:
         run = torch.compile(run)
+    if case.graph and device.startswith("cuda"):
+        run = replaying(run)
     return Made(run, opt, params)
+
+
+def replaying(run: Run) -> Run:
+    """The first call is a step, which makes the state, and captures one; each later call replays that."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def step() -> None:
+        if graphs:
+            graphs[0].replay()
+            return
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graphs.append(graph)
+
+    return step
 
 
 def clipping(subject: Subject, case: Case, device: str) -> Made | None:

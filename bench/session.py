@@ -37,20 +37,27 @@ TRAINING_STEPS = 200
 
 @dataclass
 class Measured:
-    """Of one case: the seconds of each subject's rounds, what else is known of it, and who is absent and why."""
+    """Of one case: the seconds of each subject's rounds, what else is known of it, and who is absent and why.
+
+    ``wrong``: how ours failed its checks, where it was timed nevertheless.
+    """
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Settings:
+    """``strict``: what fails its checks is not timed; else ours is, and the case has failed all the same."""
+
     seconds: float = 4.0
     scale: float = 0.25
     device: str = "cpu"
     command: str = ""  # what makes the result again
     subjects: tuple[str, ...] = tuple(name for name, subject in SUBJECTS.items() if subject.default)
+    strict: bool = True
 
 
 def copies(nbytes: float, device: str) -> int:
@@ -61,7 +68,9 @@ def copies(nbytes: float, device: str) -> int:
     return max(1, min(COPIES, -int(-2 * cache // max(1.0, nbytes))))
 
 
-def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[str, Any], Made] | None:
+def prepare(
+    name: str, case: Case, device: str, truth: Any, strict: bool = True
+) -> tuple[Run, dict[str, Any], Made] | None:
     """A subject, warm: its copies, which take turns, made and stepped twice. None: not a subject of the case.
 
     Raises:
@@ -74,7 +83,8 @@ def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[s
     count = 1 if alone else copies(one, device)
     # Torch's state may be wider than the case's, and a loop over tensors makes some as large as the parameters.
     need = case.elements * (count * (2 * width + max(kept, 4.0 * case.moments)) + 12)
-    if need > 0.8 * method.free_memory(device):
+    # All of a GPU's memory is ours.
+    if need > (0.9 if device.startswith("cuda") else 0.8) * method.free_memory(device):
         raise Absent(f"not enough memory: {need / 1e9:.1f} GB")
     made: list[Made] = []
     for _ in range(count):
@@ -89,7 +99,9 @@ def prepare(name: str, case: Case, device: str, truth: Any) -> tuple[Run, dict[s
     if truth is not None:
         error = info["error"] = round(wrong_by(made[0], *truth), 6)
         if not error < tolerance(case):
-            raise Absent(f"computes something else: {error:.0%} off after two steps")
+            info["wrong"] = f"computes something else: {error:.0%} off after two steps"
+            if strict or not name.startswith(OURS):
+                raise Absent(info["wrong"])
     return rotating([each.run for each in made]), info, made[0]
 
 
@@ -100,7 +112,13 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
         AssertionError: our numbers are not the reference's.
     """
     device, result = settings.device, Measured()
-    check(case, device)
+    try:
+        check(case, device)
+    except AssertionError as error:
+        if settings.strict:
+            raise
+        result.wrong.append(str(error))
+        forget()
     torch.compiler.reset()  # or it gives up after so many steps that are all different
     runs: dict[str, Run] = {}
     made: dict[str, Made] = {}
@@ -113,10 +131,10 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
         assert none is not None and none.training is not None
         none.training.optimizer = None
         runs[LIMIT], result.info[LIMIT] = none.run, {}
-    truth = expected(case, device) if case.kind == "step" else None
+    truth = expected(case, device) if case.kind == "step" and case.gradients else None
     for name in settings.subjects:
         try:
-            prepared = prepare(name, case, device, truth)
+            prepared = prepare(name, case, device, truth, settings.strict)
         except Absent as absent:
             result.absent[name] = str(absent)
         except Exception as error:  # a package's own failure is no reason to lose the others' rows
@@ -127,6 +145,8 @@ def measure(case: Case, settings: Settings, progress: Callable[[float], object] 
         else:
             if prepared is not None:
                 runs[name], result.info[name], made[name] = prepared
+                if "wrong" in result.info[name]:
+                    result.wrong.append(f"{name} {result.info[name]['wrong']}")
     del truth
     forget()
     gc.collect()
@@ -214,6 +234,8 @@ class Plugin:
             try:
                 self.measured = measure(case, self.settings, lambda share: self.told(case, share))
                 self.absent[case.name] = self.measured.absent
+                if self.measured.wrong:
+                    self.failed[case.name] = "timed, but wrong: " + "; ".join(self.measured.wrong)
             except (AssertionError, RuntimeError) as error:
                 self.measured = error
                 self.failed[case.name] = str(error)
@@ -275,7 +297,7 @@ def run(table: list[Case], settings: Settings, path: Path, told: Callable[[Case,
     path.parent.mkdir(parents=True, exist_ok=True)
     plugin = Plugin(table, settings, told)
     options = ["-s", "-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={path}"]
-    options += ["-W", "ignore::DeprecationWarning", "-W", "ignore::UserWarning", "-W", "ignore::FutureWarning"]
+    options += ["-W", "ignore"]  # in tests a warning is an error, and here it is no reason to lose a time
     said = io.StringIO()
     # Options for tests, and that they run within xdist, are not meant for this pytest.
     others = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PYTEST_")}

@@ -72,7 +72,8 @@ def torchs(**variant: Any) -> Make:
         if variant.get("foreach") is False and len(params) > MANY:
             raise Absent(f"too slow with {len(params)} tensors")
         try:
-            return getattr(torch.optim, case.optimizer)(params, **case.kwargs, **variant)
+            options = variant | ({"capturable": True} if case.graph and params[0].is_cuda else {})
+            return getattr(torch.optim, case.optimizer)(params, **case.kwargs, **options)
         except (RuntimeError, TypeError) as error:  # not every torch has fused Adagrad on CUDA
             raise Absent(str(error).splitlines()[0]) from None
 

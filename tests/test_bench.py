@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +169,39 @@ def test_only_packages_imports_what_others_made() -> None:
     imports = re.compile(rf"^\s*(import|from) ({others}|importlib)\b|^class Absent", re.MULTILINE)
     found = [path.name for path in (ROOT / "bench").rglob("*.py") if imports.search(path.read_text())]
     assert found == ["packages.py"]
+
+
+def test_offsets_and_missing_gradients() -> None:
+    params = rounds.parameters(tables.Case("AdamW", "AdamW", ((4, 3), (5,)), offset=1))
+    assert all(t.storage_offset() == 1 and t.is_contiguous() for p in params for t in (p, p.grad))
+    rounds.forget()
+    case = tables.Case("AdamW", "AdamW", ((4, 3),), gradients=False)
+    assert rounds.parameters(case)[0].grad is None and case.bytes == 0
+    rounds.forget()
+
+
+def test_a_step_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(calls.append("capture")))
+    run = rounds.replaying(lambda: calls.append("step"))
+    for _ in range(3):
+        run()
+    assert calls == ["step", "capture", "step", "replay", "replay"]
+
+
+def test_what_is_wrong_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(case: Case, device: str) -> None:
+        raise AssertionError("kernels and reference differ")
+
+    monkeypatch.setattr(session, "check", check)
+    monkeypatch.setattr(session, "tolerance", lambda case: 0.0)
+    case = tables.Case("AdamW", "AdamW", ((300,),))
+    with pytest.raises(AssertionError, match="differ"):
+        session.measure(case, session.Settings(0.0, subjects=(OURS,)))
+    measured = session.measure(case, session.Settings(0.0, subjects=(OURS, "torch fused"), strict=False))
+    assert OURS in measured.rounds and "torch fused" in measured.absent
+    assert measured.wrong[0] == "kernels and reference differ" and "computes something else" in measured.wrong[1]
 
 
 def test_wrong_results_are_seen() -> None:
