@@ -26,6 +26,8 @@ SIGNATURES = {
     "AdamW bf16 stochastic, fp32 state": f"kind=step {_ADAMW} {_HALVES} unbiased=weights",
     "AdamW bf16 with masters": f"kind=step {_ADAMW} {_HALVES} extra=master",
     "AdamW all bf16": f"kind=step {_ADAMW} {_HALVES} states=bfloat16",
+    "AdamW all bf16, NaN": f"kind=step {_ADAMW} {_HALVES} states=bfloat16 nans=1",
+    "AdamW all fp16, NaN": f"kind=step {_ADAMW} weights=float16 gradient=float16 states=float16 nans=1",
     "AdamW all bf16, bf16 state by thresholds": f"kind=step {_ADAMW} {_HALVES} states=bfloat16 unbiased=states",
     "AdamW fp32, int8 state": f"kind=step {_ADAMW} states=int8",
     "AdamW bf16, int8 state": f"kind=step {_ADAMW} {_HALVES} states=int8",

@@ -202,7 +202,7 @@ struct Step {
         if (k != kParam && given.integer("zeros")) return 0.0;
         if (is_block(row.dtype[k]))
           return std::trunc(random.uniform() * 127) * (square || random.uniform() < 0.5 ? 1 : -1);
-        if (k == kGrad) return random.normal();
+        if (k == kGrad) return given.integer("nans") && random.uniform() < 0.1 ? NAN : random.normal();
         if (square) return 1e-6 + 1e-3 * random.uniform();
         return random.normal() * (is_state ? 0.1 : 0.02);
       });

@@ -51,6 +51,10 @@ struct Native {
   static GENOPT_INLINE Stored encode(T x) {
     return static_cast<Stored>(x);
   }
+  template <class T>
+  static GENOPT_INLINE Stored encode_number(T x) {
+    return encode(x);
+  }
 };
 
 using Float32 = Native<float, DType::kFloat32>;
@@ -65,13 +69,20 @@ struct BFloat16 {
   }
   template <class T>
   static GENOPT_INLINE Stored encode(T x) {
-    const float f = static_cast<float>(x);
 #if defined(__CUDA_ARCH__)
-    uint16_t stored;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(f));
+    return x == x ? encode_number(x) : Stored{0x7fc0};
+#endif
+    return static_cast<Stored>(encode_bits(static_cast<float>(x)));
+  }
+  // Of no NaN, for which the GPU's instruction has bits of its own.
+  template <class T>
+  static GENOPT_INLINE Stored encode_number(T x) {
+#if defined(__CUDA_ARCH__)
+    Stored stored;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
     return stored;
 #endif
-    return static_cast<Stored>(encode_bits(f));
+    return encode(x);
   }
   template <class V>
   static GENOPT_INLINE auto encode_bits(V x) {
@@ -109,12 +120,10 @@ struct Float16 {
   }
   template <class T>
   static GENOPT_INLINE Stored encode(T x) {
-#if defined(__CUDA_ARCH__)
-    uint16_t stored;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
-    return stored;
-#endif
     const uint32_t bits = bits_of(static_cast<float>(x));
+#if defined(__CUDA_ARCH__)
+    return x == x ? encode_number(x) : static_cast<Stored>((bits >> 16 & 0x8000) | 0x7e00);
+#endif
     const uint32_t magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     // 0.5 has its last place where the smallest fp16 subnormal stands: adding it rounds there.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
@@ -122,6 +131,16 @@ struct Float16 {
     const uint32_t beyond = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
     const uint32_t in_range = magnitude < (113u << 23) ? subnormal : normal;
     return static_cast<Stored>(sign | (magnitude >= 0x477ff000 ? beyond : in_range));
+  }
+  // As BFloat16's.
+  template <class T>
+  static GENOPT_INLINE Stored encode_number(T x) {
+#if defined(__CUDA_ARCH__)
+    Stored stored;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
+    return stored;
+#endif
+    return encode(x);
   }
   // The nearest number that is stored exactly: decode(encode(x)).
   template <class V>

@@ -134,6 +134,10 @@ void DevicePlan::put_row(int r, const Row& row, const Options& options, const Co
 
 void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors,
                       const Queue& queue) {
+  if (broken_)
+    throw std::runtime_error(
+        "genopt_ext: an earlier step failed after its step counters had been advanced on the device; make the "
+        "optimizer anew and load a checkpoint");
   const std::vector<Row>& rows = plan.rows;
   const std::vector<Options>& groups = plan.groups;
   const Control& control = plan.control;
@@ -226,6 +230,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     put(table_.grad(r), is_here(row) ? address : 0);
   }
   flush(wanted.rows, queue);
+  has_begun_ = !queue.capturing && !control.only_measure;
 
   if (control.measure) {
     const NormKernels norms = norm_kernels(control.norm);
@@ -243,6 +248,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
                                                : kernels_.lean[i - kFirstLean].update;
     launch(update, range.tiles * kWarp, queue, table_, range);
   }
+  has_begun_ = false;
 }
 
 // Sends what changed; the last launch derives the scalars of the first `rows` rows.
@@ -285,6 +291,7 @@ void DevicePlan::launch(void (*kernel)(Parameters...), int64_t threads, const Qu
     cuda::launch(kernel, threads, queue, arguments...);
   } catch (...) {
     memory_.reset();  // what it holds is not known: the next step begins anew
+    broken_ = has_begun_;
     throw;
   }
   ++launches_;

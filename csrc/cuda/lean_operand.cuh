@@ -89,9 +89,19 @@ class LeanOperand {
     });
   }
   __device__ void encode(const float (&values)[kElements], DType dtype) {
-    with_codec_of(dtype, [&](auto codec) {
+    float sum = 0;
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) set_value(raw_, j, decltype(codec)::encode(values[j]));
+    for (int j = 0; j < kElements; ++j) sum += values[j];
+    const bool all_numbers = kForm == Form::kFloat || sum == sum;
+    with_codec_of(dtype, [&](auto codec) {
+      using Codec = decltype(codec);
+      if (all_numbers) {
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) set_value(raw_, j, Codec::encode_number(values[j]));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) set_value(raw_, j, Codec::encode(values[j]));
+      }
     });
   }
 

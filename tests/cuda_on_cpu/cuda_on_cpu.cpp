@@ -19,12 +19,14 @@ cudaStream_t captured_stream = nullptr;
 
 }  // namespace
 
+int cuda_on_cpu_launches_left = -1;
+
 cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
   const std::lock_guard<std::mutex> lock(mutex);
   const bool valid = config.gridDim.x > 0 && config.gridDim.y == 1 && config.gridDim.z == 1 && config.blockDim.y == 1 &&
                      config.blockDim.z == 1 && config.blockDim.x > 0 && config.blockDim.x <= 1024 &&
                      config.blockDim.x % kLanes == 0 && config.gridDim.x <= 0x7fffffff && config.dynamicSmemBytes == 0;
-  if (!valid) return cudaErrorInvalidValue;
+  if (!valid || cuda_on_cpu_launches_left-- == 0) return cudaErrorInvalidValue;
   if (capture && config.stream == captured_stream) {
     capture->launches.push_back([config, thread = std::move(thread)] { cuda_on_cpu_run(config, thread); });
   } else {

@@ -93,6 +93,9 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+// For tests: so many launches succeed, and the next one fails; below 0: none does.
+extern int cuda_on_cpu_launches_left;
+
 // Runs `thread` for every thread of the grid, or captures it.
 cudaError_t cuda_on_cpu_launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
 // Runs it: in_order.cpp or interleaved.cpp.
