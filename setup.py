@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,6 @@ LINK_FLAGS = [] if DEBUG or sys.platform != "linux" else ["-Wl,--strip-debug"]  
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
 # Registers that spill to memory are an error too.
 NVCC_STRICT = ["-Werror=all-warnings", "-Xptxas=-Werror,--warn-on-spills,--warn-on-local-memory-usage"]
-ARCHITECTURES = "8.0;9.0+PTX"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 
 
@@ -36,8 +36,22 @@ def find_toolkit() -> None:
                 os.environ["CUDA_HOME"] = str(Path(line.removeprefix("#$ TOP=")).resolve())
 
 
+def architectures(nvcc: tuple[int, ...]) -> str:
+    """As torch reads them, for GPUs that this nvcc knows; PTX is for newer ones."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX" if nvcc >= (12, 8) else "8.0;9.0+PTX")
+    names = {"kepler", "maxwell", "pascal", "volta", "turing"}
+    for each in re.split(r"[;,\s]+", listed):
+        number = re.match(r"\d+", each)
+        if int(number[0]) < 8 if number else each.split("+")[0].lower() in names:
+            raise SystemExit(
+                f"genopt_ext: CUDA kernels need a GPU of architecture 8.0 or newer, TORCH_CUDA_ARCH_LIST has {each}; "
+                "leave it out, or set FORCE_CUDA=0: the reference in plain torch serves older GPUs"
+            )
+    return listed
+
+
 def cuda_decision() -> tuple[bool, str]:
-    """Whether to build CUDA kernels, and why."""
+    """Whether to build CUDA kernels, and why. Where it does, TORCH_CUDA_ARCH_LIST is set."""
     find_toolkit()
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -63,6 +77,8 @@ def cuda_decision() -> tuple[bool, str]:
             reason += "; the first numbers have to be the same, and nvcc 12.1 or newer: install such a toolkit"
     if wanted == "1" and not built:
         raise SystemExit(f"genopt_ext: CUDA was asked for (FORCE_CUDA=1), but {reason}, or unset FORCE_CUDA")
+    if built:  # torch's own default asks for a GPU to look at
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(ours)
     return built, reason
 
 
@@ -116,8 +132,6 @@ def extension() -> Extension:
     if not BUILDS_CUDA:
         sources = [name for name in SOURCES if not name.endswith(".cu")]
         return CppExtension("genopt_ext._C", sources, extra_compile_args=flags, extra_link_args=LINK_FLAGS)
-    # torch's own default asks for a GPU to look at.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     return CUDAExtension(
         "genopt_ext._C",
         SOURCES,

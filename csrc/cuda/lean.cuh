@@ -19,9 +19,9 @@ __device__ void with_block_of(int i, float scale, Visit visit) {
 }
 
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
-// computed for longer, and need seven.
+// computed for longer, and need seven. With three states registers let five.
 constexpr int lean_blocks(unsigned used, const Way& way) {
-  return way.state == Form::kCodes && used != 0b111 ? 7 : 6;
+  return used == 0b111 ? 5 : way.state == Form::kCodes ? 7 : 6;
 }
 
 // kUsed: a set of the rule's states, as in Rule::Masks.
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   constexpr bool kHasFloats = kSeen == Form::kFloat || (kUsed && kStored.state == Form::kFloat);
   constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand
   if (warp_here() >= range.tiles) return;
-  const TileHere found = find_tile(table, range);
+  const TileHere found = find_lean_tile(table, range);
   const uint64_t grad = table.words[table.grad(found.row)];
   if (!grad) return;
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(found.row));

@@ -58,12 +58,17 @@ struct TileHere {
   int64_t start;  // its first element
 };
 __device__ inline TileHere find_tile(const Table& table, const TileRange& range) {
-  if (range.one_each) return {static_cast<int>(table.words[table.order(range.first) + warp_here()]), 0};
   const int64_t tile = range.first_tile + warp_here();
   const int position =
       range.first + find_row(table.words + table.first_tile(range.first), range.rows, tile, lane_here());
   const int64_t first = static_cast<int64_t>(table.words[table.first_tile(position)]);
   return {static_cast<int>(table.words[table.order(position)]), (tile - first) * kTile};
+}
+
+// The same, without a search where every row has one tile.
+__device__ inline TileHere find_lean_tile(const Table& table, const TileRange& range) {
+  if (range.one_each) return {static_cast<int>(table.words[table.order(range.first) + warp_here()]), 0};
+  return find_tile(table, range);
 }
 
 // Where element i of a row with a layout lies, in elements from the operand's base.
