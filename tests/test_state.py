@@ -458,6 +458,7 @@ def test_an_interrupt_leaves_whole_steps(fresh):
     code = """
 import os, signal, threading, torch
 from genopt_ext import optim
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 p = torch.nn.Parameter(torch.ones(1 << 22))
 p.grad = torch.full_like(p, 0.5)
 opt = optim.AdamW([p])
