@@ -25,7 +25,8 @@ SIGNATURES = {
     "AdamW bf16, fp32 state": f"kind=step {_ADAMW} {_HALVES}",
     "AdamW bf16 stochastic, fp32 state": f"kind=step {_ADAMW} {_HALVES} unbiased=weights",
     "AdamW bf16 with masters": f"kind=step {_ADAMW} {_HALVES} extra=master",
-    "AdamW bf16 with Kahan sums": f"kind=step {_ADAMW} {_HALVES} extra=compensation",  # which no lean kernel serves
+    "AdamW bf16 with Kahan sums": f"kind=step {_ADAMW} {_HALVES} extra=compensation",
+    "AdamW fp32, bf16 state": f"kind=step {_ADAMW} states=bfloat16",  # which no lean kernel serves
     "AdamW all bf16": f"kind=step {_ADAMW} {_HALVES} states=bfloat16",
     "AdamW all bf16, NaN": f"kind=step {_ADAMW} {_HALVES} states=bfloat16 nans=1",
     "AdamW all fp16, NaN": f"kind=step {_ADAMW} weights=float16 gradient=float16 states=float16 nans=1",
@@ -35,6 +36,7 @@ SIGNATURES = {
     "SGD momentum fp32": f"kind=step {_SGD}",
     "RMSprop fp32": f"kind=step {_RMSPROP}",
     "RMSprop bf16 with Kahan sums": f"kind=step {_RMSPROP} {_HALVES} extra=compensation",
+    "RMSprop fp32, bf16 state": f"kind=step {_RMSPROP} states=bfloat16",
     "Adagrad fp32": f"kind=step {_ADAGRAD}",
     "Lion fp32": f"kind=step {_LION}",
     "norm fp32": f"kind=step measures=1 {_ADAMW}",

@@ -16,11 +16,11 @@ int64_t layout_words(const Layout& layout) {
 // How a lean kernel would have the row stored; null: none has one so.
 const Way* way_of(const Row& row, const Control& control) {
   const DType dtype = row.dtype[kParam];
-  const bool has_master = row.extra == Extra::kMaster, is_half = size_of(dtype) == 2;
+  const bool is_half = size_of(dtype) == 2;
   if (row.layout || row.only_average || control.gradients == Gradients::kUnscaled || row.used & kWithAverage ||
-      row.extra == Extra::kCompensation || row.dtype[kGrad] != dtype)
+      (row.extra == Extra::kCompensation && row.dtype[kExtra] != dtype) || row.dtype[kGrad] != dtype)
     return nullptr;
-  Way way{is_half ? Form::kHalf : Form::kFloat, Form::kFloat, has_master};
+  Way way{is_half ? Form::kHalf : Form::kFloat, Form::kFloat, row.extra};
   bool first = true;
   for (int k = 0; k < kOperands; ++k) {
     if (!is_used(row.used, k)) continue;

@@ -23,14 +23,16 @@ struct TileRange {
 enum class Form : uint8_t { kFloat, kHalf, kCodes };
 struct Way {
   Form param, state;
-  bool has_master;
+  Extra extra;  // a compensation is stored as the parameter
 
   bool operator==(const Way&) const = default;
 };
-constexpr Way kWays[] = {{Form::kFloat, Form::kFloat, false}, {Form::kFloat, Form::kCodes, false},
-                         {Form::kHalf, Form::kFloat, false},  {Form::kHalf, Form::kHalf, false},
-                         {Form::kHalf, Form::kCodes, false},  {Form::kHalf, Form::kFloat, true},
-                         {Form::kHalf, Form::kCodes, true}};
+constexpr Way kWays[] = {
+    {Form::kFloat, Form::kFloat, Extra::kNone},      {Form::kFloat, Form::kCodes, Extra::kNone},
+    {Form::kHalf, Form::kFloat, Extra::kNone},       {Form::kHalf, Form::kHalf, Extra::kNone},
+    {Form::kHalf, Form::kCodes, Extra::kNone},       {Form::kHalf, Form::kFloat, Extra::kMaster},
+    {Form::kHalf, Form::kCodes, Extra::kMaster},     {Form::kHalf, Form::kFloat, Extra::kCompensation},
+    {Form::kHalf, Form::kHalf, Extra::kCompensation}};
 constexpr int kWayCount = static_cast<int>(std::size(kWays));
 
 using UpdateKernel = void (*)(Table, TileRange);

@@ -1,4 +1,4 @@
-// The update of usual rows: contiguous, aligned, without average or compensation, and stored in one of a few ways that
+// The update of usual rows: contiguous, aligned, without average, and stored in one of a few ways that
 // are known when this is compiled. The general update (update.cuh) has registers for whatever a row may be; this one
 // has what it needs, so that enough warps run to keep memory busy. The same rules, codecs and bits.
 #pragma once
@@ -29,7 +29,8 @@ template <class Rule, unsigned kUsed, int kWay>
 __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
     lean_update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
   constexpr Way kStored = kWays[kWay];
-  constexpr Form kSeen = kStored.has_master ? Form::kFloat : kStored.param;  // the parameter as the rule sees it
+  constexpr bool kHasMaster = kStored.extra == Extra::kMaster, kHasRest = kStored.extra == Extra::kCompensation;
+  constexpr Form kSeen = kHasMaster ? Form::kFloat : kStored.param;  // the parameter as the rule sees it
   constexpr bool kHasFloats = kSeen == Form::kFloat || (kUsed && kStored.state == Form::kFloat);
   constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand
   if (warp_here() >= range.tiles) return;
@@ -57,8 +58,10 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   LeanOperand<kSeen, kPiece> p;
   LeanOperand<kStored.state, kPiece> states[kMaxStates];
   float scales[kMaxStates];
-  p.load(row.data[kStored.has_master ? kExtra : kParam], tile, kOrdinary);
+  p.load(row.data[kHasMaster ? kExtra : kParam], tile, kOrdinary);
   g.load(gradient, tile, kOrdinary);
+  LeanOperand<kStored.param, kPiece> rest;
+  if constexpr (kHasRest) rest.load(row.data[kExtra], tile, kOrdinary);
 #pragma unroll
   for (int i = 0; i < kMaxStates; ++i) {
     if (!(kUsed >> i & 1)) continue;
@@ -68,6 +71,12 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   const auto scalars = scalars_of<Scalars<Rule, float>>(table, row, found.row);
   p.decode(values[kParam], dtype);
   g.decode(values[kGrad], dtype);
+  if constexpr (kHasRest) {
+    float rests[kElements];
+    rest.decode(rests, dtype);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) values[kParam][j] += rests[j];
+  }
 #pragma unroll
   for (int i = 0; i < kMaxStates; ++i) {
     if (!(kUsed >> i & 1)) continue;
@@ -82,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
     scalars.update.template apply<kUsed>(values[kParam][j], scalars.around.gradient(values[kGrad][j]),
                                          values[kState][j], values[kState + 1][j], values[kState + 2][j]);
 
-  if constexpr (kStored.has_master) {
+  if constexpr (kHasMaster) {
     LeanOperand<kStored.param, kPiece> narrow;
     narrow.encode(values[kParam], dtype);
     narrow.store(row.data[kParam], tile);
@@ -96,7 +105,16 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
     }
   }
   p.encode(values[kParam], dtype);
-  p.store(row.data[kStored.has_master ? kExtra : kParam], tile);
+  p.store(row.data[kHasMaster ? kExtra : kParam], tile);
+  if constexpr (kHasRest) {  // what storing leaves over
+    float rounded[kElements];
+    p.decode(rounded, dtype);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j)
+      values[kParam][j] = rounded[j] - rounded[j] == 0 ? values[kParam][j] - rounded[j] : 0;
+    rest.encode(values[kParam], dtype);
+    rest.store(row.data[kExtra], tile);
+  }
   const uint32_t phase = tile_phase(scalars.phase, tile.start);
   if constexpr (kStored.state == Form::kCodes) __syncwarp();  // all lanes have read the scales that one writes
 #pragma unroll
