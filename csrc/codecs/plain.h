@@ -39,6 +39,23 @@ GENOPT_INLINE float truncated(float x) {
   return static_cast<float>(static_cast<int32_t>(x));
 }
 
+// Codec::encode(x) of no NaN, for which a GPU's conversion to 16 bits has bits of its own.
+template <class Codec, class T>
+GENOPT_INLINE typename Codec::Stored encode_number(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(typename Codec::Stored) == 2) {
+    uint16_t stored;
+    if constexpr (Codec::kDType == DType::kBFloat16) {
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
+    } else {
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
+    }
+    return stored;
+  }
+#endif
+  return Codec::encode(x);
+}
+
 template <class Number, DType kType>
 struct Native {
   using Stored = Number;
@@ -50,10 +67,6 @@ struct Native {
   template <class T>
   static GENOPT_INLINE Stored encode(T x) {
     return static_cast<Stored>(x);
-  }
-  template <class T>
-  static GENOPT_INLINE Stored encode_number(T x) {
-    return encode(x);
   }
 };
 
@@ -70,19 +83,9 @@ struct BFloat16 {
   template <class T>
   static GENOPT_INLINE Stored encode(T x) {
 #if defined(__CUDA_ARCH__)
-    return x == x ? encode_number(x) : Stored{0x7fc0};
+    return x == x ? encode_number<BFloat16>(x) : Stored{0x7fc0};
 #endif
     return static_cast<Stored>(encode_bits(static_cast<float>(x)));
-  }
-  // Of no NaN, for which the GPU's instruction has bits of its own.
-  template <class T>
-  static GENOPT_INLINE Stored encode_number(T x) {
-#if defined(__CUDA_ARCH__)
-    Stored stored;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
-    return stored;
-#endif
-    return encode(x);
   }
   template <class V>
   static GENOPT_INLINE auto encode_bits(V x) {
@@ -122,7 +125,7 @@ struct Float16 {
   static GENOPT_INLINE Stored encode(T x) {
     const uint32_t bits = bits_of(static_cast<float>(x));
 #if defined(__CUDA_ARCH__)
-    return x == x ? encode_number(x) : static_cast<Stored>((bits >> 16 & 0x8000) | 0x7e00);
+    return x == x ? encode_number<Float16>(x) : static_cast<Stored>((bits >> 16 & 0x8000) | 0x7e00);
 #endif
     const uint32_t magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     // 0.5 has its last place where the smallest fp16 subnormal stands: adding it rounds there.
@@ -131,16 +134,6 @@ struct Float16 {
     const uint32_t beyond = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
     const uint32_t in_range = magnitude < (113u << 23) ? subnormal : normal;
     return static_cast<Stored>(sign | (magnitude >= 0x477ff000 ? beyond : in_range));
-  }
-  // As BFloat16's.
-  template <class T>
-  static GENOPT_INLINE Stored encode_number(T x) {
-#if defined(__CUDA_ARCH__)
-    Stored stored;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(static_cast<float>(x)));
-    return stored;
-#endif
-    return encode(x);
   }
   // The nearest number that is stored exactly: decode(encode(x)).
   template <class V>

@@ -97,7 +97,7 @@ class LeanOperand {
       using Codec = decltype(codec);
       if (all_numbers) {
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) set_value(raw_, j, Codec::encode_number(values[j]));
+        for (int j = 0; j < kElements; ++j) set_value(raw_, j, encode_number<Codec>(values[j]));
       } else {
 #pragma unroll
         for (int j = 0; j < kElements; ++j) set_value(raw_, j, Codec::encode(values[j]));

@@ -218,7 +218,7 @@ __device__ void decide(const Table& table, int lane, double* places) {
   if (counter && skips) ++*static_cast<int64_t*>(address_in(counter));
 }
 
-// Of one operand of a row. The lane that joined it has the result.
+// Of one operand of a row. All lanes have the result.
 template <class M, Measured kHow, class Slots>
 __device__ double measure(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data, int lane,
                           double* places, Slots& slots) {
