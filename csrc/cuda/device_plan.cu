@@ -230,7 +230,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     put(table_.grad(r), is_here(row) ? address : 0);
   }
   flush(wanted.rows, queue);
-  has_begun_ = !queue.capturing && !control.only_measure;
+  has_begun_ = !rule_.is_transfer && !queue.capturing && !control.only_measure;
 
   if (control.measure) {
     const NormKernels norms = norm_kernels(control.norm);
