@@ -28,7 +28,7 @@ class DevicePlan {
   DevicePlan(const RuleInfo& rule, int device);
 
   // Enqueues one step of the active rows on this device: a prologue, again where more changed than one launch can
-  // carry, then one launch for each kind of rows, after one each to measure float and double gradients, if asked.
+  // carry, then one launch for each kind of rows, after one each to measure usual, float and double ones, if asked.
   // Nothing that is passed needs to live on after it. Row r of one step is row r of the next: an inactive row keeps its
   // place. Throws std::runtime_error; of an optimizer, after one between the prologue and the last update, always.
   void step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors, const Queue& queue);
