@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 540  # a call; whoever lends a GPU for ten minutes also counts what stands around it
+SECONDS = 540  # a call; ten minutes with what stands around it
 SHOWN = 40  # lines of a failure
 GRACE = 2.0  # seconds in which who was interrupted may say what it knew
 TIMED_OUT, NOT_FOUND = 124, 127  # as a shell has them
