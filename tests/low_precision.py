@@ -28,6 +28,8 @@ from cases import (
 )
 from torch import Tensor
 
+from genopt_ext import optim
+
 needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
 ADAMW = Case("AdamW")
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
@@ -41,8 +43,9 @@ BLOCKS = [(n,) for n in (1, 255, 256, 257, 700)]
 TILE = 256
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 WIDER = [dict(state_dtype=torch.float32), dict(state_dtype=torch.bfloat16)]
-SIGNED = ("exp_avg", "grad_avg", "momentum_buffer")
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+RULES = [getattr(optim, name).rule for name in optim.OURS]
+SQUARES = sorted({name for rule in RULES for name in rule.squares})  # never negative
+SIGNED = sorted({name for rule in RULES for name in rule.states} - set(SQUARES))
 
 # An error that the map may have, whichever it is, as a part of the largest element in a block.
 MAP_ERROR = 0.1
@@ -245,7 +248,7 @@ def plain(case: Case, opt: Any, **options: Any) -> tuple[Any, list[Any]]:
 def decoded(case: Case, opt: Any) -> list[dict[str, Tensor]]:
     """Each parameter's moments in float32."""
     other, params = plain(case, opt)
-    return [{n: t.float() for n, t in other.state.get(p, {}).items() if n in SIGNED + SQUARES} for p in params]
+    return [{n: t.float() for n, t in other.state.get(p, {}).items() if n in [*SIGNED, *SQUARES]} for p in params]
 
 
 def in_memory(t: Tensor) -> Tensor:

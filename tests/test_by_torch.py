@@ -279,7 +279,7 @@ def test_gradcheck(name):
     assert gradcheck(call, (p, g, buffer))
 
 
-@pytest.mark.parametrize("name", optim.TORCHS)
+@pytest.mark.parametrize("name", [name for name in optim.TORCHS if name != "Rprop"])  # there it is a state's beginning
 def test_gradients_flow_to_the_learning_rate(name):
     p, g = (randn((3,), i, torch.float64) for i in range(2))
 
@@ -290,7 +290,8 @@ def test_gradients_flow_to_the_learning_rate(name):
 
     results = [outcome(lambda: flow(optim)), outcome(lambda: flow(torch.optim))]
     assert_same_outcome(*results, name)
-    assert name in ("RMSprop", "Adagrad") or len(results[0]) == 2, "torch's for-loop lets it flow"
+    refused = ("RMSprop", "Adagrad", "Adadelta", "Adamax")
+    assert name in refused or len(results[0]) == 2, "torch's for-loop lets it flow"
 
 
 def test_a_differentiable_group_beside_an_ordinary_one():

@@ -43,8 +43,12 @@ def test_every_error_that_torch_raises(name):
 
 RANGES = {name: getattr(optim, name).rule.ranges for name in optim.OURS}
 INITIAL = "initial_accumulator_value"
+# Not those which only say with what a state begins.
 NUMBERS = [
-    (n, option) for n, ranges in RANGES.items() for option in ranges if not ranges[option].items and option != INITIAL
+    (n, option)
+    for n, ranges in RANGES.items()
+    for option in ranges
+    if not ranges[option].each and option not in (getattr(optim, n).rule.initial or {}).values()
 ]
 
 
@@ -79,6 +83,10 @@ BETAS = [(NAN, 0.9), (0.9, 1.0), (0.9, "x"), (0.9,), 0.9, (-0.1, 0.9), (0.9, INF
     [
         # Which steps do not read.
         *(("Adagrad", {INITIAL: value}, (TypeError, ValueError), INITIAL) for value in BAD),
+        *(("Rprop", dict(lr=value), (TypeError, ValueError), "lr") for value in BAD),
+        *(("Rprop", dict(etas=etas), ValueError, "Invalid eta values") for etas in ((0, 1.2), (0.5, 1.0), (1.2, 0.5))),
+        ("Rprop", dict(step_sizes=(1e-6, INF)), ValueError, "Invalid step sizes: 1e-06, inf"),
+        ("Adadelta", dict(rho=1.1), ValueError, "rho must be a finite number >= 0 and <= 1"),
         *(("Adam", dict(betas=betas), (TypeError, ValueError), "beta") for betas in BETAS),
         ("AdamW", dict(beta=0.9), TypeError, "unexpected keyword argument 'beta'"),
         ("AdamW", dict(maximize="yes"), TypeError, "maximize must be True or False"),

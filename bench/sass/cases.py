@@ -17,6 +17,10 @@ _SGD = "rule=sgd options=1e-2,0.9,0,0.01,0,0"
 _RMSPROP = "rule=rmsprop options=1e-3,0.99,1e-8,0.01,0,0,0"
 _ADAGRAD = "rule=adagrad options=1e-2,0,1e-10,0.01,0"
 _LION = "rule=lion options=1e-4,0.9,0.99,0.01,0"
+_ADAMAX = "rule=adamax options=2e-3,0.9,0.999,1e-8,0.01,0"
+_ADADELTA = "rule=adadelta options=1,0.9,1e-6,0.01,0"
+_RADAM = "rule=radam options=1e-3,0.9,0.999,1e-8,0.01,0,1"
+_RPROP = "rule=rprop options=0.5,1.2,1e-6,50,0"
 _HALVES = "weights=bfloat16 gradient=bfloat16"
 
 SIGNATURES = {
@@ -39,6 +43,10 @@ SIGNATURES = {
     "RMSprop fp32, bf16 state": f"kind=step {_RMSPROP} states=bfloat16",
     "Adagrad fp32": f"kind=step {_ADAGRAD}",
     "Lion fp32": f"kind=step {_LION}",
+    "Adamax fp32": f"kind=step {_ADAMAX}",
+    "Adadelta fp32": f"kind=step {_ADADELTA}",
+    "RAdam fp32": f"kind=step {_RADAM}",
+    "Rprop fp32": f"kind=step {_RPROP}",
     "norm fp32": f"kind=step measures=1 {_ADAMW}",
     "norm bf16": f"kind=step measures=1 {_ADAMW} {_HALVES}",
     "quantize fp32 in blocks of 256": "kind=quantize",
@@ -81,7 +89,7 @@ def all_cases() -> list[Case]:
         made += [Case(f"{name}, {shape}", shape, f"{line} numel={numel}") for shape, numel in shapes.items()]
     rows = f"{SIGNATURES['AdamW fp32']} numel=64 rows=40"  # so many that a warp searches for its own in two rounds
     made.append(Case("AdamW fp32, 40 rows of 64", "rows", rows))
-    for name in ("AdamW", "SGD momentum", "RMSprop", "Adagrad", "Lion"):
+    for name in ("AdamW", "SGD momentum", "RMSprop", "Adagrad", "Lion", "RAdam"):
         # All launches of a step are run in every case; this counts the one that makes a row's scalars.
         made.append(Case(f"{name}, prologue", "whole", f"{SIGNATURES[f'{name} fp32']} numel=64 counts=step"))
     return made

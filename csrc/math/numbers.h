@@ -39,6 +39,12 @@ GENOPT_INLINE T absolute(T x) {
   return x < 0 ? -x : x;
 }
 
+// -1, 0 or 1; of NaN 0, as torch.sign.
+template <class V>
+GENOPT_INLINE V sign_of(V x) {
+  return choose(x > V(0), V(1), choose(x < V(0), V(-1), V(0)));
+}
+
 // The bits of a number, as an integer of its size.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;

@@ -22,7 +22,7 @@ constexpr Options kNoOptions = [] {
 }();
 
 // Room for any rule's Scalars.
-constexpr int kScalarsBytes = 112;
+constexpr int kScalarsBytes = 128;
 
 struct RuleInfo {
   const char* name;

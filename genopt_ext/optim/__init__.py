@@ -1,4 +1,4 @@
-"""``torch.optim`` with native kernels: six classes are ours, every other name passes through to torch."""
+"""``torch.optim`` with native kernels: the elementwise classes are ours, every other name passes through to torch."""
 
 import sys as _sys
 from typing import Any
@@ -6,16 +6,24 @@ from typing import Any
 import torch.optim as _torch_optim
 from torch.optim import *  # noqa: F403
 
+from .adadelta import Adadelta as Adadelta
+from .adadelta import Adadelta8bit as Adadelta8bit
 from .adagrad import Adagrad as Adagrad
 from .adagrad import Adagrad8bit as Adagrad8bit
 from .adam import Adam as Adam
 from .adam import Adam8bit as Adam8bit
 from .adam import AdamW as AdamW
 from .adam import AdamW8bit as AdamW8bit
+from .adamax import Adamax as Adamax
+from .adamax import Adamax8bit as Adamax8bit
 from .lion import Lion as Lion
 from .lion import Lion8bit as Lion8bit
+from .radam import RAdam as RAdam
+from .radam import RAdam8bit as RAdam8bit
 from .rmsprop import RMSprop as RMSprop
 from .rmsprop import RMSprop8bit as RMSprop8bit
+from .rprop import Rprop as Rprop
+from .rprop import Rprop8bit as Rprop8bit
 from .sgd import SGD as SGD
 from .sgd import SGD8bit as SGD8bit
 

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .optimizer import FusedOptimizer
-from .options import Range, StepOptions
+from .options import Range, StepOptions, betas
 from .rule import Rule
 
 RULE = Rule(
@@ -16,7 +16,7 @@ RULE = Rule(
     states={"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"},
     ranges={
         "lr": Range("learning rate"),
-        "betas": Range("beta parameter at index {}", below=1.0, items=2),
+        "betas": betas(),
         "eps": Range("epsilon value"),
         "weight_decay": Range("weight_decay value"),
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_type_hints
@@ -17,25 +18,35 @@ from .state import FORMAT, MIN_INT8_SIZE, NAMED, complete
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may be: ``at_least <= x < below``, and finite unless ``finite`` is False."""
+    """The numbers that an option may be: each bound is left out where it is None.
+
+    Attributes:
+        label: what a message calls it; where numbers of a tuple are called as the tuple, it shows all.
+        at_least, above, at_most, below: bounds, the second and the last not allowed themselves.
+        finite: whether infinity is not allowed either.
+        each: the option is a tuple, of numbers in these ranges.
+    """
 
     label: str
     at_least: float | None = 0.0
+    above: float | None = None
+    at_most: float | None = None
     below: float | None = None
-    items: int = 0  # > 0: a tuple of so many
     finite: bool = True
+    each: tuple[Range, ...] = ()
 
     def check(self, where: str, name: str, value: Any) -> None:
         """Raises TypeError or ValueError, in torch's words and with what is allowed."""
-        if not self.items:
-            self._check_number(where, name, self.label, value)
+        if not self.each:
+            self._check_number(where, name, value, value)
             return
-        if not isinstance(value, (tuple, list)) or len(value) != self.items:
-            raise TypeError(f"{where}: {name} must be {self.items} numbers, got {value!r}")
-        for i, item in enumerate(value):
-            self._check_number(where, f"{name}[{i}]", self.label.format(i), item)
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.each):
+            raise TypeError(f"{where}: {name} must be {len(self.each)} numbers, got {value!r}")
+        for i, (item, allowed) in enumerate(zip(value, self.each, strict=True)):
+            shown = ", ".join(map(str, value)) if allowed.label == self.label else item
+            allowed._check_number(where, f"{name}[{i}]", item, shown)
 
-    def _check_number(self, where: str, name: str, label: str, value: Any) -> None:
+    def _check_number(self, where: str, name: str, value: Any, shown: Any) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{where}: Tensor {name} must be 1-element, got shape {list(value.shape)}")
         if isinstance(value, Tensor) and not tracing.has_number(value):
@@ -47,14 +58,24 @@ class Range:
                 else float(value.detach() if isinstance(value, Tensor) else value)
             )
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise TypeError(f"{where}: Invalid {label}: {value!r}; {name} must be a number") from None
-        low = "" if self.at_least is None else f" >= {self.at_least:g}"
-        high = "" if self.below is None else f" < {self.below:g}"
-        inside = (self.at_least is None or number >= self.at_least) and (self.below is None or number < self.below)
+            raise TypeError(f"{where}: Invalid {self.label}: {value!r}; {name} must be a number") from None
+        bounds = (
+            (">=", self.at_least, operator.ge),
+            (">", self.above, operator.gt),
+            ("<=", self.at_most, operator.le),
+            ("<", self.below, operator.lt),
+        )
+        given = [(sign, bound, holds(number, bound)) for sign, bound, holds in bounds if bound is not None]
+        inside = all(holds for *_, holds in given)
         if not (inside and (math.isfinite(number) or not (self.finite or math.isnan(number)))):
-            allowed = " and".join(filter(None, (low, high)))
+            allowed = " and".join(f" {sign} {bound:g}" for sign, bound, _ in given)
             kind = "a finite number" if self.finite else "a number"
-            raise ValueError(f"{where}: Invalid {label}: {value}; {name} must be {kind}{allowed}")
+            raise ValueError(f"{where}: Invalid {self.label}: {shown}; {name} must be {kind}{allowed}")
+
+
+def betas(count: int = 2) -> Range:
+    """So many decay rates, as Adam has two of them."""
+    return Range("betas", each=tuple(Range(f"beta parameter at index {i}", below=1.0) for i in range(count)))
 
 
 FLAGS = (

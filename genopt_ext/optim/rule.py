@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Rule:
         initial: options that say with what a state begins, where that is not 0.
         serves_sparse: whether ``torch_class`` is given sparse gradients.
         sparse_class: what a message recommends for them else.
+        items: what the rule's function calls the numbers of an option that is a tuple.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rule:
     initial: Mapping[str, str] | None = None
     serves_sparse: bool = False
     sparse_class: str = "torch.optim.SGD or torch.optim.Adagrad"
+    items: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"betas": ("beta1", "beta2")})
 
     def state_names(self, group: Group) -> list[str]:
         """The states that a parameter of ``group`` has, besides ``step``."""
@@ -54,10 +56,9 @@ class Rule:
     def options(self, group: Group) -> dict[str, Any]:
         """``group`` as keyword arguments of the rule's function: ``beta1`` is the first of its ``betas``."""
         given = inspect.signature(reference.RULES[self.name]).parameters.values()
-        names = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name != "t"]
-        return {
-            name: group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name] for name in names
-        }
+        wanted = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name != "t"]
+        items = {name: (key, i) for key, names in self.items.items() for i, name in enumerate(names)}
+        return {name: group[items[name][0]][items[name][1]] if name in items else group[name] for name in wanted}
 
     def initial_value(self, group: Group, p: Tensor, name: str) -> complex:
         """With what the state ``name`` of ``p`` begins. -0.0 says "not yet set": see ``csrc/math/numbers.h``."""

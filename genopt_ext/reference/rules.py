@@ -154,4 +154,122 @@ def lion(
     return p - step
 
 
-RULES: dict[str, Callable[..., Tensor]] = {rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion)}
+def adamax(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> Tensor:
+    """Adamax: ``csrc/rules/adamax.h``."""
+    l2 = rounded(weight_decay, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = g + p * l2
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    u = state["exp_inf"] = torch.maximum(state["exp_inf"] * rounded(beta2, p), g.abs() + rounded(eps, p))
+    return p - m * rounded(lr / (1.0 - power(beta1, t)), p) / u
+
+
+def adadelta(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    rho: Number,
+    eps: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> Tensor:
+    """Adadelta: ``csrc/rules/adadelta.h``."""
+    l2, weight, small = rounded(weight_decay, p), rounded(1.0 - rho, p), rounded(eps, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = g + p * l2
+    s = state["square_avg"] = average_square(state["square_avg"], g, weight)
+    d = sqrt(state["acc_delta"] + small) / sqrt(s + small) * g
+    state["acc_delta"] = average_square(state["acc_delta"], d, weight)
+    return p - d * rounded(lr, p)
+
+
+def radam(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+) -> Tensor:
+    """RAdam: ``csrc/rules/radam.h``."""
+    beta2_t = power(beta2, t)
+    correction2 = 1.0 - beta2_t
+    longest = 2.0 / (1.0 - beta2) - 1.0
+    length = longest - 2.0 * t * beta2_t / correction2
+    plain = lr / (1.0 - power(beta1, t))
+    l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
+    decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
+    if maximize:
+        g = -g
+    if may_count(l2):
+        g = g + p * l2
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+
+    def rectified() -> Tensor:
+        ratio = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
+        return m * rounded(plain * (root(correction2) * root(ratio)), p) / (sqrt(v) + rounded(eps, p))
+
+    if isinstance(length, Tensor):
+        u = torch.where(length > 5.0, rectified(), m * rounded(plain, p))
+    else:
+        u = rectified() if length > 5.0 else m * rounded(plain, p)
+    if may_count(decay):
+        u = p * decay + u
+    return p - u
+
+
+def rprop(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    etaminus: Number,
+    etaplus: Number,
+    step_size_min: Number,
+    step_size_max: Number,
+    maximize: bool,
+) -> Tensor:
+    """Rprop: ``csrc/rules/rprop.h``."""
+    if maximize:
+        g = -g
+    agreement = g.sign() * state["prev"].sign()
+    factor = torch.where(agreement > 0, rounded(etaplus, p), torch.ones_like(p))
+    factor = torch.where(agreement < 0, rounded(etaminus, p), factor)
+    least, most = (
+        torch.as_tensor(rounded(x, p), dtype=p.dtype, device=p.device) for x in (step_size_min, step_size_max)
+    )
+    s = state["step_size"] = (state["step_size"] * factor).clamp(least, most)
+    g = state["prev"] = torch.where(agreement < 0, 0.0, g)
+    return p - g.sign() * s
+
+
+RULES: dict[str, Callable[..., Tensor]] = {
+    rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop)
+}

@@ -1,0 +1,99 @@
+"""Adamax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from .optimizer import FusedOptimizer
+from .options import Range, StepOptions, betas
+from .rule import Rule
+
+RULE = Rule(
+    name="adamax",
+    states={"exp_avg": None, "exp_inf": None},
+    ranges={
+        "lr": Range("learning rate"),
+        "betas": betas(),
+        "eps": Range("epsilon value"),
+        "weight_decay": Range("weight_decay value"),
+    },
+    torch_class=torch.optim.Adamax,
+    squares=frozenset({"exp_inf"}),
+)
+
+
+class Adamax(FusedOptimizer, torch.optim.Adamax):
+    """Adamax (Kingma and Ba, `arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`_, section 7.1), as
+    :class:`torch.optim.Adamax`: Adam with the largest magnitude for the root mean square.
+
+    Args:
+        params: parameters, named parameters or parameter groups: float32, float64, bfloat16, float16 or
+            complex, of any shape and strides.
+        lr: learning rate, a number or a 1-element tensor, read at every step; on a GPU without waiting for it.
+        betas: decay rates of the average of the gradient and of its largest magnitude, both in [0, 1).
+        eps: added to the magnitude.
+        weight_decay: L2 penalty.
+        foreach, fused: accepted: every step is fused and covers all tensors at once.
+        maximize: ascend instead of descending.
+        capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
+        differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
+        backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
+            plain torch.
+        step_options: what every class has besides: :class:`StepOptions`.
+
+    State per parameter, under torch's names: ``step`` (0-dim float32), ``exp_avg`` and ``exp_inf``, in the parameter's
+    shape and dtype.
+
+    Raises:
+        TypeError: an argument or a parameter of the wrong type.
+        ValueError: an argument out of its range.
+    """
+
+    rule = RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+        **step_options: Unpack[StepOptions],
+    ) -> None:
+        self._begin(
+            backend,
+            step_options,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            differentiable=differentiable,
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+        self._set_options(step_options, fused=fused)
+
+
+class Adamax8bit(Adamax):
+    """:class:`Adamax` with its state in 8 bits: ``state_dtype`` is ``torch.int8`` unless given."""
+
+    default_state_dtype = torch.int8
