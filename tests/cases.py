@@ -105,6 +105,9 @@ CASES = [
     Case("RAdam", dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, maximize=True)),
     Case("Rprop"),
     Case("Rprop", dict(lr=0.1, etas=(0.3, 1.5), step_sizes=(1e-3, 0.2), maximize=True), stateful=True),
+    Case("AdEMAMix"),
+    Case("AdEMAMix", dict(betas=(0.0, 0.9, 0.99), alpha=3.0, alpha_warmup=2, weight_decay=0.1), stateful=True),
+    Case("AdEMAMix", dict(lr=0.01, beta3_warmup=50, alpha_warmup=5, eps=1e-4, maximize=True), stateful=True),
     Case("Lion"),
     Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,28 +12,28 @@ def __getattr__(name: str) -> Any:
     return getattr(torch.optim, name)
 
 
-class Lion(torch.optim.Optimizer):
-    """Algorithm 2 of arXiv 2302.06675; a complex number is two real ones."""
+class _Oracle(torch.optim.Optimizer):
+    """A class that torch lacks; a complex number is two real ones."""
 
     def __init__(
         self,
         params: Any,
-        lr: Any = 1e-4,
-        betas: Any = (0.9, 0.99),
-        weight_decay: float = 0,
+        own: dict[str, Any],
         *,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        flags = dict(maximize=maximize, foreach=foreach, capturable=capturable, fused=fused)
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, **flags))
+        super().__init__(params, dict(own, maximize=maximize, foreach=foreach, capturable=capturable, fused=fused))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", self.defaults["maximize"])
+        for entries in self.state.values():
+            if "step" in entries:
+                entries["step"] = torch.as_tensor(entries["step"], dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -41,17 +42,80 @@ class Lion(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                weight, g, m = (torch.view_as_real(t) if t.is_complex() else t for t in (p, p.grad, state["exp_avg"]))
-                g = -g if group["maximize"] else g
-                update = m * beta1 + g * (1 - beta1)
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.sub_(lr * torch.where(update.isnan(), update, update.sign()))
-                m.mul_(beta2).add_(g * (1 - beta2))
+                    self.begin(state, group, p)
+                weight, g = p, -p.grad if group["maximize"] else p.grad
+                tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+                if p.is_complex():
+                    weight, g = torch.view_as_real(p), torch.view_as_real(g)
+                    tensors = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
+                self.step_one(group, weight, g, tensors)
         return loss
+
+
+class Lion(_Oracle):
+    """Algorithm 2 of arXiv 2302.06675."""
+
+    def __init__(
+        self, params: Any, lr: Any = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0, **flags: Any
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), **flags)
+
+    def begin(self, state: dict[str, Any], group: dict[str, Any], p: Any) -> None:
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def step_one(self, group: dict[str, Any], weight: Any, g: Any, state: dict[str, Any]) -> None:
+        lr, (beta1, beta2), m = float(group["lr"]), map(float, group["betas"]), state["exp_avg"]
+        update = m * beta1 + g * (1 - beta1)
+        weight.mul_(1 - lr * group["weight_decay"])
+        weight.sub_(lr * torch.where(update.isnan(), update, update.sign()))
+        m.mul_(beta2).add_(g * (1 - beta2))
+
+
+class AdEMAMix(_Oracle):
+    """Algorithm 1 of arXiv 2409.03137, its schedules in appendix A.1."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.9, 0.999, 0.9999),
+        alpha: float = 2.0,
+        beta3_warmup: int | None = None,
+        alpha_warmup: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        **flags: Any,
+    ) -> None:
+        warmups = dict(beta3_warmup=beta3_warmup, alpha_warmup=alpha_warmup)
+        super().__init__(
+            params, dict(lr=lr, betas=betas, alpha=alpha, eps=eps, weight_decay=weight_decay, **warmups), **flags
+        )
+
+    def begin(self, state: dict[str, Any], group: dict[str, Any], p: Any) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")[group["betas"][0] == 0 :]
+        state.update({name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names})
+
+    def step_one(self, group: dict[str, Any], weight: Any, g: Any, state: dict[str, Any]) -> None:
+        lr, (beta1, beta2, beta3), alpha = float(group["lr"]), map(float, group["betas"]), group["alpha"]
+        state["step"] += 1
+        t = state["step"].item()
+        if group["alpha_warmup"] is not None:
+            alpha *= min(t / group["alpha_warmup"], 1)
+        if group["beta3_warmup"] is not None and t < group["beta3_warmup"]:
+            part = t / group["beta3_warmup"]
+            first, last = (math.log(0.5) / math.log(beta + 1e-8) for beta in (beta1, beta3))
+            beta3 = 0.5 ** (1 / ((1 - part) * first + part * last))
+        if beta1 != 0:
+            state["exp_avg_fast"].mul_(beta1).add_(g * (1 - beta1))
+        state["exp_avg_slow"].mul_(beta3).add_(g * (1 - beta3))
+        state["exp_avg_sq"].mul_(beta2).add_(g * g * (1 - beta2))
+        fast = state.get("exp_avg_fast", g) / (1 - beta1**t)
+        denominator = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
+        update = (fast + alpha * state["exp_avg_slow"]) / denominator + group["weight_decay"] * weight
+        weight.sub_(lr * update)

@@ -1,11 +1,16 @@
 """What single rules do beside or beyond torch's; their numbers in general: test_bits.py, test_state.py."""
 
+import math
+
 import pytest
 import torch
 from cases import INF, NAN
+from hypothesis import given
+from hypothesis import strategies as st
 from low_precision import stepped
 
 from genopt_ext import optim
+from genopt_ext.reference.math import exponential, logarithm
 
 
 def test_rprop_knows_the_sign_of_gradients_whose_product_underflows(backend):
@@ -47,3 +52,28 @@ def test_radam_is_rectified_from_the_sixth_step_on(backend):
         moved.append(before - p[0].item())
     assert moved[:5] == pytest.approx([100.0] * 5, rel=1e-5)
     assert all(0 < step < 1 for step in moved[5:])
+
+
+def test_ademamix_goes_on_from_its_authors_checkpoint(backend):
+    """Theirs has a number for the step, and None for a fast average that is the gradient."""
+    p, q = (torch.nn.Parameter(torch.ones(300)) for _ in range(2))
+    options = dict(lr=0.01, betas=(0.0, 0.9, 0.99), alpha=3.0)
+    opt, other = optim.AdEMAMix([p], **options, backend=backend), optim.AdEMAMix([q], **options, backend=backend)
+    stepped(opt, 1.0, -0.5)
+    theirs = opt.state_dict()
+    state = theirs["state"][0]
+    assert "exp_avg_fast" not in state
+    theirs["state"][0] = {**state, "step": 2, "exp_avg_fast": None}
+    ours = ("params", "lr", "betas", "alpha", "beta3_warmup", "alpha_warmup", "eps", "weight_decay")
+    theirs["param_groups"] = [{key: group[key] for key in ours} for group in theirs["param_groups"]]
+    with torch.no_grad():
+        q.copy_(p)
+    other.load_state_dict(theirs)
+    assert torch.equal(stepped(opt, 0.25), stepped(other, 0.25))
+
+
+@given(st.floats(-700, 700))
+def test_logarithm_and_exponential(x):
+    """Ours, as maths libraries differ in their last bits: some units in the last place."""
+    assert exponential(x) == pytest.approx(math.exp(x), rel=1e-15)
+    assert logarithm(math.exp(x)) == pytest.approx(math.log(math.exp(x)), rel=1e-15, abs=1e-16)

@@ -21,6 +21,7 @@ _ADAMAX = "rule=adamax options=2e-3,0.9,0.999,1e-8,0.01,0"
 _ADADELTA = "rule=adadelta options=1,0.9,1e-6,0.01,0"
 _RADAM = "rule=radam options=1e-3,0.9,0.999,1e-8,0.01,0,1"
 _RPROP = "rule=rprop options=0.5,1.2,1e-6,50,0"
+_ADEMAMIX = "rule=ademamix options=1e-3,0.9,0.999,0.9999,2,2000,2000,1e-8,0.01,0"
 _HALVES = "weights=bfloat16 gradient=bfloat16"
 
 SIGNATURES = {
@@ -47,6 +48,8 @@ SIGNATURES = {
     "Adadelta fp32": f"kind=step {_ADADELTA}",
     "RAdam fp32": f"kind=step {_RADAM}",
     "Rprop fp32": f"kind=step {_RPROP}",
+    "AdEMAMix fp32": f"kind=step {_ADEMAMIX}",
+    "AdEMAMix fp32, int8 state": f"kind=step {_ADEMAMIX} states=int8",
     "norm fp32": f"kind=step measures=1 {_ADAMW}",
     "norm bf16": f"kind=step measures=1 {_ADAMW} {_HALVES}",
     "quantize fp32 in blocks of 256": "kind=quantize",
@@ -89,7 +92,7 @@ def all_cases() -> list[Case]:
         made += [Case(f"{name}, {shape}", shape, f"{line} numel={numel}") for shape, numel in shapes.items()]
     rows = f"{SIGNATURES['AdamW fp32']} numel=64 rows=40"  # so many that a warp searches for its own in two rounds
     made.append(Case("AdamW fp32, 40 rows of 64", "rows", rows))
-    for name in ("AdamW", "SGD momentum", "RMSprop", "Adagrad", "Lion", "RAdam"):
+    for name in ("AdamW", "SGD momentum", "RMSprop", "Adagrad", "Lion", "RAdam", "AdEMAMix"):
         # All launches of a step are run in every case; this counts the one that makes a row's scalars.
         made.append(Case(f"{name}, prologue", "whole", f"{SIGNATURES[f'{name} fp32']} numel=64 counts=step"))
     return made

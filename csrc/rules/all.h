@@ -7,6 +7,7 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
+#include "ademamix.h"
 #include "around.h"
 #include "lion.h"
 #include "radam.h"
@@ -17,7 +18,7 @@
 
 namespace genopt {
 
-using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, Transfer>;
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 3;

@@ -17,14 +17,12 @@
 
 namespace genopt {
 
-constexpr int kMaxOptions = 8;  // of a rule
+constexpr int kMaxOptions = 12;  // of a rule
 
-// Options that every rule has, after its own; kUnset where a group does not have one.
+// Options that every rule has, after its own; kUnset where a group does not have one (rule.h).
 enum CommonOption { kMaxGradNorm = kMaxOptions, kClipPerParam, kAgc, kClipGradValue, kEmaDecay, kSeed, kAllOptions };
 constexpr OptionName kCommonOptions[] = {{"max_grad_norm"},   {"clip_per_param"}, {"agc"},
                                          {"clip_grad_value"}, {"ema_decay"},      {"rounding_seed"}};
-constexpr double kUnset = -1;
-
 template <class T>
 struct Around {
   T factor, limit;

@@ -19,10 +19,14 @@
 
 namespace genopt {
 
-// A hyperparameter as param_groups has it: a number under `key`, or item `item` of a tuple there.
+constexpr double kUnset = -1;  // of an option: None
+
+// A hyperparameter as param_groups has it: a number under `key`, or item `item` of a tuple there; or None, if it may
+// be.
 struct OptionName {
   const char* key;
   int item = -1;
+  bool is_optional = false;
 };
 
 // One of a rule's: its name, and where the rule's struct Options holds it.

@@ -129,6 +129,10 @@ class Groups {
         value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
                 : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
                                                                        : nullptr;
+      if (value == Py_None && rule.options[i].is_optional) {
+        options[i] = kUnset;
+        continue;
+      }
       if (!value || PyUnicode_Check(value)) return false;
       if (PyFloat_CheckExact(value)) {
         options[i] = PyFloat_AS_DOUBLE(value);

@@ -16,6 +16,8 @@ from .adam import AdamW as AdamW
 from .adam import AdamW8bit as AdamW8bit
 from .adamax import Adamax as Adamax
 from .adamax import Adamax8bit as Adamax8bit
+from .ademamix import AdEMAMix as AdEMAMix
+from .ademamix import AdEMAMix8bit as AdEMAMix8bit
 from .lion import Lion as Lion
 from .lion import Lion8bit as Lion8bit
 from .radam import RAdam as RAdam

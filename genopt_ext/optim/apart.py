@@ -74,15 +74,18 @@ def _must_step(step: Step, refusal: Any) -> None:
         raise RuntimeError(f"{step.owner}.step: the kernels refused {refusal}; please report this")
 
 
+def _option(value: Any) -> Number | None:
+    if isinstance(value, Tensor):
+        return tracing.number(value)
+    return None if value is None else float(value)
+
+
 def _step_row(step: Step, place: Place, scale: Number) -> None:
     """One row by the reference. ``scale``: of its gradient."""
     p, group, rule, state = place[2], step.group(place), step.rule, step.state_of(place[2])
     g = step.gradient(p)
     if g is not None:
-        options = {
-            name: tracing.number(value) if isinstance(value, Tensor) else float(value)
-            for name, value in rule.options(group).items()
-        }
+        options = {name: _option(value) for name, value in rule.options(group).items()}
         if _clips_by_tensor(group):
             norm, weight_norm = (reference.measure(t, p).sqrt() for t in (g, p))
             scale = scale * clip.tensor_coefficient(group, norm * scale, weight_norm)

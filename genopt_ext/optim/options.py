@@ -25,6 +25,7 @@ class Range:
         at_least, above, at_most, below: bounds, the second and the last not allowed themselves.
         finite: whether infinity is not allowed either.
         each: the option is a tuple, of numbers in these ranges.
+        is_optional: it may be None.
     """
 
     label: str
@@ -34,9 +35,12 @@ class Range:
     below: float | None = None
     finite: bool = True
     each: tuple[Range, ...] = ()
+    is_optional: bool = False
 
     def check(self, where: str, name: str, value: Any) -> None:
         """Raises TypeError or ValueError, in torch's words and with what is allowed."""
+        if value is None and self.is_optional:
+            return
         if not self.each:
             self._check_number(where, name, value, value)
             return

@@ -51,14 +51,19 @@ class Rule:
 
     def state_names(self, group: Group) -> list[str]:
         """The states that a parameter of ``group`` has, besides ``step``."""
-        return [name for name, option in self.states.items() if option is None or group[option] != 0]
+        return [name for name, option in self.states.items() if option is None or self._value(group, option) != 0]
 
     def options(self, group: Group) -> dict[str, Any]:
         """``group`` as keyword arguments of the rule's function: ``beta1`` is the first of its ``betas``."""
         given = inspect.signature(reference.RULES[self.name]).parameters.values()
         wanted = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name != "t"]
-        items = {name: (key, i) for key, names in self.items.items() for i, name in enumerate(names)}
-        return {name: group[items[name][0]][items[name][1]] if name in items else group[name] for name in wanted}
+        return {name: self._value(group, name) for name in wanted}
+
+    def _value(self, group: Group, name: str) -> Any:
+        for key, names in self.items.items():
+            if name in names:
+                return group[key][names.index(name)]
+        return group[name]
 
     def initial_value(self, group: Group, p: Tensor, name: str) -> complex:
         """With what the state ``name`` of ``p`` begins. -0.0 says "not yet set": see ``csrc/math/numbers.h``."""

@@ -88,6 +88,36 @@ def scaled_add(factor: Number, x: Tensor, b: Tensor) -> Tensor:
     return multiply_add(most, x, multiply_add(rounded(factor - most, x), x.clamp(-limit, limit), b))
 
 
+def logarithm(x: Number) -> Number:
+    """Of a positive, normal number."""
+    if isinstance(x, Tensor):
+        return x.log()
+    fraction, exponent = math.frexp(x)
+    fraction, exponent = 2.0 * fraction, exponent - 1
+    if fraction > 1.4142135623730951:
+        fraction, exponent = 0.5 * fraction, exponent + 1
+    f = (fraction - 1.0) / (fraction + 1.0)
+    series = 0.0
+    for k in range(25, 0, -2):
+        series = series * (f * f) + 1.0 / k
+    return exponent * 0.6931471805599453 + 2.0 * f * series
+
+
+def exponential(x: Number) -> Number:
+    if isinstance(x, Tensor):
+        return x.exp()
+    if not x > -708.0:
+        return x if x != x else 0.0
+    if x > 709.0:
+        return math.inf
+    exponent = math.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - exponent * 0.693147180369123816490) - exponent * 1.90821492927058770002e-10
+    series = 1.0
+    for k in range(14, 0, -1):
+        series = series * (rest / k) + 1.0
+    return math.ldexp(series, exponent)
+
+
 def power(base: Number, n: Number) -> Number:
     if isinstance(base, Tensor) or isinstance(n, Tensor):
         power: Tensor = base**n

@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 
 from ..tracing import Number
-from .math import average_square, is_unset, lerp, may_count, multiply_add, power, root, rounded, scaled_add, sqrt
+from .math import (
+    average_square,
+    exponential,
+    is_unset,
+    lerp,
+    logarithm,
+    may_count,
+    multiply_add,
+    power,
+    root,
+    rounded,
+    scaled_add,
+    sqrt,
+)
 
 
 def adam(
@@ -270,6 +283,59 @@ def rprop(
     return p - g.sign() * s
 
 
+def ademamix(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    beta3: Number,
+    alpha: Number,
+    beta3_warmup: Number | None,
+    alpha_warmup: Number | None,
+    eps: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> Tensor:
+    """AdEMAMix: ``csrc/rules/ademamix.h``."""
+
+    def half_life(beta: Number) -> Number:
+        return logarithm(0.5) / logarithm(beta + 1e-8)
+
+    def beta3_of(part: Number) -> Number:
+        between = (1.0 - part) * half_life(beta1) + part * half_life(beta3)
+        return exponential(logarithm(0.5) / between)
+
+    correction = root(1.0 - power(beta2, t))
+    alpha = warmed_up(t, alpha_warmup, lambda part: part * alpha, alpha)
+    slow = 1.0 - warmed_up(t, beta3_warmup, beta3_of, beta3)
+    decay = rounded(lr * weight_decay, p)
+    if maximize:
+        g = -g
+    fast = g
+    if "exp_avg_fast" in state:
+        fast = state["exp_avg_fast"] = lerp(state["exp_avg_fast"], g, rounded(1.0 - beta1, p))
+    m = state["exp_avg_slow"] = lerp(state["exp_avg_slow"], g, rounded(slow, p))
+    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    m = fast * rounded(lr * correction / (1.0 - power(beta1, t)), p) + m * rounded(lr * alpha * correction, p)
+    u = m / (sqrt(v) + rounded(eps * correction, p))
+    if may_count(decay):
+        u = p * decay + u
+    return p - u
+
+
+def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], end: Number) -> Number:
+    """``at(t / steps)`` for the first ``steps``, ``end`` after them or without."""
+    if steps is None:
+        return end
+    if isinstance(t, Tensor) or isinstance(steps, Tensor):
+        return torch.where(torch.as_tensor(t < steps), at(t / steps), end)
+    return at(t / steps) if t < steps else end
+
+
 RULES: dict[str, Callable[..., Tensor]] = {
-    rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop)
+    rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop, ademamix)
 }

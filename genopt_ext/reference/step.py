@@ -30,7 +30,7 @@ def step(
     seed: int | None = None,
     unbiased: bool = False,
     counts: bool = True,
-    **options: Number,
+    **options: Number | None,
 ) -> None:
     """One step of one parameter: load, rule, store.
 
