@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -60,12 +59,9 @@ from low_precision import (
     decoded,
     extras,
     gradient,
-    load_own,
     moments,
     name_of,
-    other_storage,
     plain,
-    rename_keys,
     run_both,
     run_one,
     seeded,
@@ -236,28 +232,6 @@ def test_a_skipped_step_changes_nothing(case, backend, storage, dtype):
     assert int(opt.skipped_steps) == 1
 
 
-def test_two_optimizers_in_two_threads():
-    """Each gives what it gives alone."""
-    cases = [CASES[0], CASES[14]]
-
-    def make():
-        return parameters([(1 << 17,), (1000,)])
-
-    together = [case.ours(make(), **INT8) for case in cases]
-
-    def work(opt):
-        for step in range(3):
-            take(opt, places(opt), step)
-
-    threads = [threading.Thread(target=work, args=(opt,)) for opt in together]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for case, opt in zip(cases, together, strict=True):
-        assert_same(run_one(case, make, INT8), opt)
-
-
 # Checkpoints
 
 
@@ -420,119 +394,7 @@ def test_distributed_state_dicts(case):
         assert_same(opt, other, case)
 
 
-# What a user may do between two steps without changing a number, beside what low_precision.py has
-
-
-def clone_state(opt, params):
-    for state in opt.state.values():
-        for name, t in state.items():
-            state[name] = t.clone()
-            if name != "step":
-                t.fill_(77)  # what a stale pointer would find
-
-
-def odd_offset(opt, params):
-    for state in opt.state.values():
-        for name, t in state.items():
-            if name != "step" and t.dim() == 1:
-                state[name] = torch.cat([t[:1], t])[1:]
-
-
-def other_data(opt, params):
-    for p in params:
-        old, p.data = p.data, p.data.clone()
-        old.fill_(77)
-
-
-NEUTRAL = [clone_state, other_storage, odd_offset, rename_keys, load_own, other_data]
-
-# And what changes some
-
-
-def swap_states(opt, params):
-    """What belongs to two parameters of one shape changes places."""
-    a, b = (opt.state[p] for p in params[:2])
-    for name in list(a):
-        a[name], b[name] = b[name], a[name]
-
-
-def twice_the_data(opt, params):
-    for p in params:
-        old, p.data = p.data, p.data.clone() * 2
-        old.fill_(77)
-
-
-def to_dtype(dtype):
-    def change(opt, params):
-        for p in params:
-            p.grad = None
-            p.data = p.data.to(dtype)
-
-    change.__name__ = f"to_{dtype}"
-    return change
-
-
-def raise_min_size(opt, params):
-    opt.param_groups[0]["min_int8_size"] = 400
-
-
-def add_group(opt, params):
-    extra = parameters([(300,)], seed=9)
-    opt.add_param_group({"params": extra, "lr": 0.5, "min_int8_size": 300})
-    params += extra
-
-
-def drop_one(opt, params):
-    if not isinstance(opt, torch.optim.Adagrad):
-        opt.state.pop(params[0])
-
-
-def drop_kept(opt, params):
-    for state in opt.state.values():
-        state.pop("master", None)
-        state.pop("compensation", None)
-
-
-def plain_by_hand(opt, params):
-    """Moments that a user put back as numbers."""
-    state = opt.state[params[0]]
-    for name in [n for n in state if n.endswith("_codes")]:
-        whole = name.removesuffix("_codes")
-        codes = state.pop(name)
-        del state[f"{whole}_scales"]
-        state[whole] = torch.full(codes.shape, 0.5)
-
-
-CHANGES = [
-    swap_states,
-    twice_the_data,
-    to_dtype(torch.bfloat16),
-    to_dtype(torch.float32),
-    raise_min_size,
-    add_group,
-    drop_one,
-    drop_kept,
-    plain_by_hand,
-]
-FOR_CHANGES = [(STORED["int8"], torch.float32), *stored(storages=MIXED)]
-
-
-@KERNELS
-@pytest.mark.parametrize(("case", "change", "way"), in_turn(CODED, [*NEUTRAL, *CHANGES], FOR_CHANGES), ids=name_of)
-def test_changes_between_steps(case, change, way):
-    storage, dtype = way
-
-    def make():
-        return parameters([(700,), (700,), (20, 15), (3,)], dtype)
-
-    def act(opt, params, step):
-        if step == 2:
-            change(opt, params)
-        take(opt, params, step)
-
-    opt, _ = run_both(case, make, storage.options, steps=4, act=act)
-    if change in NEUTRAL:
-        assert_same(opt, run_one(case, make, storage.options, steps=4), (case, storage, change))
+# Changes between steps; test_state.py has others
 
 
 @KERNELS
