@@ -9,7 +9,6 @@ import torch
 from cases import (
     BACKENDS,
     CASES,
-    DEVICE,
     KERNELS,
     NARROW,
     SHAPES,
@@ -26,7 +25,6 @@ from cases import (
     parameters,
     places,
     randn,
-    saved,
     set_grads,
     snapshot,
     stored,
@@ -34,8 +32,6 @@ from cases import (
 )
 from low_precision import MIXED, assert_same, copied, run_both, run_one, take
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from genopt_ext import optim
 
 # Large steps, so that average and parameter differ.
 SGD = Case("SGD", dict(lr=0.3, momentum=0.9))
@@ -200,24 +196,6 @@ def test_swap_ema(dtype, backend):
         assert_swapped(opt, averages)
 
 
-def test_swap_ema_serves_the_model(backend):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
-    opt = optim.AdamW(model.parameters(), lr=0.1, ema_decay=0.5, backend=backend)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    x = randn((12, 6), 0)
-    for _ in range(4):
-        opt.zero_grad()
-        model(x).square().mean().backward()
-        opt.step()
-        average.update_parameters(model)
-    plain = model(x)
-    with opt.swap_ema():
-        torch.testing.assert_close(model(x), average(x), rtol=1e-5, atol=1e-6)
-        assert (model(x) - plain).abs().max() > 1e-3
-    assert_same_bits(model(x), plain)
-
-
 @pytest.mark.parametrize(
     ("case", "backend", "storage", "dtype"),
     stored(STATEFUL, BACKENDS, storages=[STORED["plain"], *MIXED]),
@@ -264,26 +242,6 @@ def test_parameters_without_an_average_stay(backend):
 # Checkpoints
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_checkpoints(case, dtype, backend):
-    """The average is in the state dict, in its dtype, and comes back without loss."""
-    params = parameters(SHAPES, dtype)
-    opt = case.ours(params, ema_decay=0.9, backend=backend)
-    train(opt, params, 3)
-    loaded = saved(opt.state_dict())
-    other, resumed = copied(case, opt, ema_decay=0.9, backend=backend)
-    other.load_state_dict(loaded)
-    for i, (p, q) in enumerate(zip(params, resumed, strict=True)):
-        ours, theirs = opt.state[p]["ema"], other.state[q]["ema"]
-        assert_same_bits(loaded["state"][i]["ema"], ours)
-        assert theirs.dtype == torch.float32 and theirs.device.type == DEVICE
-        assert theirs.data_ptr() != ours.data_ptr() or not p.numel()
-    train(opt, params, 2, first=3)
-    train(other, resumed, 2, first=3)
-    assert_same_state(opt, other, case)
-
-
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_old_checkpoints_begin_an_average(case, backend):
     """As an AveragedModel that is made when the checkpoint is loaded."""
@@ -291,20 +249,3 @@ def test_old_checkpoints_begin_an_average(case, backend):
     opt, params = copied(case, old, ema_decay=0.6, backend=backend)
     opt.load_state_dict(copy.deepcopy(old.state_dict()))
     train_beside(opt, params, Average(params, 0.6), steps=range(3, 6))
-
-
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_broken_averages_are_refused(case, backend):
-    params = parameters([(6, 4), (5,)])
-    opt = case.ours(params, ema_decay=0.9, backend=backend)
-    train(opt, params, 2)
-    state = opt.state[params[1]]
-    for bad in (torch.zeros(3), torch.zeros(5, dtype=torch.int64), "average"):
-        kept, state["ema"] = state["ema"], bad
-        before = snapshot(opt)
-        set_grads(params, 3)
-        with pytest.raises(RuntimeError, match="group 0 parameter 1.*'ema'"):
-            opt.step()
-        assert_unchanged(opt, before)
-        state["ema"] = kept
-        opt.step()

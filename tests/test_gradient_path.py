@@ -557,10 +557,19 @@ def test_copies_keep_their_options(wide, how, backend):
         assert int(twin.skipped_steps) == 1
 
 
-@pytest.mark.parametrize(("case", "wide"), [(c, ALL) for c in STATEFUL] + [(SGD, w) for w in WIDE], ids=str)
-def test_checkpoints(case, wide, backend):
-    params = parameters(SHAPES * 4)
-    assert_round_trip(lambda ps: case.ours(grouped(ps, SEVERAL), backend=backend, **wide), params, wide)
+@pytest.mark.parametrize(
+    ("row", "dtype", "backend"),
+    pairs([*((c, ALL) for c in STATEFUL), *((SGD, w) for w in WIDE)], NARROW, BACKENDS),
+    ids=str,
+)
+def test_checkpoints(row, dtype, backend):
+    """Averages come back without loss, in float32 for parameters of 16 bits."""
+    case, wide = row
+    params = parameters(SHAPES * 4, dtype)
+    opt = assert_round_trip(lambda ps: case.ours(grouped(ps, SEVERAL), backend=backend, **wide), params, wide)
+    averages = [state["ema"] for state in opt.state.values() if "ema" in state]
+    assert bool(averages) == ("ema_decay" in wide)
+    assert all(t.dtype == torch.float32 and t.device.type == DEVICE for t in averages)
 
 
 @pytest.mark.parametrize("theirs", [True, False], ids=["torch", "ours"])

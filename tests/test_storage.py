@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -27,17 +27,20 @@ from cases import (
     assert_same_bits,
     assert_same_state,
     assert_unchanged,
+    copies_of,
     grouped,
     in_turn,
     pairs,
     parameters,
     places,
     randn,
+    refused,
     saved,
     set_grads,
     snapshot,
     stored,
     train,
+    trained,
 )
 from low_precision import (
     ADAMW,
@@ -66,6 +69,7 @@ from low_precision import (
     run_one,
     seeded,
     take,
+    walk,
 )
 
 import genopt_ext
@@ -106,10 +110,6 @@ def test_float64_and_complex_keep_their_state(case, state_dtype, dtype, backend)
     for p in places(opts[0]):
         assert_state(case, opts[0], p, state_dtype, dtype)
     assert_same_state(*opts, (case, state_dtype))
-
-
-def walk(opt, params, step):
-    train(opt, params, 1, first=step)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
@@ -217,21 +217,6 @@ def test_grad_scalers(case, make_scaler, storage, dtype):
     torch.testing.assert_close(places(opts[0]), params, **tolerance)
 
 
-@pytest.mark.parametrize(
-    ("case", "backend", "storage", "dtype"), stored(CODED, BACKENDS, storages=[STORED["int8"], *MIXED]), ids=str
-)
-def test_a_skipped_step_changes_nothing(case, backend, storage, dtype):
-    params = parameters(BLOCKS, dtype)
-    opt = seeded(lambda: case.ours(params, skip_nonfinite=True, backend=backend, **storage.options))
-    take(opt, params, 0)
-    before = snapshot(opt)
-    set_grads(params, 1)
-    params[0].grad[0] = NAN
-    opt.step()
-    assert_unchanged(opt, before, case)
-    assert int(opt.skipped_steps) == 1
-
-
 # Checkpoints
 
 
@@ -242,9 +227,8 @@ def test_round_trip(case, kept, state, dtype, backend):
     per_group = [{}, dict(weight_decay=0.05), dict(state_dtype=torch.int8, min_int8_size=300)]
     params = parameters([(700,), (20, 30), (7,), (257,), (20, 15), (300,), ()], dtype)
     what = (case, kept, state, dtype)
-    other = assert_round_trip(
-        lambda ps: case.ours(grouped(ps, per_group), backend=backend, **kept, **state), params, what
-    )
+    options = dict(backend=backend, **kept, **state)
+    other = assert_round_trip(lambda ps: case.ours(grouped(ps, per_group), **options), params, what)
     assert_states(case, other, what)
     assert {key: other.param_groups[0][key] for key in kept} == kept
 
@@ -348,20 +332,18 @@ def test_what_is_loaded_becomes_what_was_asked_for(case, first, second, dtype, b
 def test_loading_leaves_groups_as_constructed():
     params = parameters([(700,), (300,)])
     per_group = [dict(INT8), dict(state_dtype=torch.bfloat16)]
-    opt = optim.AdamW(grouped(params, per_group))
-    train(opt, params, 2)
-    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    other = optim.AdamW(grouped(resumed, per_group[::-1]))
+    opt = trained(lambda params: optim.AdamW(grouped(params, per_group)), params, 2)
+    other = optim.AdamW(grouped(copies_of(params), per_group[::-1]))
     other.load_state_dict(saved(opt.state_dict()))
     assert [group["state_dtype"] for group in other.param_groups] == [torch.bfloat16, torch.int8]
+    assert [group.get("int8_format") for group in other.state_dict()["param_groups"]] == [None, 1]
     assert_states(ADAMW, other)
 
 
 def test_a_decoded_checkpoint_keeps_its_masters():
     """Codes become numbers on loading, and masters stay."""
     params = parameters([(700,)], torch.bfloat16)
-    opt = optim.AdamW(params, master_weights=True, **INT8)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, master_weights=True, **INT8), params, 2)
     other, (q,) = plain(ADAMW, opt, master_weights=True)
     assert_same_bits(other.state[q]["master"], opt.state[params[0]]["master"])
     assert_same_bits(other.state[q]["exp_avg"], decoded(ADAMW, opt)[0]["exp_avg"])
@@ -501,10 +483,7 @@ def test_a_model_that_becomes_complex(case, options, backend):
     for p in params:
         p.grad, p.data = None, p.data.to(torch.complex64)
     set_grads(params, 2)
-    before = snapshot(opt)
-    with pytest.raises(RuntimeError, match=rf"{case.name}.step: group 0 parameter 0 .*torch.complex64; "):
-        opt.step()
-    assert_unchanged(opt, before, (case, options))
+    refused(opt, rf"{case.name}.step: group 0 parameter 0 .*torch.complex64; ")
 
 
 # What is refused
@@ -583,13 +562,10 @@ def test_broken_state_is_refused(case, how):
             del state[name]
         else:
             state[name] = replace(state[name])
-        before = snapshot(opt)
         set_grads(params, 5)
         match = r"group 0 parameter 1 \('second'" + (f".*{name}" if part == "kept" else "")
-        for attempt in range(2):  # with the plan of before, and with what a refusal leaves
-            with pytest.raises((RuntimeError, TypeError, ValueError), match=match):
-                opt.step()
-            assert_unchanged(opt, before, (case, how, name, attempt))
+        for _ in range(2):  # with the plan of before, and with what a refusal leaves
+            refused(opt, match, (RuntimeError, TypeError, ValueError))
         state.clear()
         state.update(good)
         opt.step()
@@ -598,33 +574,21 @@ def test_broken_state_is_refused(case, how):
 @pytest.mark.parametrize(
     ("kind", "options"),
     pairs(
-        [
-            "too few scales",
-            "scales are missing",
-            "codes are missing",
-            "codes of another shape",
-            "codes as numbers",
-        ],
+        ["too few scales", "scales are missing", "codes are missing", "codes of another shape", "codes as numbers"],
         [INT8, {}],
     ),
     ids=str,
 )
 def test_a_checkpoint_with_broken_codes_is_refused(kind, options):
-    params = parameters([(5,), (700,)])
-    opt = optim.AdamW(params, **INT8)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, **INT8), parameters([(5,), (700,)]), 2)
     bad = saved(opt.state_dict())
     part, replace = BROKEN[kind]
     whole = bad["state"][1].pop(f"exp_avg_{part}")
     if replace is not None:
         bad["state"][1][f"exp_avg_{part}"] = replace(whole)
     other, resumed = copied(ADAMW, opt, **options)
-    before = copy.deepcopy(resumed)
     set_grads(resumed, 2)
-    with pytest.raises((ValueError, TypeError, RuntimeError), match="exp_avg"):
-        other.load_state_dict(bad)
-        other.step()
-    assert_same_bits(resumed, before)
+    refused(other, "exp_avg", ValueError, lambda: other.load_state_dict(bad))
 
 
 @KERNELS
@@ -635,13 +599,9 @@ def test_a_checkpoint_with_broken_codes_is_refused(kind, options):
 )
 def test_state_that_shares_memory_is_refused(name, kept):
     params = parameters([(300,), (300,)], torch.bfloat16)
-    opt = optim.AdamW(params, backend=NATIVE, **kept, **INT8)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, backend=NATIVE, **kept, **INT8), params, 2)
     opt.state[params[0]][name] = opt.state[params[1]][name]
-    before = snapshot(opt)
-    with pytest.raises(RuntimeError, match="shares? memory"):
-        opt.step()
-    assert_unchanged(opt, before, name)
+    refused(opt, "shares? memory")
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (64, 64)], ids=str)
@@ -656,8 +616,5 @@ def test_moments_of_another_shape_are_refused(shape, ours, backend):
         opt.load_state_dict(saved_in.state_dict())
     assert not opt.state
     opt.state[q] = saved_in.state[p]
-    before = q.detach().clone()
     q.grad = torch.ones_like(q)
-    with pytest.raises(RuntimeError, match="group 0 parameter 0 .*exp_avg.*shape"):
-        opt.step()
-    assert torch.equal(q, before)
+    refused(opt, "group 0 parameter 0 .*exp_avg.*shape")
