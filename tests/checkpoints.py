@@ -113,7 +113,7 @@ def seen(opt):
     state = [(key, entry, list(entry.items())) for key, entry in opt.state.items()]
     tensors = [t for entry in opt.state.values() for t in entry.values()]
     tensors += [t for group in opt.param_groups for p in group["params"] for t in (p.detach(), p.grad)]
-    return groups, state, [t.clone() for t in tensors]
+    return groups, state, [t if t is None else t.clone() for t in tensors]
 
 
 def assert_unchanged(opt, before, what):

@@ -296,7 +296,7 @@ def scalers(rank):
 # Checkpoints
 
 
-def alone(name, folder):
+def alone(name, folder, **options):
     """In a world of one process: torch's own ways to save an optimizer's state give it back."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed._state_dict_utils import _offload_state_dict_to_cpu
@@ -307,7 +307,7 @@ def alone(name, folder):
     def made(seed):
         torch.manual_seed(seed)
         net = torch.nn.Linear(64, 80)
-        opt = getattr(optim, name)(net.parameters(), lr=0.1)
+        opt = getattr(optim, name)(net.parameters(), lr=0.1, **options)
         for _ in range(2):
             net(torch.ones(3, 64)).square().sum().backward()
             opt.step()

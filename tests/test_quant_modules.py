@@ -36,7 +36,7 @@ def assert_same_as(ours, theirs, x, kept=None):
 
 
 @pytest.mark.parametrize("point", (0, 5))
-@pytest.mark.parametrize(("low", "high"), [(-128, 127), (0, 255)])
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (0, 255), (-8, 7)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fake_equals_torch_per_tensor(dtype, low, high, point):
     # For float64 torch rounds the product to float32 here, though not per channel.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import (
     BACKENDS,
-    CASES,
     COPIES,
     DEVICE,
     FIRST,
@@ -350,30 +349,6 @@ def test_a_decoded_checkpoint_keeps_its_masters():
     train(other, [q], 1, first=2)
     train(opt, params, 1, first=2)
     assert_same_bits(q.detach(), params[0].detach())
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("case", [FIRST["AdamW"], CASES[8], FIRST["RMSprop"]], ids=str)
-def test_distributed_state_dicts(case):
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    def make(seed):
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(70, 70), torch.nn.Linear(70, 5))
-        return model, case.ours(model.parameters(), state_dtype=torch.int8)
-
-    with torch.random.fork_rng():
-        (model, opt), (other_model, other) = make(0), make(1)
-        params = list(model.parameters())
-        train(opt, params, 3)
-        other_model.load_state_dict(model.state_dict())
-        state_dict = saved(get_optimizer_state_dict(model, opt))
-        assert any(key.endswith("_codes") for key in state_dict["state"]["0.weight"])
-        set_optimizer_state_dict(other_model, other, state_dict)
-        assert_same(opt, other, case)
-        for o, ps in ((opt, params), (other, list(other_model.parameters()))):
-            train(o, ps, 2, first=3)
-        assert_same(opt, other, case)
 
 
 # Changes between steps; test_state.py has others
