@@ -14,6 +14,7 @@ from cases import (
     STATEFUL,
     assert_option_refused,
     assert_same_bits,
+    assert_same_state,
     parameters,
     randn,
     refused,
@@ -118,23 +119,14 @@ def test_refused_steps_change_nothing(case, backend, trained):
     params[1].data = randn((3,), 1)
     refused(opt, r"shape \[3\]\): gradient has shape \[5\], parameter \[3\]")
     params[1].data = randn((5,), 1)
-    names = [n for n in opt.state.get(params[1], {}) if n != "step"]
-    if not trained or not names:
-        return
-    state, name = opt.state[params[1]], names[0]
-    kept = state[name]
-    state[name] = torch.zeros(3)
-    refused(opt, where + rf"state '{name}' has shape \[3\], expected \[5\]")
-    state[name] = torch.zeros(5, dtype=torch.int64)
-    refused(opt, where + f"state '{name}' is torch.int64")
-    if "step" in state:
-        del state[name]
+    state = opt.state[params[1]]
+    if trained and "step" in state:
+        name = next(name for name in state if name != "step")
+        kept, step = state.pop(name), state["step"]
         refused(opt, where + f"its state has .* but no '{name}'")
-        state[name], step = kept, state["step"]
-        state["step"] = torch.zeros(2)
+        state[name], state["step"] = kept, torch.zeros(2)
         refused(opt, where + "state 'step' is")
         state["step"] = step
-    state[name] = kept
     opt.step()
 
 
@@ -201,7 +193,7 @@ def test_a_parameter_that_comes_to_share_memory_is_refused():
     "option, kwargs",
     {
         "max_grad_norm": dict(max_grad_norm=1.0),
-        "a clip by norm": dict(params=[], max_grad_norm=1.0),
+        "a clip by norm": dict(max_grad_norm=1.0),
         "skip_nonfinite": dict(skip_nonfinite=True),
         "ema_decay": dict(ema_decay=0.9),
         "accumulate": {},
@@ -209,12 +201,13 @@ def test_a_parameter_that_comes_to_share_memory_is_refused():
 )
 def test_the_same_parameter_twice_beside_what_needs_it_once(option, kwargs, backend):
     p = parameters([(5,)])[0]
-    groups, call = [dict(params=[p, p])], "step" if kwargs else option
-    if "params" in kwargs:
-        groups, kwargs = [dict(params=[p, p], max_grad_norm=1.0)], {}
+    of_group = kwargs if option == "a clip by norm" else {}
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        opt = optim.SGD(groups, lr=0.1, momentum=0.9, backend=backend, **kwargs)
+        opt = optim.SGD(
+            [dict(params=[p, p], **of_group)], lr=0.1, momentum=0.9, backend=backend, **({} if of_group else kwargs)
+        )
     p.grad = torch.ones(5)
+    call = "step" if kwargs else option
     refused(opt, f"is the same parameter as group 0 parameter 1.*{option}.*list each parameter once", call=call)
     assert_same_bits(p.grad, torch.ones(5))
 
@@ -373,10 +366,9 @@ def test_state_made_in_inference_mode_is_stepped_outside_of_it(case, backend):
             opt.accumulate()
             opt.step()
         train(opt, params, 1, first=3)
-        results.append((params, opt))
-    for p, q in zip(results[0][0], results[1][0], strict=True):
-        assert_same_bits(p.detach(), q.detach())
-    assert not any(t.is_inference() for state in results[0][1].state.values() for t in state.values())
+        results.append(opt)
+    assert_same_state(*results, case)
+    assert not any(t.is_inference() for state in results[0].state.values() for t in state.values())
 
 
 def test_an_explicit_backend_makes_no_state_where_it_has_no_kernels():
@@ -390,5 +382,5 @@ def test_an_explicit_backend_makes_no_state_where_it_has_no_kernels():
     with pytest.raises(RuntimeError, match=f"backend is '{NATIVE}', but there are no kernels for meta .*use 'auto'"):
         opt.step()
     assert_same_bits(p.detach(), before)
-    assert q not in opt.state or not opt.state[q]
+    assert not opt.state.get(q)
     assert opt.state[p]["exp_avg"].dtype == torch.float32
