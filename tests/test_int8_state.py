@@ -20,6 +20,7 @@ from cases import (
     Case,
     assert_same_bits,
     copies_of,
+    grouped,
     pairs,
     parameters,
     places,
@@ -48,7 +49,6 @@ from low_precision import (
     gradient,
     moments,
     plain,
-    seeded,
     stepped,
     take,
 )
@@ -84,31 +84,23 @@ def test_bytes_per_parameter(memory_format):
 @pytest.mark.parametrize(("name", "how"), pairs(list(FIRST), list(COPIES)))
 def test_classes(name, how):
     base, narrow = getattr(optim, name), getattr(optim, f"{name}8bit")
-    assert issubclass(narrow, base)
     assert narrow.__name__ == f"{name}8bit" and f"{name}8bit" in dir(optim)
     ours, theirs = (inspect.signature(c).parameters for c in (narrow, base))
     assert [(p.name, p.kind) for p in ours.values()] == [(p.name, p.kind) for p in theirs.values()]
     assert all(p.default == theirs[k].default for k, p in ours.items() if k != "state_dtype")
     case = Case(name, dict(momentum=0.9) if name == "SGD" else {})
-    results = []
-    for make, options in ((narrow, {}), (base, dict(state_dtype=torch.int8))):
-        params = parameters([(5000,), (300,)])
-        opt = seeded(lambda: make(params, **case.kwargs, **options))  # noqa: B023
-        train(opt, params, 2)
-        assert_state(case, opt, params[0], "", torch.int8)
-        assert_state(case, opt, params[1], "", torch.float32)
-        results.append(opt)
-    assert_same(*results, name)
-    twin = COPIES[how](results[0])
+    makes = (partial(narrow, **case.kwargs), partial(base, **case.kwargs, state_dtype=torch.int8))
+    opts = [trained(make, parameters([(5000,), (300,)]), 2) for make in makes]
+    assert_same(*opts, name)
+    for p, dtype in zip(places(opts[0]), (torch.int8, torch.float32), strict=True):
+        assert_state(case, opts[0], p, "", dtype)
+    twin = COPIES[how](opts[0])
     assert type(twin) is narrow
-    assert_same(twin, results[0])
+    assert_same(twin, opts[0])
     # What is asked for goes first, of all groups and of one.
     params = parameters([(5000,), (5000,)])
-    opt = narrow(
-        [{"params": params[:1]}, {"params": params[1:], "state_dtype": torch.bfloat16}],
-        **case.kwargs,
-        state_dtype=torch.float32,
-    )
+    groups = grouped(params, [{}, dict(state_dtype=torch.bfloat16)])
+    opt = narrow(groups, **case.kwargs, state_dtype=torch.float32)
     train(opt, params, 1)
     for p, dtype in zip(params, (torch.float32, torch.bfloat16), strict=True):
         assert_state(case, opt, p, "", dtype)

@@ -17,17 +17,13 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="addresses are compared 
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
 
 
-def stepped(case, backend, n=2, shape=(6, 6)):
-    params = parameters([shape] * n)
-    opt = case.ours(params, backend=backend)
+def stepped(case, backend, n=2, **options):
+    params = parameters([(6, 6)] * n)
+    opt = case.ours(params, backend=backend, **options)
     for p in params:
         p.grad = randn(p.shape, 5)
     opt.step()
     return params, opt
-
-
-def own(p):
-    return p.data
 
 
 def same_memory_transposed(p):
@@ -136,11 +132,7 @@ def test_gradients_may_share_memory_with_gradients(backend):
 
 
 def test_an_average_in_anothers_memory(backend):
-    params = parameters([(6, 6)] * 2)
-    opt = optim.SGD(params, lr=0.1, ema_decay=0.9, backend=backend)
-    for p in params:
-        p.grad = randn(p.shape, 5)
-    opt.step()
+    params, opt = stepped(SGD, backend, ema_decay=0.9)
     params[1].grad = None
     opt.state[params[1]]["ema"] = params[0].data
     refused(opt, "shares memory with group 0 parameter 1")
