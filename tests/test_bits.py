@@ -77,9 +77,7 @@ PLAIN, NARROWED = EXACT[0], EXACT[1:]
 
 
 @pytest.mark.parametrize(
-    ("case", "storage", "dtype"),
-    [*product(CASES, [PLAIN], PLAIN.dtypes), *stored(CASES, storages=NARROWED)],
-    ids=str,
+    ("case", "storage", "dtype"), [*product(CASES, [PLAIN], PLAIN.dtypes), *stored(CASES, storages=NARROWED)], ids=str
 )
 def test_kernels_equal_reference(case, storage, dtype):
     """For each loop of a CPU, which rule, what is kept, dtype and state choose together, see digests.py."""
@@ -109,9 +107,7 @@ def test_float64_agrees_with_reference(case, dtype):
 
 
 @pytest.mark.parametrize(
-    ("case", "wide", "storage", "dtype"),
-    stored(STATEFUL, WIDE, storages=[STORED["int8"], *MIXED]),
-    ids=str,
+    ("case", "wide", "storage", "dtype"), stored(STATEFUL, WIDE, storages=[STORED["int8"], *MIXED]), ids=str
 )
 def test_same_bits_on_the_gradient_path(case, wide, storage, dtype):
     """Also when the very first step is skipped."""

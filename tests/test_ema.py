@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from cases import (
@@ -21,6 +19,7 @@ from cases import (
     assert_same_state,
     assert_unchanged,
     come_and_go,
+    grouped,
     pairs,
     parameters,
     places,
@@ -30,7 +29,7 @@ from cases import (
     stored,
     train,
 )
-from low_precision import MIXED, assert_same, copied, run_both, run_one, take
+from low_precision import MIXED, assert_same, run_both, run_one, take
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # Large steps, so that average and parameter differ.
@@ -42,7 +41,7 @@ class Average:
     """torch's average of parameters as they are after each step; of 16-bit ones in float32."""
 
     def __init__(self, params, decay):
-        self.params = params
+        self.params, self.decay = params, decay
         self.wide = torch.nn.ParameterList(self.widened())
         self.model = AveragedModel(self.wide, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
@@ -104,8 +103,7 @@ def test_decay_by_group_and_between_steps(backend):
     params = parameters(SHAPES * 2)
     halves = params[:5], params[5:]
     averages = [Average(half, decay) for half, decay in zip(halves, (0.9, 0.2), strict=True)]
-    groups = [{"params": halves[0], "ema_decay": 0.9}, {"params": halves[1], "ema_decay": 0.2}]
-    opt = SGD.ours(groups, backend=backend)
+    opt = SGD.ours([{"params": each.params, "ema_decay": each.decay} for each in averages], backend=backend)
     train_beside(opt, params, *averages, steps=range(2))
     opt.param_groups[0]["ema_decay"] = 0.5
     averages[0].model.multi_avg_fn = get_ema_multi_avg_fn(0.5)
@@ -197,9 +195,7 @@ def test_swap_ema(dtype, backend):
 
 
 @pytest.mark.parametrize(
-    ("case", "backend", "storage", "dtype"),
-    stored(STATEFUL, BACKENDS, storages=[STORED["plain"], *MIXED]),
-    ids=str,
+    ("case", "backend", "storage", "dtype"), stored(STATEFUL, BACKENDS, storages=[STORED["plain"], *MIXED]), ids=str
 )
 def test_swapping_leaves_no_trace_in_training(case, backend, storage, dtype):
     """Nor in codes, masters and compensations."""
@@ -223,12 +219,7 @@ def test_swapping_leaves_no_trace_in_training(case, backend, storage, dtype):
 def test_parameters_without_an_average_stay(backend):
     """In a group without one, or before their first step."""
     params = parameters([(5,), (6,), (7,)])
-    groups = [
-        {"params": params[:1], "ema_decay": 0.9},
-        {"params": params[1:2]},
-        {"params": params[2:], "ema_decay": 0.5},
-    ]
-    opt = SGD.ours(groups, backend=backend)
+    opt = SGD.ours(grouped(params, [dict(ema_decay=0.9), {}, dict(ema_decay=0.5)]), backend=backend)
     for step in range(3):
         set_grads(params, step, lambda i: i == 2)
         opt.step()
@@ -237,15 +228,3 @@ def test_parameters_without_an_average_stay(backend):
         assert (params[0].detach() != before[0]).all()
         assert_same_bits([p.detach() for p in params[1:]], before[1:])
     assert_same_bits([p.detach() for p in params], before)
-
-
-# Checkpoints
-
-
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_old_checkpoints_begin_an_average(case, backend):
-    """As an AveragedModel that is made when the checkpoint is loaded."""
-    old = run_one(case, lambda: parameters(SHAPES), backend=backend)
-    opt, params = copied(case, old, ema_decay=0.6, backend=backend)
-    opt.load_state_dict(copy.deepcopy(old.state_dict()))
-    train_beside(opt, params, Average(params, 0.6), steps=range(3, 6))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from cases import (
     EMULATED,
     INF,
+    INT8,
     NAN,
     NATIVE,
     STATEFUL,
@@ -20,6 +22,7 @@ from cases import (
     refused,
     set_grads,
     train,
+    trained,
 )
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
@@ -169,12 +172,19 @@ def test_shared_memory_is_refused():
 
 
 @pytest.mark.parametrize("first", (0, 1, 2))
-@pytest.mark.parametrize("name", ("exp_avg", "step", "ema", "master"))
-def test_state_that_shares_memory_is_refused(name, first):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, dict(ema_decay=0.9, master_weights=True)) for name in ("exp_avg", "step", "ema", "master")),
+        *((name, INT8) for name in ("exp_avg_codes", "exp_avg_scales")),
+        ("compensation", dict(param_rounding="kahan")),
+    ],
+    ids=str,
+)
+def test_state_that_shares_memory_is_refused(name, options, first):
     """Also what comes to share it later, and wherever its parameter stands."""
-    params = parameters([(5,)] * 4, torch.bfloat16)
-    opt = optim.AdamW(params, ema_decay=0.9, master_weights=True, backend=NATIVE)
-    train(opt, params, 2)
+    params = parameters([(300,)] * 4, torch.bfloat16)
+    opt = trained(partial(optim.AdamW, backend=NATIVE, **options), params, 2)
     opt.state[params[first]][name] = opt.state[params[first + 1]][name]
     either = f"group 0 parameter [{first}{first + 1}]"
     refused(opt, f"{either} .* shares memory with {either} ")

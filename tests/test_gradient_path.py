@@ -18,7 +18,6 @@ from cases import (
     CASES,
     COPIES,
     DEVICE,
-    FIRST,
     INF,
     KERNELS,
     NAN,
@@ -116,9 +115,8 @@ def pair_of(case, backend, per_group=({},), plain=None, **wide):
 
 
 @pytest.mark.parametrize("name", optim.OURS)
-def test_options_are_keyword_only(name):
+def test_groups_without_options_have_torchs_keys_and_no_others(name):
     assert {*OPTIONS, *STORAGE_OPTIONS, "skip_nonfinite"} == set(StepOptions.__annotations__)
-    # Where none is set, groups have torch's keys and no others.
     unset = {option: None for option in OPTIONS}
     ours = getattr(optim, name)(parameters([(3,)]), skip_nonfinite=False, **unset).state_dict()["param_groups"]
     assert set(ours[0]) == set(getattr(oracles, name)(parameters([(3,)])).state_dict()["param_groups"][0])
@@ -572,14 +570,18 @@ def test_checkpoints(row, dtype, backend):
     assert all(t.dtype == torch.float32 and t.device.type == DEVICE for t in averages)
 
 
-@pytest.mark.parametrize("theirs", [True, False], ids=["torch", "ours"])
-@pytest.mark.parametrize(("case", "wide"), [(c, ALL) for c in FIRST.values()] + [(SGD, w) for w in WIDE], ids=str)
-def test_old_checkpoints_leave_the_options_on(case, wide, theirs):
-    """A checkpoint from before these options does not switch off what the constructor was given."""
+@pytest.mark.parametrize(
+    ("row", "theirs", "backend"),
+    pairs([*((c, ALL) for c in STATEFUL), *((SGD, w) for w in WIDE)], [True, False], BACKENDS),
+    ids=str,
+)
+def test_old_checkpoints_leave_the_options_on(row, theirs, backend):
+    """A checkpoint from before these options does not switch off what the constructor was given; averages begin."""
+    case, wide = row
     params = parameters(SHAPES * 2)
     old = (case.torch if theirs else case.ours)(grouped(params, [{}, {}]))
     train(old, params, 0, 1)
-    recipe, opt = followed(case, grouped(params, [{}, dict(agc=0.1)]), **wide)
+    recipe, opt = followed(case, grouped(params, [{}, dict(agc=0.1)]), backend, **wide)
     for other in (recipe.opt, opt):
         other.load_state_dict(copy.deepcopy(old.state_dict()))
     for step in (3, 4):
