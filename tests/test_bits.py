@@ -98,8 +98,6 @@ def test_kernels_equal_reference(case, storage, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64_agrees_with_reference(case, dtype):
-    """Not bit for bit: torch's float64 square root is not always exactly rounded."""
-
     def close(a, b, what):
         torch.testing.assert_close(places(a), places(b), rtol=1e-13, atol=1e-13, msg=lambda text: f"{what}: {text}")
 
@@ -130,7 +128,7 @@ def test_late_steps(storage):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_elements_do_not_depend_on_where_they_stand(case):
-    """Equal elements stay equal in every lane, tile and tail."""
+
     p = stepped(case.ours([torch.nn.Parameter(torch.full((1031,), 0.5))]), 0.3, -0.7, 0.1)
     assert (p == p[0]).all(), case
 
@@ -437,8 +435,6 @@ def test_averages_half_way(case):
 
 
 def test_many_groups_and_sizes_share_tiles():
-    """Rows of all sizes, groups with their own options, gradients that come and go."""
-
     def act(opt, params, step):
         set_grads(params, step, lambda i: (i + step) % 4 == 0)
         opt.step()

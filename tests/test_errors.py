@@ -192,8 +192,7 @@ def test_state_that_shares_memory_is_refused(name, options, first):
 
 def test_a_parameter_that_comes_to_share_memory_is_refused():
     params = parameters([(5,)] * 3)
-    opt = optim.AdamW(params, backend=NATIVE)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, backend=NATIVE), params, 2)
     params[0].data = params[1].data
     refused(opt, "group 0 parameter [01] .* shares memory with group 0 parameter [01] ")
 
