@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from cases import (
     DEVICE,
     FIRST,
     INF,
+    KERNELS,
     NAN,
     NATIVE,
     SHAPES,
@@ -27,10 +28,12 @@ from cases import (
     gradients_of,
     pairs,
     parameters,
+    places,
     randn,
     refused,
     snapshot,
 )
+from low_precision import assert_same
 from recipe import SCALES, Recipe
 
 import genopt_ext
@@ -90,6 +93,13 @@ def take(opt, params, scaler, bads, first=0):
         step_scaled(opt, scaler)
         scales.append(scaler.get_scale())
     return scales
+
+
+def assert_same_scaled(opts, make_scaler, bads, what):
+    """Both have the same bits, norms and scales after these steps."""
+    scales = [take(opt, places(opt), make_scaler(), bads) for opt in opts]
+    assert scales[0] == scales[1], what
+    assert_same(*opts, what)
 
 
 def unscaled(grad, scale):
@@ -172,7 +182,7 @@ def test_scaled_steps(row, make_scaler, backend):
 KINDS = dict(
     torch=torch.amp.GradScaler,
     ours=genopt_ext.GradScaler,
-    unscaling=functools.partial(genopt_ext.GradScaler, unscale_grads=True),
+    unscaling=partial(genopt_ext.GradScaler, unscale_grads=True),
 )
 CLIPS = [{}, dict(max_grad_norm=1.0), dict(clip_per_param=0.5), dict(agc=0.1), dict(clip_grad_value=0.01)]
 
@@ -232,9 +242,9 @@ def test_gradients_are_as_torchs_fused_classes_leave_them(name):
     """torch's, ours with kernels and the reference, with torch's scaler; a skipped step too."""
     left = []
     for make in (
-        functools.partial(getattr(torch.optim, name), fused=True),
-        functools.partial(getattr(optim, name), fused=True, max_grad_norm=0.1),
-        functools.partial(getattr(optim, name), fused=True, max_grad_norm=0.1, backend="reference"),
+        partial(getattr(torch.optim, name), fused=True),
+        partial(getattr(optim, name), fused=True, max_grad_norm=0.1),
+        partial(getattr(optim, name), fused=True, max_grad_norm=0.1, backend="reference"),
     ):
         params = parameters(SHAPES)
         scaler = started(torch.amp.GradScaler(DEVICE, init_scale=2.0**16))
@@ -327,16 +337,8 @@ def test_options_and_state_of_the_scaler():
 )
 def test_the_ordinary_path_gives_the_same(case, wide, make_scaler, backend):
     """For scales that are powers of two, to the bit."""
-    opts, scales = [], []
-    for fused in (True, None):
-        params = parameters(SHAPES)
-        opt = case.ours(params, fused=fused, backend=backend, **wide)
-        scales.append(take(opt, params, make_scaler(), [INF, None, None, NAN, None, None, None]))
-        opts.append(opt)
-    assert_same_state(*opts, (case, wide))
-    assert scales[0] == scales[1]
-    if wide.get("max_grad_norm"):
-        assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
+    opts = [case.ours(parameters(SHAPES), fused=fused, backend=backend, **wide) for fused in (True, None)]
+    assert_same_scaled(opts, make_scaler, [INF, None, None, NAN, None, None, None], (case, wide))
 
 
 @pytest.mark.parametrize("more", [{}, dict(max_grad_norm=INF)], ids=str)
@@ -352,20 +354,15 @@ def test_the_scales_reciprocal_is_rounded_to_float32(more, backend):
         torch.testing.assert_close(-p.detach(), g * torch.tensor(1 / 37.0).double(), rtol=1e-14, atol=0)
 
 
-@pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_same_bits_from_the_reference(case, dtype, make_scaler):
     """Also for a scale that is no power of two. torch's unscale_ refuses fp16; the step serves it."""
-    opts, scales = [], []
-    for backend in (NATIVE, "reference"):
-        params = parameters([(n,) for n in (257, 1, 7, 0)] + [(40, 30)], dtype)
-        opt = case.ours(params, fused=True, max_grad_norm=10.0, ema_decay=0.9, backend=backend)
-        scales.append(take(opt, params, make_scaler(37.0), [INF, None, None, NAN, None]))
-        opts.append(opt)
-    assert_same_state(*opts, (case, dtype))
-    assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
-    assert scales[0] == scales[1]
+    options = dict(fused=True, max_grad_norm=10.0, ema_decay=0.9)
+    params = [parameters([*((n,) for n in (257, 1, 7, 0)), (40, 30)], dtype) for _ in range(2)]
+    opts = [case.ours(ps, backend=b, **options) for ps, b in zip(params, (NATIVE, "reference"), strict=True)]
+    assert_same_scaled(opts, partial(make_scaler, 37.0), [INF, None, None, NAN, None], (case, dtype))
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -191,9 +191,7 @@ NARROWED = [*ANY, raise_min_size, drop_one, drop_kept, plain_by_hand]
 
 def assert_both_follow(case, change, shapes, storage=STORED["plain"], dtype=torch.float32, steps=4):
     """Kernels and reference are alike after a change before the third step."""
-
-    def make():
-        return parameters(shapes, dtype)
+    make = partial(parameters, shapes, dtype)
 
     def act(opt, params, step):
         if step == 2:

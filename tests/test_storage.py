@@ -94,9 +94,7 @@ def test_min_int8_size(case, dtype, backend):
     ids=str,
 )
 def test_float64_and_complex_keep_their_state(case, state_dtype, dtype, backend):
-    def make():
-        return parameters([(5000,), (3,)], dtype)
-
+    make = partial(parameters, [(5000,), (3,)], dtype)
     options = dict(state_dtype=state_dtype, min_int8_size=1)
     opts = [run_one(case, make, given, act=walk, backend=backend) for given in (options, {})]
     for p in places(opts[0]):
@@ -329,8 +327,7 @@ def test_a_decoded_checkpoint_keeps_its_masters():
     ("case", "first", "second", "dtype"), pairs(STATEFUL, STATE_DTYPES, STATE_DTYPES, NARROW[:2]), ids=str
 )
 def test_a_group_may_change_its_state_dtype(case, first, second, dtype):
-    def make():
-        return parameters([(700,), (5,)], dtype)
+    make = partial(parameters, [(700,), (5,)], dtype)
 
     def act(opt, params, step):
         if step == 2:
