@@ -46,7 +46,6 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def two_threads(set_threads: Callable[[int], None]) -> None:
-    """Each of which takes rows from a thousand on."""
     set_threads(2)
 
 

@@ -159,11 +159,12 @@ def test_zero_blocks_are_zeros(case, backend):
     grads[:, alive] = randn((3, TILE), 0)
     p = stepped(opt, *grads)
     for name, t in decoded(case, opt)[0].items():
-        start = case.kwargs.get("initial_accumulator_value", 0.0)
+        start, scales = case.kwargs.get("initial_accumulator_value", 0.0), opt.state[p][f"{name}_scales"]
         if not case.kwargs.get("weight_decay"):
             t[alive] = start
             torch.testing.assert_close(t, torch.full_like(t, start), rtol=1e-6, atol=0)
-        assert opt.state[p][f"{name}_scales"].isfinite().all(), name
+            assert start or (scales[[0, 2, 3]] == 0).all(), name
+        assert scales.isfinite().all(), name
 
 
 @pytest.mark.parametrize("first", (0.0, -0.0))

@@ -52,12 +52,14 @@ def test_fake_equals_torch_per_tensor(dtype, low, high, point):
 
 @pytest.mark.parametrize(("shape", "axis"), [((30, 70), 0), ((30, 70), 1), ((3, 5, 7), 1), ((9,), 0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_equals_torch_per_channel(dtype, shape, axis):
+@pytest.mark.parametrize("bits", (8, 4))
+def test_fake_equals_torch_per_channel(dtype, bits, shape, axis):
     scale = randn((shape[axis],), 2).abs() * 0.01 + 0.001
-    point = torch.arange(shape[axis], dtype=torch.int32) % 19 - 9
+    point = torch.arange(shape[axis], dtype=torch.int32) % 15 - 7
+    highest = 2 ** (bits - 1) - 1
     assert_same_as(
-        lambda x: quant.fake_quantize(x, scale, point, scheme="channel", axis=axis - x.dim()),
-        lambda x: torch.fake_quantize_per_channel_affine(x, scale, point, axis, -128, 127),
+        lambda x: quant.fake_quantize(x, scale, point, bits=bits, scheme="channel", axis=axis - x.dim()),
+        lambda x: torch.fake_quantize_per_channel_affine(x, scale, point, axis, -highest - 1, highest),
         randn(shape, 1).to(dtype),
     )
 
