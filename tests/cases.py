@@ -9,6 +9,7 @@ import copy
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, cycle, product
@@ -164,6 +165,14 @@ def by_states(cases: Sequence[Case]) -> list[list[Case]]:
     return list(together.values())
 
 
+def in_threads(*calls: Callable[[], object]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+
 def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     # bf16 and fp16 numbers are drawn in fp32: torch draws others for them.
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -220,6 +229,10 @@ def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -
     return [torch.nn.Parameter(randn(shape, seed + i, dtype)) for i, shape in enumerate(shapes)]
 
 
+def copies_of(params: Any) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
 def grouped(params: list[Any], per_group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One group for each entry, each with every so many parameters."""
     return [{"params": params[i :: len(per_group)], **own} for i, own in enumerate(per_group)]
@@ -240,6 +253,13 @@ def train(opt: torch.optim.Optimizer, params: list[Any], steps: int = 3, first: 
         set_grads(params, step)
         opt.step()
     return params
+
+
+def trained(make: Callable[[list[Any]], Any], params: list[Any], steps: int = 3) -> Any:
+    """The optimizer ``make(params)`` after some steps."""
+    opt = make(params)
+    train(opt, params, steps)
+    return opt
 
 
 def assert_same_bits(a: Any, b: Any, what: object = "") -> None:
@@ -280,11 +300,17 @@ def snapshot(opt: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
     return [p.detach().clone() for p in places(opt)], keep
 
 
-def assert_unchanged(opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]], what: object = "") -> None:
+def assert_unchanged(
+    opt: Any, before: tuple[list[Tensor], list[dict[str, Any]]], what: object = "", may_begin: bool = False
+) -> None:
+    """``may_begin``: state may have been made that was not there, of no step yet."""
     for p, old, state in zip(places(opt), *before, strict=True):
         assert_same_bits(p.detach(), old, what)
         now = opt.state.get(p, {})
-        assert now.keys() == state.keys(), (what, list(now), list(state))
+        if may_begin:
+            assert now.get("step", 0) == state.get("step", 0), what
+        else:
+            assert now.keys() == state.keys(), (what, list(now), list(state))
         for name, t in state.items():
             if isinstance(t, Tensor) and t.device.type != "meta":
                 assert now[name].dtype == t.dtype, (what, name)
@@ -295,12 +321,26 @@ def version_of(grad: Tensor | None) -> int | None:
     return None if grad is None or grad.is_inference() else grad._version
 
 
-def refused(opt: Any, match: str, error: type[Exception] = RuntimeError, call: str = "step") -> None:
+def gradients_of(params: Any) -> list[Any]:
+    """Each, what it holds, and its version; None where there is none."""
+    return [None if p.grad is None else (p.grad, p.grad.clone(), version_of(p.grad)) for p in params]
+
+
+def assert_gradients_kept(params: Any, before: list[Any], what: object = "", version: bool = True) -> None:
+    for p, old in zip(params, before, strict=True):
+        if old is None:
+            assert p.grad is None, what
+            continue
+        assert p.grad is old[0] and (not version or version_of(p.grad) == old[2]), what
+        assert_same_bits(p.grad, old[1], what)
+
+
+def refused(opt: Any, match: str, error: Any = RuntimeError, call: str | Callable[[], object] = "step") -> None:
     """The call is refused, and changes no parameter, gradient or state."""
     before = snapshot(opt)
     gradients = [(p.grad, version_of(p.grad)) for p in places(opt)]
     with pytest.raises(error, match=match):
-        getattr(opt, call)()
+        getattr(opt, call)() if isinstance(call, str) else call()
     assert_unchanged(opt, before, match)
     for p, (grad, version) in zip(places(opt), gradients, strict=True):
         assert p.grad is grad and version_of(grad) == version, match
@@ -322,11 +362,9 @@ def assert_option_refused(name: str, given: dict[str, Any], match: str, backend:
     group = opt.param_groups[0]
     for step in range(2):
         set_grads(params, step)
-        before, kept = snapshot(opt), dict(group)
+        kept = dict(group)
         group.update(given)
-        with pytest.raises(errors, match=f"group 0.*{match}"):
-            opt.step()
-        assert_unchanged(opt, before, (name, given, more, backend))
+        refused(opt, f"group 0.*{match}", errors)
         group.clear()
         group.update(kept)
         opt.step()

@@ -36,6 +36,19 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
+
+
 # One process imports torch, which takes seconds, and forks for each piece of code.
 SERVER = """
 import json, os, sys, traceback
@@ -82,3 +95,15 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
 
     with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True) as server:
         yield run
+
+
+@pytest.fixture(scope="session")
+def succeeds(fresh: Fresh) -> Callable[..., str]:
+    """What ``fresh(code, **env)`` prints, which must not fail."""
+
+    def run(code: str, **env: str) -> str:
+        out = fresh(code, **env)
+        assert out.returncode == 0, out.stderr
+        return out.stdout
+
+    return run

@@ -20,11 +20,13 @@ from cases import (
     assert_same_state,
     assert_unchanged,
     come_and_go,
+    copies_of,
     grouped,
     places,
     randn,
     saved,
     snapshot,
+    train,
 )
 from torch import Tensor
 
@@ -104,7 +106,9 @@ def take(opt: Any, params: list[Any], step: int, wide: dict[str, Any] | None = N
         opt.step()
         return
     set_strained(params, step, come_and_go(step))
-    if wide.get("skip_nonfinite") and step % 3 == 0:  # the first one too
+    skips = wide.get("skip_nonfinite") and step % 3 == 0  # the first one too
+    before = snapshot(opt) if skips else None
+    if skips:
         spoil(params, float("nan") if step else float("inf"))
     if step == 2:
         opt.accumulate()
@@ -112,12 +116,19 @@ def take(opt: Any, params: list[Any], step: int, wide: dict[str, Any] | None = N
         opt.accumulate()
         set_strained(params, 51, come_and_go(step))
     opt.step_and_zero_() if step % 2 else opt.step()
+    if before is not None:
+        assert_unchanged(opt, before, (wide, step), may_begin=True)
     if any("ema" in opt.state.get(p, {}) for p in params):
         kept = [p.detach().clone() for p in params]
         with opt.swap_ema():
             pass
         for p, old in zip(params, kept, strict=True):
             assert_same_bits(p.detach(), old, "after swap_ema")
+
+
+def walk(opt: Any, params: list[Any], step: int) -> None:
+    """A step with ordinary gradients."""
+    train(opt, params, 1, first=step)
 
 
 def stepped(opt: Any, *grads: Any) -> Any:
@@ -233,7 +244,7 @@ def assert_states(case: Case, opt: Any, what: object = "") -> None:
 
 def copied(case: Case, opt: Any, **options: Any) -> tuple[Any, list[Any]]:
     """A new optimizer, of another seed, of copies of the other's parameters, and these."""
-    copies = [[torch.nn.Parameter(p.detach().clone()) for p in group["params"]] for group in opt.param_groups]
+    copies = [copies_of(group["params"]) for group in opt.param_groups]
     other = seeded(lambda: case.ours([{"params": row} for row in copies], **options), 8)
     return other, [p for row in copies for p in row]
 
@@ -283,7 +294,7 @@ def assert_decoded_like(mine: dict[str, Tensor], truth: dict[str, Tensor], what:
 
 def assert_round_trip(make: Callable[[list[Any]], Any], params: list[Any], what: object = "") -> Any:
     """Saved, loaded into a new optimizer, and on: as if nothing had happened, random bits included. The new one."""
-    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = copies_of(params)
     opt, other = seeded(lambda: make(params)), seeded(lambda: make(resumed), 8)
     for step in range(3):
         take(opt, params, step)

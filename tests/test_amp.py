@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -15,18 +15,26 @@ from cases import (
     DEVICE,
     FIRST,
     INF,
+    KERNELS,
     NAN,
     NATIVE,
     SHAPES,
     STATEFUL,
     Case,
     Odd,
+    assert_gradients_kept,
     assert_same_bits,
     assert_same_state,
+    assert_unchanged,
+    gradients_of,
     pairs,
     parameters,
+    places,
     randn,
+    refused,
+    snapshot,
 )
+from low_precision import assert_same
 from recipe import SCALES, Recipe
 
 import genopt_ext
@@ -53,6 +61,23 @@ def started(scaler):
     return scaler
 
 
+def step_scaled(opt, scaler):
+    scaler.step(opt)
+    scaler.update()
+
+
+def twins(backend, case=SGD, plain=None, **options):
+    """An optimizer that takes scaled gradients and one that takes plain ones, each with its parameters."""
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    opt = case.ours(params, backend=backend, **options)
+    return opt, params, case.ours(others, backend=backend, **(plain or {})), others
+
+
+def step_plain(opt, params, step):
+    set_grads(params, step, 1.0)
+    opt.step()
+
+
 def set_grads(params, step, scale, bad=None):
     """``scale`` times gradients whose size changes from step to step; an element of them ``bad``."""
     for i, p in enumerate(params):
@@ -66,10 +91,16 @@ def take(opt, params, scaler, bads, first=0):
     scales = []
     for step, bad in enumerate(bads, first):
         set_grads(params, step, scaler.get_scale(), bad)
-        scaler.step(opt)
-        scaler.update()
+        step_scaled(opt, scaler)
         scales.append(scaler.get_scale())
     return scales
+
+
+def assert_same_scaled(opts, make_scaler, bads, what):
+    """Both have the same bits, norms and scales after these steps."""
+    scales = [take(opt, places(opt), make_scaler(), bads) for opt in opts]
+    assert scales[0] == scales[1], what
+    assert_same(*opts, what)
 
 
 def unscaled(grad, scale):
@@ -78,21 +109,6 @@ def unscaled(grad, scale):
     if grad.is_complex():
         return torch.view_as_complex(unscaled(torch.view_as_real(grad), scale))
     return (grad.to(torch.promote_types(grad.dtype, torch.float32)) * factor).to(grad.dtype)
-
-
-def saved_state(opt, params):
-    return [p.detach().clone() for p in params], [
-        {n: t.clone() for n, t in opt.state.get(p, {}).items() if t is not None} for p in params
-    ]
-
-
-def assert_unchanged(opt, params, saved):
-    for p, old, state in zip(params, *saved, strict=True):
-        assert_same_bits(p.detach(), old)
-        now = opt.state.get(p, {})
-        assert "step" not in now or now["step"] == state.get("step", 0)
-        for name, t in state.items():
-            assert_same_bits(now[name], t, name)
 
 
 @pytest.mark.parametrize("name", optim.OURS)
@@ -124,8 +140,7 @@ def test_who_notes_calls_of_step_sees_that_one_was_skipped(scheduled, backend):
         p.grad = torch.full((3,), NAN if bad else 8.0)
         scaler.scale(torch.ones(()))
         opt.step = noted
-        scaler.step(opt)
-        scaler.update()
+        step_scaled(opt, scaler)
         opt.step = original
         assert len(called) == (not bad) and torch.equal(p.detach(), before) == bad
         assert opt._step_supports_amp_scaling  # where nobody notes
@@ -150,19 +165,13 @@ def test_scaled_steps(row, make_scaler, backend):
     scaler = make_scaler()
     for step, bad in enumerate([INF, None, None, NAN, None]):
         set_grads(params, step, scaler.get_scale(), bad)
-        before, saved = scaler.get_scale(), saved_state(opt, params)
+        before, saved = scaler.get_scale(), snapshot(opt)
         recipe.step(before, bad is not None)
-        grads = [(p.grad, p.grad.clone()) for p in params]
-        scaler.step(opt)
-        scaler.update()
-        unscales = type(scaler) is torch.amp.GradScaler and bad is None
-        for p, (grad, old) in zip(params, grads, strict=True):
-            assert p.grad is grad
-            assert_same_bits(grad, unscaled(old, before) if unscales else old)
+        step_scaled(opt, scaler)
         if bad is None:
             recipe.assert_followed_by(opt, (case, wide, step))
         else:
-            assert_unchanged(opt, params, saved)
+            assert_unchanged(opt, saved, may_begin=True)
             for p, q in recipe.pairs():
                 torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
     assert scaler.get_scale() == 1024.0 / 4 * 4 / 4
@@ -174,7 +183,7 @@ def test_scaled_steps(row, make_scaler, backend):
 KINDS = dict(
     torch=torch.amp.GradScaler,
     ours=genopt_ext.GradScaler,
-    unscaling=functools.partial(genopt_ext.GradScaler, unscale_grads=True),
+    unscaling=partial(genopt_ext.GradScaler, unscale_grads=True),
 )
 CLIPS = [{}, dict(max_grad_norm=1.0), dict(clip_per_param=0.5), dict(agc=0.1), dict(clip_grad_value=0.01)]
 
@@ -214,19 +223,17 @@ def test_gradients_after_a_scaled_step(kind, backend, dtype, wide):
                 p.grad = p.grad.float()  # mixed
         if step:
             params[1].grad = None
-        old = [None if p.grad is None else p.grad.clone() for p in params]
-        versions = [None if p.grad is None else p.grad._version for p in params]
+        before = gradients_of(params)
         if kind == "torch" and dtype.is_complex:  # which its check does not take
             opt.grad_scale, opt.found_inf = scaler._get_scale_async(), torch.tensor(float(bad is not None))
             opt.step()
         else:
-            scaler.step(opt)
-            scaler.update()
+            step_scaled(opt, scaler)
         writes = kind != "ours" and bad is None
-        for p, grad, version in zip(params, old, versions, strict=True):
-            if grad is not None:
-                assert_same_bits(p.grad, unscaled(grad, scale) if writes else grad, (p.shape, step))
-                assert not writes or p.grad._version > version
+        for p, (grad, old, version) in ((p, kept) for p, kept in zip(params, before, strict=True) if kept):
+            assert p.grad is grad
+            assert_same_bits(grad, unscaled(old, scale) if writes else old, (p.shape, step))
+            assert not writes or grad._version > version
     if half and not half[0].grad.is_contiguous():
         assert (params[-2].grad.untyped_storage()[1::2] == 7).all()
 
@@ -239,9 +246,9 @@ def test_gradients_are_as_torchs_fused_classes_leave_them(name):
     """torch's, ours with kernels and the reference, with torch's scaler; a skipped step too."""
     left = []
     for make in (
-        functools.partial(getattr(torch.optim, name), fused=True),
-        functools.partial(getattr(optim, name), fused=True, max_grad_norm=0.1),
-        functools.partial(getattr(optim, name), fused=True, max_grad_norm=0.1, backend="reference"),
+        partial(getattr(torch.optim, name), fused=True),
+        partial(getattr(optim, name), fused=True, max_grad_norm=0.1),
+        partial(getattr(optim, name), fused=True, max_grad_norm=0.1, backend="reference"),
     ):
         params = parameters(SHAPES)
         scaler = started(torch.amp.GradScaler(DEVICE, init_scale=2.0**16))
@@ -249,13 +256,11 @@ def test_gradients_are_as_torchs_fused_classes_leave_them(name):
         seen = []
         for step, bad in enumerate([None, INF, None]):
             set_grads(params, step, scaler.get_scale(), bad)
-            scaler.step(opt)
-            scaler.update()
+            step_scaled(opt, scaler)
             seen += [p.grad.clone() for p in params]
         left.append(seen)
-    for theirs, ours, plain in zip(*left, strict=True):
-        assert_same_bits(ours, theirs)
-        assert_same_bits(plain, theirs)
+    assert_same_bits(left[1], left[0])
+    assert_same_bits(left[2], left[0])
 
 
 @pytest.mark.filterwarnings("ignore:genopt_ext. .*no kernels for Odd")
@@ -289,44 +294,33 @@ def test_a_nonfinite_step_leaves_gradients_as_they_are(backend):
     opt = optim.SGD(params, fused=True, skip_nonfinite=True, backend=backend)
     set_grads(params, 0, 8.0, NAN)
     params[1].grad = params[0].grad[:35].view(7, 5) if backend == "auto" else params[1].grad  # they share memory
-    old = [p.grad.clone() for p in params]
+    before = gradients_of(params)
     opt.grad_scale = torch.tensor(8.0)
     opt.step()
-    for p, g in zip(params, old, strict=True):
-        assert_same_bits(p.grad, g)
+    assert_gradients_kept(params, before, version=False)
     assert opt.skipped_steps == 1
 
 
-def test_zeroing_goes_before_unscaling(backend):
-    params = parameters(SHAPES)
-    opt = optim.SGD(params, fused=True, backend=backend)
-    set_grads(params, 0, 8.0)
-    opt.grad_scale = torch.tensor(8.0)
-    opt.step_and_zero_()
-    assert all((p.grad == 0).all() for p in params)
-
-
 def test_a_gradient_that_can_not_be_unscaled_is_refused(backend):
-    """Before anything is changed."""
     params = parameters([(7,), (300,)])
     opt = optim.SGD(params, momentum=0.9, fused=True, backend=backend)
     set_grads(params, 0, 8.0)
     with torch.inference_mode():
         params[1].grad = torch.ones(300)
-    before, old = saved_state(opt, params), [p.grad.clone() for p in params]
     opt.grad_scale = torch.tensor(8.0)
-    with pytest.raises(RuntimeError, match=r"group 0 parameter 1 .*inference"):
-        opt.step()
-    assert_unchanged(opt, params, before)
-    assert not opt.state
-    for p, g in zip(params, old, strict=True):
-        assert_same_bits(p.grad, g)
+    refused(opt, r"group 0 parameter 1 .*inference")
     del opt.grad_scale
     opt.step()
 
 
-def test_the_scalers_option():
-    """Keyword-only, off, and part of a copy."""
+def test_options_and_state_of_the_scaler():
+    """Torch's, and one that is keyword-only, off, and part of a copy."""
+    assert issubclass(genopt_ext.GradScaler, torch.amp.GradScaler) and "GradScaler" in genopt_ext.__all__
+    ours = started(genopt_ext.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
+    theirs = started(torch.amp.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
+    assert ours.state_dict() == theirs.state_dict()
+    ours.load_state_dict({**theirs.state_dict(), "scale": 64.0})
+    assert ours.get_scale() == 64.0
     with pytest.raises(TypeError):
         genopt_ext.GradScaler(DEVICE, 8.0, 2.0, 0.5, 1, True, True)
     for scaler in (KINDS["unscaling"](DEVICE, init_scale=8.0), genopt_ext.GradScaler(DEVICE, init_scale=8.0)):
@@ -347,16 +341,8 @@ def test_the_scalers_option():
 )
 def test_the_ordinary_path_gives_the_same(case, wide, make_scaler, backend):
     """For scales that are powers of two, to the bit."""
-    opts, scales = [], []
-    for fused in (True, None):
-        params = parameters(SHAPES)
-        opt = case.ours(params, fused=fused, backend=backend, **wide)
-        scales.append(take(opt, params, make_scaler(), [INF, None, None, NAN, None, None, None]))
-        opts.append(opt)
-    assert_same_state(*opts, (case, wide))
-    assert scales[0] == scales[1]
-    if wide.get("max_grad_norm"):
-        assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
+    opts = [case.ours(parameters(SHAPES), fused=fused, backend=backend, **wide) for fused in (True, None)]
+    assert_same_scaled(opts, make_scaler, [INF, None, None, NAN, None, None, None], (case, wide))
 
 
 @pytest.mark.parametrize("more", [{}, dict(max_grad_norm=INF)], ids=str)
@@ -372,64 +358,40 @@ def test_the_scales_reciprocal_is_rounded_to_float32(more, backend):
         torch.testing.assert_close(-p.detach(), g * torch.tensor(1 / 37.0).double(), rtol=1e-14, atol=0)
 
 
-@pytest.mark.skipif(_backend.native is None, reason="compares the kernels with the reference")
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_same_bits_from_the_reference(case, dtype, make_scaler):
     """Also for a scale that is no power of two. torch's unscale_ refuses fp16; the step serves it."""
-    opts, scales = [], []
-    for backend in (NATIVE, "reference"):
-        params = parameters([(n,) for n in (257, 1, 7, 0)] + [(40, 30)], dtype)
-        opt = case.ours(params, fused=True, max_grad_norm=10.0, ema_decay=0.9, backend=backend)
-        scales.append(take(opt, params, make_scaler(37.0), [INF, None, None, NAN, None]))
-        opts.append(opt)
-    assert_same_state(*opts, (case, dtype))
-    assert_same_bits(opts[0].grad_norm, opts[1].grad_norm)
-    assert scales[0] == scales[1]
-
-
-def test_grad_norm_is_of_unscaled_gradients(make_scaler, backend):
-    params = parameters(SHAPES)
-    opt = SGD.ours(params, fused=True, max_grad_norm=1.0, backend=backend)
-    scaler = make_scaler(2.0**16)
-    set_grads(params, 0, 1.0)
-    truth = torch.nn.utils.get_total_norm([p.grad.double() for p in params]).item()
-    set_grads(params, 0, scaler.get_scale())
-    scaler.step(opt)
-    assert opt.grad_norm.item() == pytest.approx(truth, rel=1e-6)
+    options = dict(fused=True, max_grad_norm=10.0, ema_decay=0.9)
+    params = [parameters([*((n,) for n in (257, 1, 7, 0)), (40, 30)], dtype) for _ in range(2)]
+    opts = [case.ours(ps, backend=b, **options) for ps, b in zip(params, (NATIVE, "reference"), strict=True)]
+    assert_same_scaled(opts, partial(make_scaler, 37.0), [INF, None, None, NAN, None], (case, dtype))
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_any_found_inf_skips(case, trained, backend):
     """Not only 1, on the first step too; and what follows goes as if the step had not been."""
-    params, others = parameters(SHAPES), parameters(SHAPES)
-    options = dict(fused=True, ema_decay=0.9, max_grad_norm=5.0, backend=backend)
-    if case.name == "SGD":
-        options.update(momentum=0.9, dampening=0.5, lr=0.1)
-        case = Case("SGD")
-    opt, plain = case.ours(params, **options), case.ours(others, **options)
+    options = dict(fused=True, ema_decay=0.9, max_grad_norm=5.0)
+    opt, params, plain, others = twins(backend, SGD if case.name == "SGD" else case, options, **options)
     if trained:
-        for o, ps in ((opt, params), (plain, others)):
-            set_grads(ps, 0, 1.0)
-            o.step()
-    before = saved_state(opt, params)
+        step_plain(opt, params, 0)
+        step_plain(plain, others, 0)
+    before = snapshot(opt)
     for value in (1.0, 2.0, 0.5, -1.0, 1e-30, NAN, INF):
         set_grads(params, 1, 8.0)
         opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(value)
         opt.step_and_zero_() if value == INF else opt.step()
-        assert_unchanged(opt, params, before)
+        assert_unchanged(opt, before, may_begin=True)
     assert all((p.grad == 0).all() for p in params)
     opt.found_inf = torch.tensor(0.0)
     set_grads(params, 2, 8.0)
     opt.step()
     del opt.grad_scale, opt.found_inf
-    set_grads(others, 2, 1.0)
-    plain.step()
-    set_grads(params, 3, 1.0)
-    opt.step()
-    set_grads(others, 3, 1.0)
-    plain.step()
+    step_plain(plain, others, 2)
+    step_plain(opt, params, 3)
+    step_plain(plain, others, 3)
     assert_same_state(opt, plain, case)
 
 
@@ -447,8 +409,7 @@ def test_the_scale_evolves_as_torchs(init_scale, fused, make_scaler, backend):
     assert take(optim.SGD(params, fused=fused, backend=backend), params, scaler, BADS) == expected
     assert scaler.state_dict() == torch_scaler.state_dict()
     assert len(set(expected)) > 2
-    for p, q in zip(params, theirs, strict=True):
-        torch.testing.assert_close(p, q)
+    torch.testing.assert_close(params, theirs)
 
 
 @pytest.mark.parametrize("fused", [True, None])
@@ -459,51 +420,34 @@ def test_infinities_anywhere_and_large_finite_gradients(where, fused, make_scale
     params = parameters(shapes)
     opt = optim.SGD(params, lr=1e-40, fused=fused, max_grad_norm=1.0, backend=backend)
     scaler = make_scaler(4.0, growth_interval=100)
-    before = [p.detach().clone() for p in params]
+    before = snapshot(opt)
     set_grads(params, 0, 4.0)
     params[where].grad.view(-1)[-1] = INF
-    scaler.step(opt)
-    scaler.update()
+    step_scaled(opt, scaler)
     assert scaler.get_scale() == 1.0
-    for p, old in zip(params, before, strict=True):
-        assert_same_bits(p.detach(), old)
+    assert_unchanged(opt, before, may_begin=True)
     for p in params:
         p.grad = torch.full_like(p, 3e38)
-    scaler.step(opt)
-    scaler.update()
+    step_scaled(opt, scaler)
     assert scaler.get_scale() == 1.0
-
-
-def test_subclass_and_arguments():
-    assert issubclass(genopt_ext.GradScaler, torch.amp.GradScaler) and "GradScaler" in genopt_ext.__all__
-    ours = started(genopt_ext.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
-    theirs = started(torch.amp.GradScaler(DEVICE, init_scale=8.0, **FACTORS))
-    assert ours.state_dict() == theirs.state_dict()
-    ours.load_state_dict({**theirs.state_dict(), "scale": 64.0})
-    assert ours.get_scale() == 64.0
 
 
 def test_a_disabled_scaler_only_steps(backend):
     for scaler in (genopt_ext.GradScaler, torch.amp.GradScaler):
-        params, others = parameters(SHAPES), parameters(SHAPES)
-        opt, plain = SGD.ours(params, fused=True, backend=backend), SGD.ours(others, backend=backend)
+        opt, params, plain, others = twins(backend, fused=True)
         off = scaler(DEVICE, enabled=False)
         for step in range(2):
             set_grads(params, step, 1.0)
             off.unscale_(opt)
-            off.step(opt)
-            off.update()
-            set_grads(others, step, 1.0)
-            plain.step()
+            step_scaled(opt, off)
+            step_plain(plain, others, step)
         assert_same_state(opt, plain)
 
 
 @pytest.mark.parametrize("fused", [True, None])
 def test_unscale_by_the_user(fused, make_scaler, backend):
     """Unscaled once, not twice; an infinity that unscale_ found skips."""
-    params, others = parameters(SHAPES), parameters(SHAPES)
-    opt = SGD.ours(params, fused=fused, max_grad_norm=20.0, backend=backend)
-    plain = SGD.ours(others, max_grad_norm=20.0, backend=backend)
+    opt, params, plain, others = twins(backend, fused=fused, max_grad_norm=20.0, plain=dict(max_grad_norm=20.0))
     scaler = make_scaler()
     scales = []
     for step, bad in enumerate([NAN, None, INF, None, None]):
@@ -512,14 +456,14 @@ def test_unscale_by_the_user(fused, make_scaler, backend):
         torch.nn.utils.clip_grad_norm_(params, 40.0)
         with pytest.raises(RuntimeError, match="already been called"):
             scaler.unscale_(opt)
-        before = saved_state(opt, params)
+        before = snapshot(opt)
         scaler.step(opt)
         with pytest.raises(RuntimeError, match="already been called"):
             scaler.step(opt)
         scaler.update()
         scales.append(scaler.get_scale())
         if bad is not None:
-            assert_unchanged(opt, params, before)
+            assert_unchanged(opt, before, may_begin=True)
         else:
             set_grads(others, step, 1.0)
             torch.nn.utils.clip_grad_norm_(others, 40.0)
@@ -555,7 +499,7 @@ def test_two_optimizers_and_one_scaler(fused, make_scaler, backend):
     opts.append(torch.optim.SGD(params[2], foreach=False))
     scaler = make_scaler(64.0)
     for bad in range(3):
-        before = [saved_state(o, ps) for o, ps in zip(opts, params, strict=True)]
+        before = [snapshot(o) for o, ps in zip(opts, params, strict=True)]
         scale = scaler.get_scale()
         for i, ps in enumerate(params):
             set_grads(ps, bad, scale, INF if i == bad else None)
@@ -565,7 +509,7 @@ def test_two_optimizers_and_one_scaler(fused, make_scaler, backend):
         assert scaler.get_scale() == scale / 4
         for i, (o, ps) in enumerate(zip(opts, params, strict=True)):
             if i == bad:
-                assert_unchanged(o, ps, before[i])
+                assert_unchanged(o, before[i], may_begin=True)
             else:
                 assert (ps[0].detach() != before[i][0][0]).all()
 
@@ -582,41 +526,36 @@ def test_some_and_no_gradients(make_scaler, backend):
         scaler.step(opt)
         recipe.assert_followed_by(opt)
         scaler._per_optimizer_states.clear()  # as update() does, without another scale
-    before = saved_state(opt, params)
+    before = snapshot(opt)
     for p in params:
         p.grad = None
     # torch's scaler hands the number 0 over then.
     opt.grad_scale, opt.found_inf = scaler._get_scale_async(), 0
     opt.step()
     del opt.grad_scale, opt.found_inf
-    assert_unchanged(opt, params, before)
+    assert_unchanged(opt, before, may_begin=True)
 
 
 def test_gradient_scale_of_the_users_own(make_scaler, backend):
     """torch multiplies the scale with an optimizer.grad_scale that is set."""
-    params, others = parameters(SHAPES), parameters(SHAPES)
-    opt, plain = SGD.ours(params, fused=True, backend=backend), SGD.ours(others, backend=backend)
-    scaler = make_scaler(8.0)
+    opt, params, plain, others = twins(backend, fused=True)
     opt.grad_scale = torch.tensor(4.0)
     set_grads(params, 0, 32.0)
-    scaler.step(opt)
-    set_grads(others, 0, 1.0)
-    plain.step()
+    make_scaler(8.0).step(opt)
+    step_plain(plain, others, 0)
     assert_same_state(opt, plain)
 
 
 def test_skip_nonfinite_beside_a_scaler(make_scaler, backend):
     """Both skip: once, and what follows is right."""
-    params, others = parameters(SHAPES), parameters(SHAPES)
-    opt = SGD.ours(params, fused=True, skip_nonfinite=True, ema_decay=0.5, backend=backend)
-    plain = SGD.ours(others, ema_decay=0.5, backend=backend)
+    options = dict(fused=True, skip_nonfinite=True, ema_decay=0.5)
+    opt, params, plain, others = twins(backend, **options, plain=dict(ema_decay=0.5))
     scaler = make_scaler()
     take(opt, params, scaler, [INF, NAN])
     assert scaler.get_scale() == 64.0
     take(opt, params, scaler, [None, None], first=2)
     for step in (2, 3):
-        set_grads(others, step, 1.0)
-        plain.step()
+        step_plain(plain, others, step)
     assert_same_state(opt, plain)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,25 +54,21 @@ def test_all_take_turns() -> None:
     assert shares[-1] == 1.0 and shares == sorted(shares)
 
 
-def test_slow_ones_share_the_time_and_not_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def spend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``spend(seconds)`` sets the clock forward, which stands otherwise."""
     now = [0.0]
-
-    def spend(seconds: float) -> None:
-        now[0] += seconds
-
     monkeypatch.setattr(method.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.append(now.pop() + seconds)
+
+
+def test_slow_ones_share_the_time_and_not_the_rounds(spend: Callable[[float], None]) -> None:
     rounds = method.in_turn({"slow": lambda: spend(1.0), "fast": lambda: spend(0.01)}, 20.0, min_rounds=5)
     assert 5 <= len(rounds["slow"]) <= 15 and len(rounds["fast"]) == 300
     assert rounds["slow"] == pytest.approx([1.0] * len(rounds["slow"]))
 
 
-def test_before_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-
-    def spend(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(method.time, "perf_counter", lambda: now[0])
+def test_before_is_not_timed(spend: Callable[[float], None]) -> None:
     rounds = method.in_turn({"a": lambda: spend(0.5)}, 0.0, min_rounds=3, before=lambda: spend(10.0))
     assert rounds["a"] == [0.5] * 3
 

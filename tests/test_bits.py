@@ -62,6 +62,7 @@ from low_precision import (
     set_strained,
     stepped,
     take,
+    walk,
 )
 
 from genopt_ext import _backend, optim
@@ -76,9 +77,7 @@ PLAIN, NARROWED = EXACT[0], EXACT[1:]
 
 
 @pytest.mark.parametrize(
-    ("case", "storage", "dtype"),
-    [*product(CASES, [PLAIN], PLAIN.dtypes), *stored(CASES, storages=NARROWED)],
-    ids=str,
+    ("case", "storage", "dtype"), [*product(CASES, [PLAIN], PLAIN.dtypes), *stored(CASES, storages=NARROWED)], ids=str
 )
 def test_kernels_equal_reference(case, storage, dtype):
     """For each loop of a CPU, which rule, what is kept, dtype and state choose together, see digests.py."""
@@ -86,7 +85,7 @@ def test_kernels_equal_reference(case, storage, dtype):
 
     def act(opt, params, step):
         old = [p.detach().clone() for p in params]
-        take(opt, params, step) if step % 2 else train(opt, params, 1, first=step)
+        (take if step % 2 else walk)(opt, params, step)
         # lr * update may be below one rounding of a 16-bit parameter; elsewhere every element moves.
         if step == 0 and dtype in (torch.float32, torch.complex64):
             assert all((p.detach() != before).all() for p, before in zip(params, old, strict=True)), case
@@ -98,31 +97,20 @@ def test_kernels_equal_reference(case, storage, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64_agrees_with_reference(case, dtype):
-    """Not bit for bit: torch's float64 square root is not always exactly rounded."""
-
     def close(a, b, what):
         torch.testing.assert_close(places(a), places(b), rtol=1e-13, atol=1e-13, msg=lambda text: f"{what}: {text}")
 
-    def act(opt, params, step):
-        train(opt, params, 1, first=step)
-
-    run_both(case, lambda: parameters([(n,) for n in SIZES], dtype), act=act, same=close)
+    run_both(case, lambda: parameters([(n,) for n in SIZES], dtype), act=walk, same=close)
 
 
 @pytest.mark.parametrize(
-    ("case", "wide", "storage", "dtype"),
-    stored(STATEFUL, WIDE, storages=[STORED["int8"], *MIXED]),
-    ids=str,
+    ("case", "wide", "storage", "dtype"), stored(STATEFUL, WIDE, storages=[STORED["int8"], *MIXED]), ids=str
 )
 def test_same_bits_on_the_gradient_path(case, wide, storage, dtype):
     """Also when the very first step is skipped."""
-    run_both(
-        case,
-        lambda: parameters([*BLOCKS, (20, 30), (0,)], dtype),
-        {**storage.options, **wide},
-        steps=5,
-        act=lambda opt, params, step: take(opt, params, step, wide),
-    )
+    shapes = [*BLOCKS, (20, 30), (0,)]
+    options = {**storage.options, **wide}
+    run_both(case, lambda: parameters(shapes, dtype), options, steps=5, act=partial(take, wide=wide))
 
 
 @pytest.mark.parametrize("storage", [STORED[name] for name in ("stochastic", "int8", "bfloat16 state")], ids=str)
@@ -139,7 +127,7 @@ def test_late_steps(storage):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_elements_do_not_depend_on_where_they_stand(case):
-    """Equal elements stay equal in every lane, tile and tail."""
+
     p = stepped(case.ours([torch.nn.Parameter(torch.full((1031,), 0.5))]), 0.3, -0.7, 0.1)
     assert (p == p[0]).all(), case
 
@@ -148,22 +136,20 @@ CPU_KERNELS = pytest.mark.skipif(NATIVE != "cpu", reason="CPU kernels")
 
 
 @pytest.fixture(scope="module")
-def digests_of_reference(fresh):
-    return digests_in(fresh, GENOPT_BACKEND="reference")
+def digests_of_reference(succeeds):
+    return digests_in(succeeds, GENOPT_BACKEND="reference")
 
 
-def digests_in(fresh, **env):
-    out = fresh("import json, digests; print(json.dumps(digests.digests()))", **env)
-    assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout)
+def digests_in(succeeds, **env):
+    return json.loads(succeeds("import json, digests; print(json.dumps(digests.digests()))", **env))
 
 
 @CPU_KERNELS
 @pytest.mark.parametrize(
     ("capability", "tuning"), [*((c, "prefetch=2") for c in CAPABILITIES), (CAPABILITIES[0], "prefetch=0")]
 )
-def test_same_bits_on_every_instruction_set(capability, tuning, fresh, digests_of_reference):
-    found = digests_in(fresh, GENOPT_CPU_CAPABILITY=capability, GENOPT_CPU_TUNING=tuning)
+def test_same_bits_on_every_instruction_set(capability, tuning, succeeds, digests_of_reference):
+    found = digests_in(succeeds, GENOPT_CPU_CAPABILITY=capability, GENOPT_CPU_TUNING=tuning)
     assert found.keys() == digests_of_reference.keys()
     assert [name for name, digest in found.items() if digest != digests_of_reference[name]] == []
 
@@ -174,22 +160,19 @@ def test_same_bits_on_every_instruction_set(capability, tuning, fresh, digests_o
     [*((PLAIN, d) for d in (torch.float32, torch.float64, torch.bfloat16)), *stored(storages=[STORED["int8"], *MIXED])],
     ids=str,
 )
-def test_same_bits_with_1_to_64_threads(storage, dtype):
+def test_same_bits_with_1_to_64_threads(storage, dtype, set_threads):
     """And run after run; of rows that begin and end within a thread's part, and steps that measure, clip, average and
     zero."""
-    opts, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5, 64, 2):
-            torch.set_num_threads(threads)
-            params = parameters([(300_001,), (64,), (700, 700), (5,), *[(64,)] * 20], dtype)
-            groups = grouped(params, [{}, dict(agc=0.1)])
-            options = dict(max_grad_norm=1.0, ema_decay=0.9, backend=NATIVE, **storage.options)
-            opts.append(seeded(lambda: CASES[6].ours(groups, **options)))  # noqa: B023
-            set_grads(params, 0)
-            opts[-1].step()
-            opts[-1].step_and_zero_()
-    finally:
-        torch.set_num_threads(before)
+    opts = []
+    for threads in (1, 2, 5, 64, 2):
+        set_threads(threads)
+        params = parameters([(300_001,), (64,), (700, 700), (5,), *[(64,)] * 20], dtype)
+        groups = grouped(params, [{}, dict(agc=0.1)])
+        options = dict(max_grad_norm=1.0, ema_decay=0.9, backend=NATIVE, **storage.options)
+        opts.append(seeded(lambda: CASES[6].ours(groups, **options)))  # noqa: B023
+        set_grads(params, 0)
+        opts[-1].step()
+        opts[-1].step_and_zero_()
     for opt in opts[1:]:
         assert_same(opts[0], opt)
 
@@ -226,10 +209,9 @@ def test_layouts(case, layout, storage, dtype):
                 t.as_strided(ours.shape, ours.stride(), ours.storage_offset()).zero_()
             assert_same_bits(after, before, (case, layout, storage))
     if storage.name in ("plain", "float32 state", "kahan", "masters"):  # codes and random bits go by places in memory
-        contiguous = run_one(
-            case, lambda: [torch.nn.Parameter(layouts(dtype)[layout].contiguous())], storage.options, act=act
-        )
-        assert_same_bits(places(opts[0])[0].detach(), places(contiguous)[0].detach(), (case, layout, storage))
+        made_dense = [torch.nn.Parameter(layouts(dtype)[layout].contiguous())]
+        contiguous = run_one(case, lambda: made_dense, storage.options, act=act)
+        assert_same_bits(places(opts[0]), places(contiguous), (case, layout, storage))
 
 
 @pytest.mark.skipif(NATIVE != "cpu", reason="a GPU can not access such memory")
@@ -237,11 +219,8 @@ def test_misaligned_memory():
     """A tensor whose memory does not even start at a multiple of its element size."""
 
     def make():
-        return [
-            torch.frombuffer(bytearray(4 * 1000 + 1), dtype=torch.float32, offset=1, count=1000).copy_(
-                randn((1000,), 0)
-            )
-        ]
+        odd = torch.frombuffer(bytearray(4 * 1000 + 1), dtype=torch.float32, offset=1, count=1000)
+        return [odd.copy_(randn((1000,), 0))]
 
     run_both(CASES[0], make)
 
@@ -283,27 +262,23 @@ def test_centered_rmsprop_of_a_constant_gradient_is_finite():
     assert torch.isfinite(stepped(opt, *[randn((1000,), 0)] * 200)).all()
 
 
-def test_denormals_do_not_depend_on_the_thread():
+def test_denormals_do_not_depend_on_the_thread(set_threads):
     """The caller's flush-to-zero mode holds on every thread for as long as the step runs."""
     p = torch.nn.Parameter(torch.zeros(1 << 18))
     opt = Case("SGD", dict(lr=1.0)).ours([p])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        for flush in (False, True, False, True):  # first without: threads begin in the mode of the one that makes them
-            if not torch.set_flush_denormal(flush):
-                pytest.skip("this processor can not flush denormals")
-            p.data.zero_()
-            p.grad = torch.full_like(p, -1e-40)
+    set_threads(4)
+    for flush in (False, True, False, True):  # first without: threads begin in the mode of the one that makes them
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor can not flush denormals")
+        p.data.zero_()
+        p.grad = torch.full_like(p, -1e-40)
+        try:
             opt.step()
+        finally:
             torch.set_flush_denormal(False)
-            assert (p == (0.0 if flush else p.grad[0].neg())).all(), flush
-            assert (
-                (p.grad * 0.5).view(torch.int32) == p.grad[:1].mul(0.5).view(torch.int32)
-            ).all()  # by torch's threads
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(before)
+        assert (p == (0.0 if flush else p.grad[0].neg())).all(), flush
+        # By torch's threads:
+        assert_same_bits((p.grad * 0.5).view(torch.int32), p.grad[:1].mul(0.5).view(torch.int32).expand(1 << 18))
 
 
 AFTER_FORK = """
@@ -337,9 +312,8 @@ for one, other in (params, codes):
 
 
 @CPU_KERNELS
-def test_a_forks_child_goes_on_without_its_parents_threads(fresh):
-    out = fresh(AFTER_FORK)
-    assert out.returncode == 0, out.stderr
+def test_a_forks_child_goes_on_without_its_parents_threads(succeeds):
+    succeeds(AFTER_FORK)
 
 
 @st.composite
@@ -363,15 +337,8 @@ def fuzzed(draw):
     wide = draw(st.sampled_from([{}, dict(max_grad_norm=1.0), dict(skip_nonfinite=True)]))
     actions = draw(st.lists(st.sampled_from(["step", "nan", "zero", "none", "load", "int8"]), min_size=1, max_size=5))
     absent = draw(st.sets(st.tuples(st.integers(0, 4), st.integers(0, 6))))  # steps and parameters
-    return (
-        draw(st.sampled_from(CASES)),
-        draw(st.sampled_from(NARROW)),
-        tensors,
-        per_group,
-        {**kept, **wide},
-        actions,
-        absent,
-    )
+    case, dtype = draw(st.sampled_from(CASES)), draw(st.sampled_from(NARROW))
+    return case, dtype, tensors, per_group, {**kept, **wide}, actions, absent
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -380,10 +347,8 @@ def test_fuzz(drawn):
     case, dtype, tensors, per_group, options, actions, absent = drawn
 
     def make():
-        rows = [
-            torch.nn.Parameter(strided(randn(shape, i, dtype), pads, steps, order))
-            for i, (shape, pads, steps, order, _) in enumerate(tensors)
-        ]
+        numbers = (randn(shape, i, dtype) for i, (shape, *_) in enumerate(tensors))
+        rows = [torch.nn.Parameter(strided(t, *how[1:4])) for t, how in zip(numbers, tensors, strict=True)]
         return rows + parameters([(257,)] * len(per_group), dtype, seed=20)  # a group is not empty
 
     def act(opt, params, step):
@@ -405,10 +370,8 @@ def test_fuzz(drawn):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_less_accurate_than_torch(case):
     """Root mean square error against torch in float64 over 150 steps, for large, small and zero parameters."""
-    if case.name == "RMSprop" and case.kwargs.get("centered"):
-        steps = 20  # the variance of few gradients is near zero for some elements, where errors have no bound
-    else:
-        steps = 150
+    # The variance of few gradients is near zero for some elements, where errors have no bound.
+    steps = 20 if case.kwargs.get("centered") else 150
     for scale in (1.0, 0.01, 0.0):
         runs = []
         for make, dtype in ((case.torch, torch.float64), (case.torch, torch.float32), (case.ours, torch.float32)):
@@ -458,11 +421,10 @@ def test_groups_with_states_of_their_own(case, option):
             results.append(make(groups[::order]))
             train(results[-1], params)
         assert_same_state(*results[:2], (case, option))
-        states = [[sorted(opt.state[p]) for group in opt.param_groups for p in group["params"]] for opt in results]
+        states = [[sorted(opt.state[p]) for p in places(opt)] for opt in results]
         if case.name != "SGD":  # torch makes an empty buffer there
             assert states[0] == states[2]
-        for p, q in zip(*([p for g in opt.param_groups for p in g["params"]] for opt in results[1:]), strict=True):
-            torch.testing.assert_close(p, q)
+        torch.testing.assert_close(places(results[1]), places(results[2]))
 
 
 @pytest.mark.parametrize("case", [Case("Adam", dict(betas=(0.5, 0.5))), Case("RMSprop", dict(alpha=0.5))], ids=str)
@@ -472,8 +434,6 @@ def test_averages_half_way(case):
 
 
 def test_many_groups_and_sizes_share_tiles():
-    """Rows of all sizes, groups with their own options, gradients that come and go."""
-
     def act(opt, params, step):
         set_grads(params, step, lambda i: (i + step) % 4 == 0)
         opt.step()
@@ -531,9 +491,7 @@ def test_mixes_in_one_optimizer(case, kept):
         dict(state_dtype=torch.int8, ema_decay=0.5),
         dict(ema_decay=0.9),
     ]
-    for opt in run_both(
-        case, make, options, per_group, steps=5, act=lambda opt, ps, step: take(opt, ps, step, options)
-    ):
+    for opt in run_both(case, make, options, per_group, steps=5, act=partial(take, wide=options)):
         assert_states(case, opt)
 
 

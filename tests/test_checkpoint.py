@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import OrderedDict
 from functools import partial
@@ -21,9 +22,11 @@ from cases import (
     STATEFUL,
     assert_same_bits,
     assert_same_state,
+    copies_of,
     parameters,
-    set_grads,
+    places,
     train,
+    trained,
 )
 from cases import saved as through_a_file
 from hypothesis import given, settings
@@ -70,9 +73,10 @@ BROKEN = {
         P1 + "its state is NoneType",
     ),
     "a moment lacks": (without("state", 1, "exp_avg"), P1 + "its state has .* but no 'exp_avg'"),
-    "step x": (entry("step", "x"), P1 + "state 'step' is 'x', expected a number"),
-    "step list": (entry("step", [1]), P1 + r"state 'step' is \[1\], expected a number"),
-    "step dict": (entry("step", {}), P1 + "state 'step' is {}, expected a number"),
+    **{
+        f"step {value}": (entry("step", value), P1 + f"state 'step' is {re.escape(repr(value))}, expected a number")
+        for value in ("x", [1], {})
+    },
     **{
         f"step {value}": (entry("step", torch.tensor(value)), P1 + "state 'step' is .*, expected a whole number from 0")
         for value in (NAN, INF, -INF, -1.0, 1e30, 2.5)
@@ -127,25 +131,26 @@ BROKEN = {
 }
 
 
+def assert_refused(opt, saved, match, error=ValueError):
+    before = checkpoints.seen(opt)
+    with pytest.raises(error, match=match):
+        opt.load_state_dict(saved)
+    checkpoints.assert_unchanged(opt, before, match)
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_refused_checkpoints(what, backend):
     """One type of error, which names the entry."""
     change, match = BROKEN[what]
-    params = parameters([(3,), (5,)])
-    opt = optim.AdamW(params, lr=0.1, backend=backend)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, lr=0.1, backend=backend), parameters([(3,), (5,)]), 2)
     saved = copy.deepcopy(opt.state_dict())
     change(saved)
-    before = checkpoints.seen(opt)
-    with pytest.raises(ValueError, match=match):
-        opt.load_state_dict(saved)
-    checkpoints.assert_unchanged(opt, before, what)
+    assert_refused(opt, saved, match)
 
 
 @pytest.mark.parametrize("saved", [None, [], "x", 3], ids=str)
 def test_what_is_no_dict(saved):
-    with pytest.raises(ValueError, match="SGD.load_state_dict: the checkpoint is .*, expected dict"):
-        optim.SGD(parameters([(3,)])).load_state_dict(saved)
+    assert_refused(optim.SGD(parameters([(3,)])), saved, "SGD.load_state_dict: the checkpoint is .*, expected dict")
 
 
 def test_a_refused_checkpoint_leaves_what_was_accumulated(backend):
@@ -183,14 +188,12 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_what_torch_loads_and_trains_with(case, change):
-    trained = parameters([(3,), (5,)])
-    first = case.torch(trained)
-    train(first, trained, 3)
+    first = trained(case.torch, parameters([(3,), (5,)]))
     runs = []
     for make in (case.ours, case.torch):
         saved = copy.deepcopy(first.state_dict())
         CHANGES[change](saved)
-        params = [torch.nn.Parameter(p.detach().clone()) for p in trained]
+        params = copies_of(places(first))
         opt = make(params)
         opt.load_state_dict(saved)
         assert ("mine" in opt.state) == (change == "an entry of the user's own")
@@ -202,8 +205,7 @@ def test_what_torch_loads_and_trains_with(case, change):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_entries_of_the_users_own_do_not_matter(backend):
     params = parameters([(3,)])
-    opt = optim.AdamW(params, backend=backend)
-    train(opt, params, 1)
+    opt = trained(partial(optim.AdamW, backend=backend), params, 1)
     opt.state[params[0]].update(mine=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), other=object())
     train(opt, params, 1)
     saved = opt.state_dict()
@@ -219,13 +221,8 @@ def test_a_subclass_that_refuses_changes_nothing(backend):
             if not state["state"]:
                 raise LookupError("nothing there")
 
-    params = parameters([(3,), (5,)])
-    opt = Picky(params, backend=backend)
-    train(opt, params, 1)
-    before = checkpoints.seen(opt)
-    with pytest.raises(LookupError, match="nothing there"):
-        opt.load_state_dict({**opt.state_dict(), "state": {}})
-    checkpoints.assert_unchanged(opt, before, "")
+    opt = trained(partial(Picky, backend=backend), parameters([(3,), (5,)]), 1)
+    assert_refused(opt, {**opt.state_dict(), "state": {}}, "nothing there", LookupError)
 
 
 def test_negative_zeros_of_torchs_momentum_have_been_set(backend):
@@ -243,8 +240,7 @@ def test_negative_zeros_of_torchs_momentum_have_been_set(backend):
 
 def test_a_step_that_was_saved_as_a_half_counts_on(backend):
     params = parameters([(3,)])
-    opt = optim.AdamW(params, backend=backend)
-    train(opt, params, 1)
+    opt = trained(partial(optim.AdamW, backend=backend), params, 1)
     saved = opt.state_dict()
     saved["state"][0]["step"] = torch.tensor(2048.0, dtype=torch.float16)
     opt.load_state_dict(saved)
@@ -299,8 +295,7 @@ def test_a_parameter_of_which_only_the_average_is_kept(name, how, backend):
     assert_same_state(opt, other)
     copied = COPIES[how](opt)
     assert_same_state(opt, copied)
-    set_grads([p for g in copied.param_groups for p in g["params"]], 1)
-    copied.step()
+    train(copied, places(copied), 1)
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(ema_decay=0.9), dict(state_dtype=torch.int8, min_int8_size=0)], ids=str)
@@ -308,8 +303,7 @@ def test_a_parameter_of_which_only_the_average_is_kept(name, how, backend):
 def test_loading_in_inference_mode(name, kwargs, backend):
     """As a server does that goes on training: what is made there can be stepped outside, and has no graph."""
     params = parameters([(3,), (5,)])
-    opt = FIRST[name].ours(params, backend=backend, **kwargs)
-    train(opt, params, 2)
+    opt = trained(partial(FIRST[name].ours, backend=backend, **kwargs), params, 2)
     with torch.inference_mode():
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     tensors = [t for entry in opt.state.values() for t in entry.values()]
@@ -323,9 +317,8 @@ def test_loading_in_inference_mode(name, kwargs, backend):
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, None], ids=str)
 def test_groups_hold_no_dtypes(case, dtype, backend):
-    params = parameters([(300,), (5,)])
-    opt = case.ours(params, state_dtype=dtype, min_int8_size=256, backend=backend)
-    train(opt, params, 2)
+    make = partial(case.ours, state_dtype=dtype, min_int8_size=256, backend=backend)
+    opt = trained(make, parameters([(300,), (5,)]), 2)
     saved = opt.state_dict()
     plain = (bool, int, float, str, list, tuple, type(None), torch.Tensor)
     assert all(isinstance(value, plain) for g in saved["param_groups"] for value in g.values()), saved["param_groups"]
@@ -333,17 +326,17 @@ def test_groups_hold_no_dtypes(case, dtype, backend):
     assert opt.param_groups[0].get("state_dtype") == dtype  # the group itself keeps it
     older = {**saved, "param_groups": [{**saved["param_groups"][0], "state_dtype": dtype}]}
     for there in (through_a_file(saved), older):
-        other = case.ours([p.detach().clone() for p in params], state_dtype=dtype, min_int8_size=256, backend=backend)
+        other = make(copies_of(places(opt)))
         other.load_state_dict(there)
         assert other.param_groups[0].get("state_dtype") == dtype
         assert_same_state(opt, other)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
-def test_distributed_checkpoints(name, tmp_path, fresh):
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("name, options", [("AdamW", {}), ("AdamW8bit", {}), ("SGD8bit", dict(momentum=0.9))])
+def test_distributed_checkpoints(name, options, tmp_path, succeeds):
     """Saved at once, in the background and offloaded, by torch's own functions, in a world of one process."""
-    result = fresh(f"import sharded; sharded.alone({name!r}, {str(tmp_path)!r})")
-    assert result.returncode == 0, result.stderr
+    succeeds(f"import sharded; sharded.alone({name!r}, {str(tmp_path)!r}, **{options})")
 
 
 # Others' state

@@ -10,7 +10,7 @@ from itertools import product
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import DEVICE, INF, NAN, NATIVE, SIZES, assert_same_bits, randn
+from cases import DEVICE, INF, NAN, NATIVE, SIZES, assert_gradients_kept, assert_same_bits, gradients_of, randn
 from hypothesis import given, settings
 from recipe import double
 from torch.nn import utils as theirs
@@ -65,19 +65,21 @@ def relative_error(norm, truth):
     return abs(norm.double().item() - truth.item()) / truth.item()
 
 
-def saved(params):
-    return [None if p.grad is None else (p.grad, p.grad.clone(), p.grad._version) for p in params]
+def assert_untouched(params, before):
+    # On a GPU nobody waits to hear whether something was clipped.
+    assert_gradients_kept(params, before, version=NATIVE != "cuda")
 
 
-def assert_untouched(params, before, version=True):
-    for p, old in zip(params, before, strict=True):
-        if old is None:
-            assert p.grad is None
-            continue
-        assert p.grad is old[0]
-        assert_same_bits(p.grad, old[1])
-        # On a GPU nobody waits to hear whether something was clipped.
-        assert p.grad._version == old[2] or not version or NATIVE == "cuda"
+def assert_clips_as_torch(grads, max_norm, norm_type=2.0, what="", clip=genopt_ext.clip_grad_norm_, **more):
+    """The norm and the gradients that torch gives for float64 copies; the parameters that have them."""
+    params = leaves(grads)
+    expected = exact(params)
+    truth = theirs.clip_grad_norm_(expected, float(max_norm), norm_type, foreach=False)
+    norm = clip(params, max_norm, norm_type, **more)
+    assert norm.dim() == 0
+    torch.testing.assert_close(norm.double(), truth.double(), rtol=1e-6, atol=0, equal_nan=True, msg=str(what))
+    assert_close_grads(params, expected, what)
+    return params
 
 
 @pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_"])
@@ -95,7 +97,7 @@ def test_norm_and_clip(norm_type, dtype):
     allowed = 1e-12 if dtype in (torch.float64, torch.complex128) else 1e-6
     for factor in (0.3, 3.0):
         params = leaves(drawn(shapes, dtype))
-        before = saved(params)
+        before = gradients_of(params)
         expected = exact(params)
         truth = theirs.get_total_norm([q.grad for q in expected if q.grad is not None], norm_type, foreach=False)
         norm = genopt_ext.get_total_norm([p.grad for p in params], norm_type)
@@ -119,45 +121,41 @@ def test_unusual_orders_as_torch(norm_type):
     for dtype, special in product(dtypes, (None, 0.0, NAN, INF)):
         if dtype.is_complex and (special not in (None, 0.0) or float(norm_type) == 0):
             continue  # torch's product of infinity and a factor is NaN there, and its order 0 drops what is imaginary
-        params = leaves(drawn([(300,), (), (2, 3)], dtype))
-        params[1].grad.fill_(0.5)
+        grads = drawn([(300,), (), (2, 3)], dtype)
+        grads[1].fill_(0.5)
         if special is not None:
-            params[0].grad[3] = params[2].grad[0] = special
-        expected = exact(params)
-        truth = theirs.clip_grad_norm_(expected, 0.01, norm_type, foreach=False)
-        before = genopt_ext.get_total_norm([p.grad for p in params], norm_type)
-        for norm in (before, genopt_ext.clip_grad_norm_(params, 0.01, norm_type)):
-            torch.testing.assert_close(norm.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
-        assert_close_grads(params, expected, (dtype, special))
+            grads[0][3] = grads[2][0] = special
+        norm = genopt_ext.get_total_norm(grads, norm_type)
+        truth = theirs.get_total_norm([double(g) for g in grads], norm_type, foreach=False)
+        torch.testing.assert_close(norm.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
+        assert_clips_as_torch(grads, 0.01, norm_type, (dtype, special))
 
 
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("foreach", [None, True, False])
 def test_mixed_dtypes_none_and_empty(norm_type, foreach):
     grads = [None, *(randn((300 + i,), i, d) for i, d in enumerate((*REAL, torch.complex64))), None, randn((0,), 9)]
-    params = leaves(grads)
-    expected = exact(params)
-    truth = theirs.clip_grad_norm_(expected, 5.0, norm_type, foreach=False)
-    norm = genopt_ext.clip_grad_norm_(params, 5.0, norm_type, foreach=foreach)
-    assert relative_error(norm, truth) < 1e-6
-    assert_close_grads(params, expected)
+    assert_clips_as_torch(grads, 5.0, norm_type, foreach=foreach)
 
 
-def test_positional_and_named_arguments():
-    for call in (
-        lambda p: genopt_ext.clip_grad_norm_(p, 0.5, 1.0, True, None),
-        lambda p: genopt_ext.clip_grad_norm_(
-            parameters=p, max_norm=0.5, norm_type=1.0, error_if_nonfinite=True, foreach=None
+def in_two_calls(params, max_norm, norm_type):
+    norm = genopt_ext.get_total_norm([p.grad for p in params], norm_type, True, None)
+    genopt_ext.clip_grads_with_norm_(params, max_norm, norm, None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda p, bound, order: genopt_ext.clip_grad_norm_(p, bound, order, True, None),
+        lambda p, bound, order: genopt_ext.clip_grad_norm_(
+            parameters=p, max_norm=bound, norm_type=order, error_if_nonfinite=True, foreach=None
         ),
-        lambda p: genopt_ext.clip_grads_with_norm_(
-            p, 0.5, genopt_ext.get_total_norm([q.grad for q in p], 1.0, True, None), None
-        ),
-    ):
-        params = leaves(drawn([(300,), (7,)]))
-        expected = exact(params)
-        theirs.clip_grad_norm_(expected, 0.5, 1.0, foreach=False)
-        call(params)
-        assert_close_grads(params, expected)
+        in_two_calls,
+    ],
+)
+def test_positional_and_named_arguments(clip):
+    assert_clips_as_torch(drawn([(300,), (7,)]), 0.5, 1.0, clip=clip)
 
 
 # Of three parameters, or the first of one alone.
@@ -216,12 +214,7 @@ def test_zero_gradients_stay_zero():
 
 @pytest.mark.parametrize("max_norm", [0, 0.0, INF, torch.tensor(0.5), torch.tensor([0.5]), True], ids=repr)
 def test_unusual_max_norms(max_norm):
-    params = leaves(drawn([(300,), (7,)]))
-    expected = exact(params)
-    theirs.clip_grad_norm_(expected, float(max_norm), foreach=False)
-    norm = genopt_ext.clip_grad_norm_(params, max_norm)
-    assert norm.dim() == 0
-    assert_close_grads(params, expected)
+    assert_clips_as_torch(drawn([(300,), (7,)]), max_norm)
 
 
 def grad_layouts(dtype):
@@ -275,12 +268,8 @@ def test_expanded_gradients_have_a_norm():
 )
 def test_large_and_small_finite_gradients(dtype, value, norm_type):
     """Squares that overflow or underflow in fp32, norms that overflow in fp16."""
-    params = leaves([torch.full((4099,), value, dtype=dtype), torch.full((7,), -value, dtype=dtype)])
-    expected = exact(params)
-    truth = theirs.clip_grad_norm_(expected, 1.0, norm_type, foreach=False)
-    norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True)
-    assert relative_error(norm, truth) < 1e-6
-    assert_close_grads(params, expected)
+    grads = [torch.full((4099,), value, dtype=dtype), torch.full((7,), -value, dtype=dtype)]
+    params = assert_clips_as_torch(grads, 1.0, norm_type, error_if_nonfinite=True)
     assert (params[0].grad != 0).all()
 
 
@@ -303,13 +292,9 @@ def test_nan_is_never_lost(dtype, norm_type):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nonfinite_gradients_as_torch(dtype, value, norm_type):
-    params = leaves(drawn([(300,), (7,), (1000,)], dtype))
-    params[1].grad[3] = value
-    expected = exact(params)
-    truth = theirs.clip_grad_norm_(expected, 1.0, norm_type, foreach=False)
-    norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type)
-    assert_same_bits(norm.double(), truth)
-    assert_close_grads(params, expected)
+    grads = drawn([(300,), (7,), (1000,)], dtype)
+    grads[1][3] = value
+    assert_clips_as_torch(grads, 1.0, norm_type)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -320,7 +305,7 @@ def test_error_if_nonfinite(norm_type, value):
     grads[3][999] = value
     grads[5][0] = value
     params = leaves(grads)
-    before = saved(params)
+    before = gradients_of(params)
     with pytest.raises(RuntimeError, match=r"parameter 3\b"):
         genopt_ext.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True)
     assert_untouched(params, before)
@@ -330,48 +315,38 @@ def test_error_if_nonfinite(norm_type, value):
     assert genopt_ext.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True).isfinite()
 
 
-@pytest.mark.parametrize("bad", [-1.0, NAN, "one", 1j, None, [1.0], torch.tensor([1.0, 1.0]), torch.tensor(NAN)])
-def test_refused_limits(bad):
-    params = leaves(drawn([(300,), (7,)]))
-    before = saved(params)
-    for call in (
-        lambda: genopt_ext.clip_grad_norm_(params, bad),
-        lambda: genopt_ext.clip_grads_with_norm_(params, bad, torch.tensor(100.0)),
-        lambda: genopt_ext.clip_grad_norm_([], bad),
-    ):
-        with pytest.raises((TypeError, ValueError), match="max_norm"):
-            call()
-    with pytest.raises((TypeError, ValueError), match="clip_value"):
-        genopt_ext.clip_grad_value_(params, bad)
-    assert_untouched(params, before)
+LIMITS = [-1.0, NAN, "one", 1j, None, [1.0], torch.tensor([1.0, 1.0]), torch.tensor(NAN)]
+REFUSED = {
+    "max_norm": (LIMITS, lambda params, bad: genopt_ext.clip_grad_norm_(params, bad)),
+    "max_norm of a given norm": (LIMITS, lambda ps, bad: genopt_ext.clip_grads_with_norm_(ps, bad, torch.tensor(9.0))),
+    "max_norm of nothing": (LIMITS, lambda params, bad: genopt_ext.clip_grad_norm_([], bad)),
+    "clip_value": (LIMITS, genopt_ext.clip_grad_value_),
+    "norm_type": (["two", None, 1j, [2.0]], lambda params, bad: genopt_ext.clip_grad_norm_(params, 1.0, bad)),
+    "norm_type of a norm": (["two", None, 1j, [2.0]], lambda ps, bad: genopt_ext.get_total_norm([ps[0].grad], bad)),
+}
 
 
-@pytest.mark.parametrize("bad", ["two", None, 1j, [2.0]])
-def test_refused_norm_types(bad):
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_arguments(what):
     params = leaves(drawn([(300,), (7,)]))
-    before = saved(params)
-    with pytest.raises((TypeError, ValueError), match="norm_type"):
-        genopt_ext.clip_grad_norm_(params, 1.0, bad)
-    with pytest.raises((TypeError, ValueError), match="norm_type"):
-        genopt_ext.get_total_norm([p.grad for p in params], bad)
+    before = gradients_of(params)
+    values, call = REFUSED[what]
+    for bad in values:
+        with pytest.raises((TypeError, ValueError), match=what.split()[0]):
+            call(params, bad)
     assert_untouched(params, before)
 
 
 @pytest.mark.parametrize("norm_type", [2.0, INF, 1.0, 3.0])
-def test_same_bits_for_every_thread_count_and_run(norm_type):
+def test_same_bits_for_every_thread_count_and_run(norm_type, set_threads):
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3, 2, 1):
-            torch.set_num_threads(n)
-            params = leaves(drawn([(200_003,), (300, 7), *[(64,)] * 40, ()]))
-            norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type)
-            results.append([norm, *(p.grad for p in params)])
-    finally:
-        torch.set_num_threads(threads)
+    for n in (1, 2, 3, 2, 1):
+        set_threads(n)
+        params = leaves(drawn([(200_003,), (300, 7), *[(64,)] * 40, ()]))
+        norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type)
+        results.append([norm, *(p.grad for p in params)])
     for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_same_bits(a, b)
+        assert_same_bits(results[0], other)
 
 
 @pytest.mark.parametrize("norm_type", [2.0, INF, 1.0])
@@ -384,9 +359,8 @@ def test_same_bits_from_the_reference(dtype, norm_type, monkeypatch):
         params = leaves(drawn([(n,) for n in SIZES] + [(3, 5, 7), (300_000,)] + [(9,)] * 70, dtype))
         norm = genopt_ext.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite)
         results.append([norm, *(p.grad for p in params)])
-    for first, *others in zip(*results, strict=True):
-        for other in others:
-            assert_same_bits(first, other)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
@@ -405,7 +379,7 @@ def test_values(dtype):
 
 def test_values_within_the_limit_are_not_written():
     params = leaves(drawn([(300,), (7,), (2, 3)]))
-    before = saved(params)
+    before = gradients_of(params)
     genopt_ext.clip_grad_value_(params, 100.0)
     assert_untouched(params, before)
     params[2].grad[1, 2] = -200.0
@@ -416,7 +390,7 @@ def test_values_within_the_limit_are_not_written():
 
 def test_complex_values_are_refused():
     params = leaves([randn((5,), 0), randn((5,), 1, torch.complex64)])
-    before = saved(params)
+    before = gradients_of(params)
     with pytest.raises((TypeError, ValueError, RuntimeError), match="(?i)complex"):
         genopt_ext.clip_grad_value_(params, 1e-3)
     assert_untouched(params[1:], before[1:])
@@ -426,7 +400,7 @@ def test_complex_values_are_refused():
 def test_clipping_with_a_given_norm(dtype):
     for total, max_norm in ((10.0, 1.0), (1.0, 10.0), (INF, 1.0), (NAN, 1.0), (10.0, 0.0)):
         params = leaves([*drawn([(300,), (7,)], dtype), None])
-        before = saved(params)
+        before = gradients_of(params)
         expected = exact(params)
         theirs.clip_grads_with_norm_(expected, max_norm, torch.tensor(total, dtype=torch.float64), foreach=False)
         genopt_ext.clip_grads_with_norm_(params, max_norm, torch.tensor(total))
@@ -474,22 +448,18 @@ def gradient(draw):
     st.booleans(),
 )
 def test_fuzzed(grads, norm_type, max_norm, by_value):
-    params = leaves(grads)
-    expected = exact(params)
-    if by_value:
-        if any(g is not None and g.is_complex() for g in grads):
-            return
-        genopt_ext.clip_grad_value_(params, max_norm)
-        if any(q.grad is not None for q in expected):  # torch's fails where there is nothing
-            theirs.clip_grad_value_(expected, max_norm, foreach=False)
-    else:
-        norm = genopt_ext.clip_grad_norm_(params, max_norm, norm_type)
-        truth = theirs.clip_grad_norm_(expected, max_norm, norm_type, foreach=False)
-        torch.testing.assert_close(norm.double(), truth.double(), rtol=1e-6, atol=0)
+    if not by_value:
+        assert_clips_as_torch(grads, max_norm, norm_type)
         again = genopt_ext.get_total_norm([g for g in grads if g is not None], norm_type)
         after = theirs.get_total_norm([double(g) for g in grads if g is not None and g.numel()], norm_type)
         torch.testing.assert_close(again.double(), after.double(), rtol=1e-6, atol=0)
-    assert_close_grads(params, expected)
+    elif not any(g is not None and g.is_complex() for g in grads):
+        params = leaves(grads)
+        expected = exact(params)
+        genopt_ext.clip_grad_value_(params, max_norm)
+        if any(q.grad is not None for q in expected):  # torch's fails where there is nothing
+            theirs.clip_grad_value_(expected, max_norm, foreach=False)
+        assert_close_grads(params, expected)
 
 
 @pytest.mark.parametrize("kind", ["inference", "zero"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +16,13 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    copies_of,
+    in_threads,
     parameters,
     randn,
     set_grads,
     train,
+    trained,
 )
 
 import genopt_ext
@@ -100,14 +103,14 @@ def test_same_bits_as_on_cpu(case, dtype):
                 p.grad = randn(p.shape, 10 * step + i, dtype).to(device)
             opt.step()
         results.append([t.cpu() for p in params for t in (p.detach(), *opt.state[p].values())])
-    for a, b in zip(*results, strict=True):
-        assert_same_bits(a, b, case)
+    assert_same_bits(*results, case)
 
 
-def captured(opt):
+def captured(opt, steps=1):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        opt.step()
+        for _ in range(steps):
+            opt.step()
     return graph
 
 
@@ -160,12 +163,7 @@ def test_two_graphs_and_two_steps_in_one():
         set_grads(params, 0)
         opt.step()
         if capture:
-            first, twice = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(first):
-                opt.step()
-            with torch.cuda.graph(twice):
-                opt.step()
-                opt.step()
+            first, twice = captured(opt), captured(opt, steps=2)
             for graph in (first, twice, first, twice):
                 graph.replay()
         else:
@@ -219,20 +217,13 @@ def test_threads_with_their_own_streams():
             together[seed] = train_alone(seed)
             torch.cuda.current_stream().synchronize()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(lambda: work(0), lambda: work(1))
     for a, b in zip(alone, together, strict=True):
         assert_same_state(a, b)
 
 
 def train_alone(seed):
-    params = parameters([(100_000,), (30,)], seed=seed)
-    opt = optim.RMSprop(params, momentum=0.9)
-    train(opt, params, 5)
-    return opt
+    return trained(partial(optim.RMSprop, momentum=0.9), parameters([(100_000,), (30,)], seed=seed), 5)
 
 
 @gpu
@@ -251,8 +242,7 @@ def test_cpu_and_gpu_parameters_in_one_optimizer(case):
                 p.grad = randn((300,), 10 * step + i).to(p.device)
             opt.step()
         results.append([p.detach().cpu() for p in params])
-    for a, b in zip(*results, strict=True):  # the norm's parts meet in another order
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*results)  # the norm's parts meet in another order
 
 
 @gpu
@@ -271,11 +261,10 @@ def test_two_gpus_whichever_is_current():
 @gpu
 def test_torch_checkpoint_with_steps_on_the_cpu():
     params = parameters([(300,)])
-    theirs = torch.optim.Adam(params)
-    train(theirs, params, 3)
+    theirs = trained(torch.optim.Adam, params)
     for state in theirs.state.values():
         state["step"] = state["step"].cpu()
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twins = copies_of(params)
     ours = optim.Adam(twins)
     ours.load_state_dict(theirs.state_dict())
     train(theirs, params, 2, first=3)

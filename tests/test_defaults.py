@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, FIRST, INT8, assert_same_bits, pairs, saved
+from cases import BACKENDS, DEVICE, FIRST, INT8, assert_same_bits, copies_of, pairs, saved
 from low_precision import assert_same, seeded
 
 import genopt_ext
@@ -36,6 +38,16 @@ def other_default(name):
         torch.set_default_device(device if DEVICE == "cuda" else None)
 
 
+def assert_same_under(default, call, what):
+    """Values, dtypes and devices of the tensors that ``call`` returns."""
+    expected = call()
+    with other_default(default):
+        found = call()
+    for a, b in zip(expected, found, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device), (default, what)
+        assert_same_bits(a, b, (default, what))
+
+
 def full(value, dtype=torch.float32, size=700):
     return torch.full((size,), value, dtype=dtype, device=DEVICE)
 
@@ -55,7 +67,7 @@ def trained(name, backend, options):
             opt.grad_scale, opt.found_inf = 3.0, 0.0
         opt.step()
     del opt.grad_scale, opt.found_inf
-    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = copies_of(params)
     other = getattr(optim, name)(resumed, backend=backend, **more, **options)
     other.load_state_dict(saved(opt.state_dict()))
     for p in resumed:
@@ -93,34 +105,20 @@ def test_clipping(default):
 
     for norm in (1.0, 2.0, 3.0, float("inf")):
         for strict in (False, True):
-            expected = clipped(norm, strict)
-            with other_default(default):
-                found = clipped(norm, strict)
-            for a, b in zip(expected, found, strict=True):
-                assert (a.dtype, a.device) == (b.dtype, b.device), (default, norm, strict)
-                assert_same_bits(a, b, (default, norm, strict))
+            assert_same_under(default, partial(clipped, norm, strict), (norm, strict))
 
 
 @pytest.mark.parametrize("default", ["dtype", "device"])
-@pytest.mark.parametrize("serves", ["auto", "reference"])
+@pytest.mark.parametrize("serves", BACKENDS)
 def test_quantization(serves, default, monkeypatch):
     monkeypatch.setenv("GENOPT_BACKEND", serves)
     x = torch.linspace(-1, 2, 700, dtype=torch.float32, device=DEVICE)
-    for bits in (8, 4):
-        for scheme in ("tensor", "channel", "block"):
-            for rounding in ("nearest", "stochastic"):
-                what = (default, bits, scheme, rounding)
 
-                def there_and_back():
-                    generator = torch.Generator("cpu").manual_seed(3)
-                    how = dict(bits=bits, scheme=scheme, symmetric=False)  # noqa: B023
-                    rounding_ = dict(rounding=rounding, generator=generator)  # noqa: B023
-                    q = quant.quantize(x, **how, **rounding_)
-                    return *q[:3], quant.dequantize(q), quant.fake_quantize(x, **how), quant.fake_quantize(x, 0.01, 3)
+    def there_and_back(bits, scheme, rounding):
+        generator = torch.Generator("cpu").manual_seed(3)
+        how = dict(bits=bits, scheme=scheme, symmetric=False)
+        q = quant.quantize(x, **how, rounding=rounding, generator=generator)
+        return *q[:3], quant.dequantize(q), quant.fake_quantize(x, **how), quant.fake_quantize(x, 0.01, 3)
 
-                expected = there_and_back()
-                with other_default(default):
-                    found = there_and_back()
-                for a, b in zip(expected, found, strict=True):
-                    assert (a.dtype, a.device) == (b.dtype, b.device), what
-                    assert_same_bits(a, b, what)
+    for how in product((8, 4), ("tensor", "channel", "block"), ("nearest", "stochastic")):
+        assert_same_under(default, partial(there_and_back, *how), how)

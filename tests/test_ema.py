@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from cases import (
     BACKENDS,
     CASES,
-    DEVICE,
     KERNELS,
     NARROW,
     SHAPES,
@@ -22,20 +19,18 @@ from cases import (
     assert_same_state,
     assert_unchanged,
     come_and_go,
+    grouped,
     pairs,
     parameters,
     places,
     randn,
-    saved,
     set_grads,
     snapshot,
     stored,
     train,
 )
-from low_precision import MIXED, assert_same, copied, run_both, run_one, take
+from low_precision import MIXED, assert_same, run_both, run_one, take
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from genopt_ext import optim
 
 # Large steps, so that average and parameter differ.
 SGD = Case("SGD", dict(lr=0.3, momentum=0.9))
@@ -46,7 +41,7 @@ class Average:
     """torch's average of parameters as they are after each step; of 16-bit ones in float32."""
 
     def __init__(self, params, decay):
-        self.params = params
+        self.params, self.decay = params, decay
         self.wide = torch.nn.ParameterList(self.widened())
         self.model = AveragedModel(self.wide, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
@@ -108,8 +103,7 @@ def test_decay_by_group_and_between_steps(backend):
     params = parameters(SHAPES * 2)
     halves = params[:5], params[5:]
     averages = [Average(half, decay) for half, decay in zip(halves, (0.9, 0.2), strict=True)]
-    groups = [{"params": halves[0], "ema_decay": 0.9}, {"params": halves[1], "ema_decay": 0.2}]
-    opt = SGD.ours(groups, backend=backend)
+    opt = SGD.ours([{"params": each.params, "ema_decay": each.decay} for each in averages], backend=backend)
     train_beside(opt, params, *averages, steps=range(2))
     opt.param_groups[0]["ema_decay"] = 0.5
     averages[0].model.multi_avg_fn = get_ema_multi_avg_fn(0.5)
@@ -200,28 +194,8 @@ def test_swap_ema(dtype, backend):
         assert_swapped(opt, averages)
 
 
-def test_swap_ema_serves_the_model(backend):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
-    opt = optim.AdamW(model.parameters(), lr=0.1, ema_decay=0.5, backend=backend)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    x = randn((12, 6), 0)
-    for _ in range(4):
-        opt.zero_grad()
-        model(x).square().mean().backward()
-        opt.step()
-        average.update_parameters(model)
-    plain = model(x)
-    with opt.swap_ema():
-        torch.testing.assert_close(model(x), average(x), rtol=1e-5, atol=1e-6)
-        assert (model(x) - plain).abs().max() > 1e-3
-    assert_same_bits(model(x), plain)
-
-
 @pytest.mark.parametrize(
-    ("case", "backend", "storage", "dtype"),
-    stored(STATEFUL, BACKENDS, storages=[STORED["plain"], *MIXED]),
-    ids=str,
+    ("case", "backend", "storage", "dtype"), stored(STATEFUL, BACKENDS, storages=[STORED["plain"], *MIXED]), ids=str
 )
 def test_swapping_leaves_no_trace_in_training(case, backend, storage, dtype):
     """Nor in codes, masters and compensations."""
@@ -245,12 +219,7 @@ def test_swapping_leaves_no_trace_in_training(case, backend, storage, dtype):
 def test_parameters_without_an_average_stay(backend):
     """In a group without one, or before their first step."""
     params = parameters([(5,), (6,), (7,)])
-    groups = [
-        {"params": params[:1], "ema_decay": 0.9},
-        {"params": params[1:2]},
-        {"params": params[2:], "ema_decay": 0.5},
-    ]
-    opt = SGD.ours(groups, backend=backend)
+    opt = SGD.ours(grouped(params, [dict(ema_decay=0.9), {}, dict(ema_decay=0.5)]), backend=backend)
     for step in range(3):
         set_grads(params, step, lambda i: i == 2)
         opt.step()
@@ -259,52 +228,3 @@ def test_parameters_without_an_average_stay(backend):
         assert (params[0].detach() != before[0]).all()
         assert_same_bits([p.detach() for p in params[1:]], before[1:])
     assert_same_bits([p.detach() for p in params], before)
-
-
-# Checkpoints
-
-
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_checkpoints(case, dtype, backend):
-    """The average is in the state dict, in its dtype, and comes back without loss."""
-    params = parameters(SHAPES, dtype)
-    opt = case.ours(params, ema_decay=0.9, backend=backend)
-    train(opt, params, 3)
-    loaded = saved(opt.state_dict())
-    other, resumed = copied(case, opt, ema_decay=0.9, backend=backend)
-    other.load_state_dict(loaded)
-    for i, (p, q) in enumerate(zip(params, resumed, strict=True)):
-        ours, theirs = opt.state[p]["ema"], other.state[q]["ema"]
-        assert_same_bits(loaded["state"][i]["ema"], ours)
-        assert theirs.dtype == torch.float32 and theirs.device.type == DEVICE
-        assert theirs.data_ptr() != ours.data_ptr() or not p.numel()
-    train(opt, params, 2, first=3)
-    train(other, resumed, 2, first=3)
-    assert_same_state(opt, other, case)
-
-
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_old_checkpoints_begin_an_average(case, backend):
-    """As an AveragedModel that is made when the checkpoint is loaded."""
-    old = run_one(case, lambda: parameters(SHAPES), backend=backend)
-    opt, params = copied(case, old, ema_decay=0.6, backend=backend)
-    opt.load_state_dict(copy.deepcopy(old.state_dict()))
-    train_beside(opt, params, Average(params, 0.6), steps=range(3, 6))
-
-
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_broken_averages_are_refused(case, backend):
-    params = parameters([(6, 4), (5,)])
-    opt = case.ours(params, ema_decay=0.9, backend=backend)
-    train(opt, params, 2)
-    state = opt.state[params[1]]
-    for bad in (torch.zeros(3), torch.zeros(5, dtype=torch.int64), "average"):
-        kept, state["ema"] = state["ema"], bad
-        before = snapshot(opt)
-        set_grads(params, 3)
-        with pytest.raises(RuntimeError, match="group 0 parameter 1.*'ema'"):
-            opt.step()
-        assert_unchanged(opt, before)
-        state["ema"] = kept
-        opt.step()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from cases import (
     EMULATED,
     INF,
+    INT8,
     NAN,
     NATIVE,
     STATEFUL,
     assert_option_refused,
     assert_same_bits,
+    assert_same_state,
     parameters,
     randn,
     refused,
     set_grads,
     train,
+    trained,
 )
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
@@ -127,23 +131,14 @@ def test_refused_steps_change_nothing(case, backend, trained):
     params[1].data = randn((3,), 1)
     refused(opt, r"shape \[3\]\): gradient has shape \[5\], parameter \[3\]")
     params[1].data = randn((5,), 1)
-    names = [n for n in opt.state.get(params[1], {}) if n != "step"]
-    if not trained or not names:
-        return
-    state, name = opt.state[params[1]], names[0]
-    kept = state[name]
-    state[name] = torch.zeros(3)
-    refused(opt, where + rf"state '{name}' has shape \[3\], expected \[5\]")
-    state[name] = torch.zeros(5, dtype=torch.int64)
-    refused(opt, where + f"state '{name}' is torch.int64")
-    if "step" in state:
-        del state[name]
+    state = opt.state[params[1]]
+    if trained and "step" in state:
+        name = next(name for name in state if name != "step")
+        kept, step = state.pop(name), state["step"]
         refused(opt, where + f"its state has .* but no '{name}'")
-        state[name], step = kept, state["step"]
-        state["step"] = torch.zeros(2)
+        state[name], state["step"] = kept, torch.zeros(2)
         refused(opt, where + "state 'step' is")
         state["step"] = step
-    state[name] = kept
     opt.step()
 
 
@@ -186,12 +181,19 @@ def test_shared_memory_is_refused():
 
 
 @pytest.mark.parametrize("first", (0, 1, 2))
-@pytest.mark.parametrize("name", ("exp_avg", "step", "ema", "master"))
-def test_state_that_shares_memory_is_refused(name, first):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, dict(ema_decay=0.9, master_weights=True)) for name in ("exp_avg", "step", "ema", "master")),
+        *((name, INT8) for name in ("exp_avg_codes", "exp_avg_scales")),
+        ("compensation", dict(param_rounding="kahan")),
+    ],
+    ids=str,
+)
+def test_state_that_shares_memory_is_refused(name, options, first):
     """Also what comes to share it later, and wherever its parameter stands."""
-    params = parameters([(5,)] * 4, torch.bfloat16)
-    opt = optim.AdamW(params, ema_decay=0.9, master_weights=True, backend=NATIVE)
-    train(opt, params, 2)
+    params = parameters([(300,)] * 4, torch.bfloat16)
+    opt = trained(partial(optim.AdamW, backend=NATIVE, **options), params, 2)
     opt.state[params[first]][name] = opt.state[params[first + 1]][name]
     either = f"group 0 parameter [{first}{first + 1}]"
     refused(opt, f"{either} .* shares memory with {either} ")
@@ -199,8 +201,7 @@ def test_state_that_shares_memory_is_refused(name, first):
 
 def test_a_parameter_that_comes_to_share_memory_is_refused():
     params = parameters([(5,)] * 3)
-    opt = optim.AdamW(params, backend=NATIVE)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, backend=NATIVE), params, 2)
     params[0].data = params[1].data
     refused(opt, "group 0 parameter [01] .* shares memory with group 0 parameter [01] ")
 
@@ -210,7 +211,7 @@ def test_a_parameter_that_comes_to_share_memory_is_refused():
     "option, kwargs",
     {
         "max_grad_norm": dict(max_grad_norm=1.0),
-        "a clip by norm": dict(params=[], max_grad_norm=1.0),
+        "a clip by norm": dict(max_grad_norm=1.0),
         "skip_nonfinite": dict(skip_nonfinite=True),
         "ema_decay": dict(ema_decay=0.9),
         "accumulate": {},
@@ -218,12 +219,13 @@ def test_a_parameter_that_comes_to_share_memory_is_refused():
 )
 def test_the_same_parameter_twice_beside_what_needs_it_once(option, kwargs, backend):
     p = parameters([(5,)])[0]
-    groups, call = [dict(params=[p, p])], "step" if kwargs else option
-    if "params" in kwargs:
-        groups, kwargs = [dict(params=[p, p], max_grad_norm=1.0)], {}
+    of_group = kwargs if option == "a clip by norm" else {}
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        opt = optim.SGD(groups, lr=0.1, momentum=0.9, backend=backend, **kwargs)
+        opt = optim.SGD(
+            [dict(params=[p, p], **of_group)], lr=0.1, momentum=0.9, backend=backend, **({} if of_group else kwargs)
+        )
     p.grad = torch.ones(5)
+    call = "step" if kwargs else option
     refused(opt, f"is the same parameter as group 0 parameter 1.*{option}.*list each parameter once", call=call)
     assert_same_bits(p.grad, torch.ones(5))
 
@@ -247,13 +249,6 @@ def test_inference_tensors():
     with torch.inference_mode():
         p.grad = p_grad
     refused(opt, "inference tensor")
-
-
-def test_gpu_gradients_and_meta_parameters():
-    p = torch.nn.Parameter(torch.zeros(3, device="meta"))
-    p.grad = torch.zeros(3, device="meta")
-    with pytest.raises(RuntimeError, match=f"backend is '{NATIVE}', but there are no kernels for meta"):
-        optim.SGD([p], backend=NATIVE).step()
 
 
 def inference_tensor():
@@ -294,17 +289,20 @@ def test_unusual_tensors(kind, where, backend):
             if hasattr(params[1], "grad_dtype"):
                 params[1].grad_dtype = None
             params[1].grad = make()
-        elif where == "ema":  # of a row that only averages
-            params[1].grad = None
+        elif where == "ema":
             opt.state[params[1]]["ema"] = make()
         else:
             name = next(name for name in opt.state[params[1]] if name not in ("step", "ema"))
             opt.state[params[1]][name] = make()
-        others = [params[0].detach().clone(), params[2].detach().clone()]
-        step = opt.step_and_zero_ if where == "zeroed gradient" else opt.step
-        with pytest.raises(RuntimeError, match=rf"{case.name}.step: group 0 parameter 1 \(shape \[5\]\): .*{match}"):
-            step()
-        assert_same_bits([params[0].detach(), params[2].detach()], others)
+        for only_averages in (False, True) if where == "ema" else (False,):
+            if only_averages:
+                params[1].grad = None
+            others = [params[0].detach().clone(), params[2].detach().clone()]
+            step = opt.step_and_zero_ if where == "zeroed gradient" else opt.step
+            said = rf"{case.name}.step: group 0 parameter 1 \(shape \[5\]\): .*{match}"
+            with pytest.raises(RuntimeError, match=said):
+                step()
+            assert_same_bits([params[0].detach(), params[2].detach()], others)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
@@ -386,10 +384,9 @@ def test_state_made_in_inference_mode_is_stepped_outside_of_it(case, backend):
             opt.accumulate()
             opt.step()
         train(opt, params, 1, first=3)
-        results.append((params, opt))
-    for p, q in zip(results[0][0], results[1][0], strict=True):
-        assert_same_bits(p.detach(), q.detach())
-    assert not any(t.is_inference() for state in results[0][1].state.values() for t in state.values())
+        results.append(opt)
+    assert_same_state(*results, case)
+    assert not any(t.is_inference() for state in results[0].state.values() for t in state.values())
 
 
 def test_an_explicit_backend_makes_no_state_where_it_has_no_kernels():
@@ -400,8 +397,8 @@ def test_an_explicit_backend_makes_no_state_where_it_has_no_kernels():
     q.grad = torch.ones(5, device="meta")
     opt.param_groups[0]["state_dtype"] = torch.bfloat16
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match="there are no kernels for meta .*use 'auto'"):
+    with pytest.raises(RuntimeError, match=f"backend is '{NATIVE}', but there are no kernels for meta .*use 'auto'"):
         opt.step()
     assert_same_bits(p.detach(), before)
-    assert q not in opt.state or not opt.state[q]
+    assert not opt.state.get(q)
     assert opt.state[p]["exp_avg"].dtype == torch.float32

@@ -7,12 +7,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 pytest.importorskip("bench.report", reason="run from the repository's root")
 from bench import gpu_check, gpu_measure, gpu_probe, gpu_rehearsal, gpu_steps, session  # noqa: E402
@@ -35,6 +34,11 @@ def test_budgets_are_nine_minutes(budget: dict[str, float], tmp_path: Path) -> N
     gpu_steps.Call(tmp_path, "call", budget)
     with pytest.raises(AssertionError, match="of 540"):
         gpu_steps.Call(tmp_path, "call", budget | {"more": 60.0})
+
+
+def failed(folder: Path) -> dict[str, str]:
+    """The cases that ``gpu_check.times`` tells to have failed, and why."""
+    return json.loads((folder / "times.json").read_text())["failed"]
 
 
 def test_who_takes_less_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,17 +87,9 @@ def test_what_matters_most_comes_first() -> None:
     assert {len(case.shapes) for case in large.values() if case.graph} == {1000, 10_000, 20_000}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads wait long for each other where other processes of the tests have the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("case", "others"), TABLE, ids=[case.name for case, _ in TABLE])
-def test_each_case_can_be_timed(case: Case, others: tuple[str, ...], one_thread: None) -> None:
+def test_each_case_can_be_timed(case: Case, others: tuple[str, ...], set_threads: Callable[[int], None]) -> None:
+    set_threads(1)  # several wait long for each other where other processes of the tests have the cores
     few = dataclasses.replace(case, shapes=case.shapes[:20], warm=True)
     settings = session.Settings(0.0, device="cpu", subjects=(OURS, *others), strict=False)
     measured = session.measure(few, settings)
@@ -136,8 +132,7 @@ class Quick(Rehearsal):
 
 def test_one_process_without_kernels_ends_the_cases(tmp_path: Path) -> None:
     assert gpu_check.times(Quick(tmp_path, code="raise SystemExit(3)"), tmp_path) == 1
-    failed = json.loads((tmp_path / "times.json").read_text())["failed"]
-    assert list(failed) == ["case 0"] and failed["case 0"].startswith("FAILED (3)")
+    assert list(failed(tmp_path)) == ["case 0"] and failed(tmp_path)["case 0"].startswith("FAILED (3)")
 
 
 def test_what_crashes_is_tried_again_without_packages(tmp_path: Path) -> None:
@@ -145,20 +140,20 @@ def test_what_crashes_is_tried_again_without_packages(tmp_path: Path) -> None:
     log = (tmp_path / "cases.log").read_text()
     assert [log.count(f"\ncase {i} ('torch fused', 'torchao')\n") for i in range(3)] == [1, 1, 1]
     assert [log.count(f"\ncase {i} ('torch fused',)\n") for i in range(3)] == [1, 1, 1]
-    assert len(json.loads((tmp_path / "times.json").read_text())["failed"]) == 3
+    assert len(failed(tmp_path)) == 3
 
 
 def test_a_table_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check.report, "rows", lambda data: 1 / 0)
     assert gpu_check.times(Quick(tmp_path), tmp_path) == 1
-    assert list(json.loads((tmp_path / "times.json").read_text())["failed"]) == ["case 0", "case 1", "case 2"]
+    assert list(failed(tmp_path)) == ["case 0", "case 1", "case 2"]
 
 
 def test_without_time_no_case_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LEAST", 1e9)
     assert gpu_check.times(Quick(tmp_path), tmp_path) == 1
-    failed = json.loads((tmp_path / "times.json").read_text())["failed"]
-    assert failed == {f"case {i}": "no time was left" for i in range(3)} and not (tmp_path / "cases.log").exists()
+    assert failed(tmp_path) == {f"case {i}": "no time was left" for i in range(3)}
+    assert not (tmp_path / "cases.log").exists()
 
 
 def test_a_machine_without_a_gpu_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import threading
 import warnings
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -14,21 +14,24 @@ from cases import (
     CASES,
     COPIES,
     DEVICE,
-    DTYPES,
     FIRST,
     SHAPES,
     STATEFUL,
+    STORED,
     assert_same_bits,
     assert_same_state,
     assert_unchanged,
     parameters,
+    places,
     randn,
     saved,
     set_grads,
     snapshot,
+    stored,
     train,
 )
 from genopt_ext.optim.lr_scheduler import ExponentialLR
+from low_precision import MIXED, SOME, assert_same, seeded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,164 +44,139 @@ def loss(params, step):
     return torch.stack([t.real if t.is_complex() else t for t in terms]).sum()
 
 
-def groups(params):
-    """Two groups, of which the second has options of its own."""
-    return [{"params": params[:3]}, {"params": params[3:], "lr": 0.02, "weight_decay": 0.05}]
-
-
-def backward_and_step(opt, params, steps=3, first=0):
+def backward_and_step(opt, steps=3, first=0):
     for step in range(first, first + steps):
         opt.zero_grad()
-        loss(params, step).backward()
+        loss(places(opt), step).backward()
         opt.step()
 
 
-def backward(params, steps=3, first=0):
+def backward(opt, steps=3, first=0):
     for step in range(first, first + steps):
-        loss(params, step).backward()
-        assert all(p.grad is None for p in params)
+        loss(places(opt), step).backward()
+        assert all(p.grad is None for p in places(opt))
 
 
-def both(case, shapes=SHAPES, dtype=torch.float32, **more):
-    """(optimizer, parameters) for backward and step, and for step_in_backward."""
-    pairs = []
+def both(case, dtype=torch.float32, **more):
+    """Optimizers for backward and step, and one that steps in backward; the second group has options of its own."""
+    opts = []
     for _ in range(2):
-        params = parameters(shapes, dtype)
-        pairs.append((case.ours(groups(params), **more), params))
-    return pairs
+        params = parameters(SHAPES, dtype)
+        own = dict(lr=0.02, weight_decay=0.05, state_dtype=None)
+        groups = [{"params": params[:3]}, {"params": params[3:], **own}]
+        opts.append(seeded(lambda: case.ours(groups, **more)))  # noqa: B023
+    step_in_backward(opts[1])
+    return opts
+
+
+def step_both(usual, opt, steps=3, first=0, what=""):
+    backward_and_step(usual, steps, first)
+    backward(opt, steps, first)
+    assert_same(usual, opt, what)
 
 
 def checkpointed(layer, x):
     return checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits_with_a_scheduler_and_a_checkpoint_in_the_middle(case, dtype):
-    (usual, params), (opt, stepped) = both(case, dtype=dtype)
-    step_in_backward(opt)
+@pytest.mark.parametrize(
+    ("case", "storage", "dtype"),
+    [
+        *product(CASES, [STORED["plain"]], STORED["plain"].dtypes),
+        *stored(SOME, storages=[STORED["int8"], *MIXED]),
+    ],
+    ids=str,
+)
+def test_same_bits_with_a_scheduler_and_a_checkpoint_in_the_middle(case, storage, dtype):
+    usual, opt = both(case, dtype, **storage.options)
     schedulers = [ExponentialLR(usual, 0.5), ExponentialLR(opt, 0.5)]
     for step in range(4):
-        backward_and_step(usual, params, 1, step)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            backward(stepped, 1, step)
+            step_both(usual, opt, 1, step, (case, storage, dtype))
             for scheduler in schedulers:
                 scheduler.step()
         if step == 1:
             opt.load_state_dict(saved(opt.state_dict()))
-    assert_same_state(usual, opt, (case, dtype))
-    assert not torch.equal(stepped[0], parameters(SHAPES, dtype)[0])
+    assert not torch.equal(places(opt)[0], parameters(SHAPES, dtype)[0])
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_same_bits_with_the_reference(case):
-    (usual, params), (opt, stepped) = both(case, backend="reference")
-    step_in_backward(opt)
-    backward_and_step(usual, params)
-    backward(stepped)
-    assert_same_state(usual, opt, case)
+    usual, opt = both(case, backend="reference")
+    step_both(usual, opt, what=case)
     opt.backend = "auto"
-    backward(stepped, 1, 3)
+    step_both(usual, opt, 1, 3, case)
     opt.backend = "reference"
-    backward(stepped, 1, 4)
-    backward_and_step(usual, params, 2, 3)
-    assert_same_state(usual, opt, case)
+    step_both(usual, opt, 1, 4, case)
+
+
+class Subclass(torch.Tensor):
+    pass
 
 
 def test_a_parameter_that_kernels_do_not_serve():
-    class Odd(torch.Tensor):
-        pass
-
-    def made():
-        params = [nn.Parameter(randn((5,), 0).as_subclass(Odd)), nn.Parameter(randn((5,), 1))]
-        return optim.AdamW(params), params
-
-    (usual, params), (opt, stepped) = made(), made()
+    usual, opt = (
+        optim.AdamW([nn.Parameter(randn((5,), 0).as_subclass(Subclass)), nn.Parameter(randn((5,), 1))])
+        for _ in range(2)
+    )
     step_in_backward(opt)
-    backward_and_step(usual, params)
-    backward(stepped)
-    assert_same_state(usual, opt)
-
-
-@pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_a_checkpoint_goes_to_torch_and_back(case):
-    pairs = both(case)
-    step_in_backward(pairs[1][0])
-    for (opt, params), in_backward in zip(pairs, (False, True), strict=True):
-
-        def train_on(steps, first, opt=opt, params=params, in_backward=in_backward):
-            if in_backward:
-                backward(params, steps, first)
-            else:
-                backward_and_step(opt, params, steps, first)
-
-        train_on(3, 0)
-        copies = [nn.Parameter(p.detach().clone()) for p in params]
-        theirs = case.torch(groups(copies))
-        theirs.load_state_dict(copy.deepcopy(opt.state_dict()))
-        backward_and_step(theirs, copies, 1, 3)
-        with torch.no_grad():
-            for p, q in zip(params, copies, strict=True):
-                p.copy_(q)
-        opt.load_state_dict(theirs.state_dict())
-        train_on(1, 4)
-    assert_same_state(pairs[0][0], pairs[1][0], case)
+    step_both(usual, opt)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_options_and_state_are_read_at_every_step(case):
-    (usual, params), (opt, stepped) = both(case)
-    step_in_backward(opt)
+    usual, opt = both(case)
     for step in range(3):
-        backward_and_step(usual, params, 1, step)
-        backward(stepped, 1, step)
+        step_both(usual, opt, 1, step, case)
         for o in (usual, opt):
             o.param_groups[step % 2].update(lr=0.03 * (step + 1), maximize=step == 1)
             for state in o.state.values():
                 state.update({name: t.clone() * 0.5 for name, t in state.items() if name != "step"})
-    assert_same_state(usual, opt, case)
 
 
 def test_step_rests_and_steps_gradients_set_by_hand():
-    (usual, params), (opt, stepped) = both(FIRST["AdamW"])
-    step_in_backward(opt)
+    usual, opt = both(FIRST["AdamW"])
     calls = []
     opt.register_step_post_hook(lambda *_: calls.append(1))
-    backward_and_step(usual, params)
-    backward(stepped)
+    step_both(usual, opt)
     assert not calls
     opt.step()
     assert calls
     assert_same_state(usual, opt)
-    train(usual, params, 1)
-    train(opt, stepped, 1)
+    train(usual, places(usual), 1)
+    train(opt, places(opt), 1)
     assert_same_state(usual, opt)
 
 
 def test_a_closure_steps_once():
-    (usual, params), (opt, stepped) = both(FIRST["Adam"])
-    step_in_backward(opt)
+    usual, opt = both(FIRST["Adam"])
 
     def closure():
-        value = loss(stepped, 0)
+        value = loss(places(opt), 0)
         value.backward()
         return value
 
     value = opt.step(closure)
-    assert value.item() == loss(params, 0).item()
-    backward_and_step(usual, params, 1)
+    assert value.item() == loss(places(usual), 0).item()
+    backward_and_step(usual, 1)
     assert_same_state(usual, opt)
 
 
+def hooked(params):
+    return any(p._post_accumulate_grad_hooks for p in params)
+
+
 def test_remove():
-    (usual, params), (opt, stepped) = both(FIRST["AdamW"])
-    handle = step_in_backward(opt)
+    usual, opt = both(FIRST["AdamW"])
+    handle, stepped = opt.in_backward, places(opt)
+    with pytest.raises(RuntimeError, match=r"AdamW is stepped in backward already; call remove\(\)"):
+        step_in_backward(opt)
     assert opt.in_backward is handle
-    backward(stepped, 1)
+    backward(opt, 1)
     handle.remove()
     handle.remove()
-    assert opt.in_backward is None and not any(p._post_accumulate_grad_hooks for p in stepped)
+    assert opt.in_backward is None and not hooked(stepped)
     loss(stepped, 1).backward()
     assert all(p.grad is not None for p in stepped)
     opt.step()
@@ -206,28 +184,22 @@ def test_remove():
     with step_in_backward(opt) as again:
         handle.remove()
         assert opt.in_backward is again
-        backward(stepped, 1, 2)
+        backward(opt, 1, 2)
     assert opt.in_backward is None
-    backward_and_step(opt, stepped, 1, 3)
-    backward_and_step(usual, params, 4)
+    backward_and_step(opt, 1, 3)
+    backward_and_step(usual, 4)
     assert_same_state(usual, opt)
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_a_group_added_later_is_stepped_too(case):
-    (usual, params), (opt, stepped) = both(case)
-    handle = step_in_backward(opt)
-    backward_and_step(usual, params, 1)
-    backward(stepped, 1)
-    for o, ps in ((usual, params), (opt, stepped)):
-        extra = parameters([(33,), (4,)], seed=9)
-        o.add_param_group({"params": extra, "lr": 0.1})
-        ps += extra
-    backward_and_step(usual, params, 2, 1)
-    backward(stepped, 2, 1)
-    assert_same_state(usual, opt, case)
-    handle.remove()
-    assert not any(p._post_accumulate_grad_hooks for p in stepped)
+    usual, opt = both(case)
+    step_both(usual, opt, 1)
+    for o in (usual, opt):
+        o.add_param_group({"params": parameters([(33,), (4,)], seed=9), "lr": 0.1})
+    step_both(usual, opt, 2, 1, case)
+    opt.in_backward.remove()
+    assert not hooked(places(opt))
 
 
 def test_groups_that_move():
@@ -250,8 +222,7 @@ def test_a_shared_parameter_is_stepped_once(forward):
     """A checkpointed layer's forward runs again within backward: it must read parameters not stepped yet."""
     results = []
     for in_backward in (False, True):
-        torch.manual_seed(0)
-        layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        layers = chain(3, 8)
         layers[2].weight = layers[0].weight
         opt = optim.AdamW(layers.parameters(), lr=0.1)
         if in_backward:
@@ -365,18 +336,15 @@ def test_a_deleted_optimizer():
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_a_copy_has_no_hooks(case, how):
-    (_, _), (opt, stepped) = both(case)
-    step_in_backward(opt)
-    backward(stepped, 1)
-    twin, copied = COPIES[how]((opt, stepped))
+    _, opt = both(case)
+    backward(opt, 1)
+    twin = COPIES[how](opt)
     assert twin.in_backward is None
-    backward(stepped, 1, 1)
-    backward_and_step(twin, copied, 1, 1)
-    assert_same_state(opt, twin, case)
+    step_both(twin, opt, 1, 1, case)
     step_in_backward(twin)
-    backward(stepped, 1, 2)
     twin.zero_grad()
-    backward(copied, 1, 2)
+    backward(opt, 1, 2)
+    backward(twin, 1, 2)
     assert_same_state(opt, twin, case)
 
 
@@ -417,15 +385,6 @@ def test_refused_before_any_hook(make, error, message):
     assert not fine[0]._post_accumulate_grad_hooks and getattr(opt, "in_backward", None) is None
 
 
-def test_twice_is_refused():
-    opt = optim.Adam(parameters([(2,)]))
-    handle = step_in_backward(opt)
-    with pytest.raises(RuntimeError, match=r"Adam is stepped in backward already; call remove\(\)"):
-        step_in_backward(opt)
-    handle.remove()
-    step_in_backward(opt)
-
-
 def no_leaf():
     p = parameters([(2,)])[0] * 2
     p.retain_grad()
@@ -455,15 +414,22 @@ def test_a_global_norm_is_refused(where):
     message = "AdamW: group [01]: max_grad_norm is 1.0, and a norm over all.*clip_per_param, agc, clip_grad_value"
     with pytest.raises(ValueError, match=message):
         step_in_backward(opt)
-    assert opt.in_backward is None and not any(p._post_accumulate_grad_hooks for p in params)
+    assert opt.in_backward is None and not hooked(params)
     set_norm(None)
     step_in_backward(opt)
     set_norm(1.0)
-    before = params[1].detach().clone()
-    with pytest.raises(ValueError, match=message):
-        params[1].sum().backward()
-    assert_same_bits(params[1].detach(), before)
-    assert params[1].grad is not None and not opt.state
+    assert_backward_is_refused(opt, message, ValueError)
+    assert not opt.state
+
+
+def assert_backward_is_refused(opt, message, error=RuntimeError):
+    """By the step of the last parameter, whose gradient stays."""
+    last, before = places(opt)[-1], snapshot(opt)
+    with pytest.raises(error, match=message):
+        last.sum().backward()
+    assert last.grad is not None
+    assert_unchanged(opt, before, message)
+    last.grad = None
 
 
 def test_a_refused_group_is_not_added():
@@ -498,21 +464,13 @@ def test_an_error_leaves_the_parameter_and_its_state(case, backend):
     step_in_backward(opt)
     for started in (False, True):
         if started:
-            backward(params, 1)
-        before, lr = snapshot(opt), group["lr"]
-        group["lr"] = float("nan")
-        with pytest.raises(ValueError, match="group 1: Invalid learning rate: nan"):
-            params[1].sum().backward()
-        group["lr"], params[1].grad = lr, None
-        if started:
-            name = opt.rule.state_names(group)[0]
-            kept = opt.state[params[1]][name]
-            opt.state[params[1]][name] = kept[:2]
-            with pytest.raises(RuntimeError, match=rf"group 1 parameter 0 .*state '{name}' has shape \[2\]"):
-                params[1].sum().backward()
-            assert params[1].grad is not None
-            opt.state[params[1]][name], params[1].grad = kept, None
-        assert_unchanged(opt, before)
+            backward(opt, 1)
+        lr, group["lr"] = group["lr"], float("nan")
+        assert_backward_is_refused(opt, "group 1: Invalid learning rate: nan", ValueError)
+        group["lr"] = lr
+    name = opt.rule.state_names(group)[0]
+    opt.state[params[1]][name] = opt.state[params[1]][name][:2]
+    assert_backward_is_refused(opt, rf"group 1 parameter 0 .*state '{name}' has shape \[2\]")
 
 
 def test_a_sparse_gradient_is_refused_by_name():
@@ -689,6 +647,5 @@ assert taken and all((p == -len(taken)).all() and p.grad is None for p in params
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="one thread serves all backward passes of a device")
-def test_three_threads_take_whole_steps(fresh, backend):
-    out = fresh(THREADS.format(backend=backend))
-    assert out.returncode == 0, (out.returncode, out.stderr)
+def test_three_threads_take_whole_steps(succeeds, backend):
+    succeeds(THREADS.format(backend=backend))

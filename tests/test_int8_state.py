@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -18,16 +19,17 @@ from cases import (
     STATEFUL,
     Case,
     assert_same_bits,
-    assert_unchanged,
+    copies_of,
     grouped,
     pairs,
     parameters,
     places,
     randn,
+    refused,
     saved,
     set_grads,
-    snapshot,
     train,
+    trained,
 )
 from low_precision import (
     ADAMW,
@@ -47,8 +49,6 @@ from low_precision import (
     gradient,
     moments,
     plain,
-    run_one,
-    seeded,
     stepped,
     take,
 )
@@ -81,44 +81,26 @@ def test_bytes_per_parameter(memory_format):
     assert_states(ADAMW, opt)
 
 
-def test_the_format_is_told_by_groups_that_have_codes():
-    params = parameters([(300,), (300,)])
-    opt = optim.AdamW(grouped(params, [INT8, {}]))
-    train(opt, params, 1)
-    groups = opt.state_dict()["param_groups"]
-    assert groups[0]["int8_format"] == 1 and "int8_format" not in groups[1]
-    ours, theirs = (o.state_dict()["param_groups"][0] for o in (optim.AdamW(params), torch.optim.AdamW(params)))
-    assert ours.keys() == theirs.keys()
-
-
 @pytest.mark.parametrize(("name", "how"), pairs(list(FIRST), list(COPIES)))
 def test_classes(name, how):
     base, narrow = getattr(optim, name), getattr(optim, f"{name}8bit")
-    assert issubclass(narrow, base)
     assert narrow.__name__ == f"{name}8bit" and f"{name}8bit" in dir(optim)
     ours, theirs = (inspect.signature(c).parameters for c in (narrow, base))
     assert [(p.name, p.kind) for p in ours.values()] == [(p.name, p.kind) for p in theirs.values()]
     assert all(p.default == theirs[k].default for k, p in ours.items() if k != "state_dtype")
     case = Case(name, dict(momentum=0.9) if name == "SGD" else {})
-    results = []
-    for make, options in ((narrow, {}), (base, dict(state_dtype=torch.int8))):
-        params = parameters([(5000,), (300,)])
-        opt = seeded(lambda: make(params, **case.kwargs, **options))  # noqa: B023
-        train(opt, params, 2)
-        assert_state(case, opt, params[0], "", torch.int8)
-        assert_state(case, opt, params[1], "", torch.float32)
-        results.append(opt)
-    assert_same(*results, name)
-    twin = COPIES[how](results[0])
+    makes = (partial(narrow, **case.kwargs), partial(base, **case.kwargs, state_dtype=torch.int8))
+    opts = [trained(make, parameters([(5000,), (300,)]), 2) for make in makes]
+    assert_same(*opts, name)
+    for p, dtype in zip(places(opts[0]), (torch.int8, torch.float32), strict=True):
+        assert_state(case, opts[0], p, "", dtype)
+    twin = COPIES[how](opts[0])
     assert type(twin) is narrow
-    assert_same(twin, results[0])
+    assert_same(twin, opts[0])
     # What is asked for goes first, of all groups and of one.
     params = parameters([(5000,), (5000,)])
-    opt = narrow(
-        [{"params": params[:1]}, {"params": params[1:], "state_dtype": torch.bfloat16}],
-        **case.kwargs,
-        state_dtype=torch.float32,
-    )
+    groups = grouped(params, [{}, dict(state_dtype=torch.bfloat16)])
+    opt = narrow(groups, **case.kwargs, state_dtype=torch.float32)
     train(opt, params, 1)
     for p, dtype in zip(params, (torch.float32, torch.bfloat16), strict=True):
         assert_state(case, opt, p, "", dtype)
@@ -151,29 +133,16 @@ def test_a_scale_belongs_to_256_elements_in_memory(layout, k, backend):
 
 # What holds for any map
 
-FROM_ZERO = [case for case in CASES if case.name != "Rprop" and not case.kwargs.get("initial_accumulator_value")]
 
-
-@pytest.mark.parametrize(("case", "dtype", "backend"), pairs(FROM_ZERO, NARROW, BACKENDS), ids=str)
-def test_first_step_is_that_of_float32_state(case, dtype, backend):
-    """A step uses the moments that it computed, and rounds them afterwards; nothing was rounded before the first."""
-    opts = [
-        run_one(case, lambda: parameters(BLOCKS, dtype), options, steps=1, backend=backend)
-        for options in (INT8, dict(state_dtype=torch.float32))
-    ]
-    for p, q, mine in zip(*map(places, opts), decoded(case, opts[0]), strict=True):
-        assert_same_bits(p.detach(), q.detach(), (case, dtype))
-        truth = {name: t for name, t in opts[1].state[q].items() if name != "step"}
-        assert_decoded_like(mine, truth, (case, dtype))
-
-
-@pytest.mark.parametrize(("case", "dtype", "backend"), pairs(STATEFUL, NARROW, BACKENDS), ids=str)
+@pytest.mark.parametrize(("case", "dtype", "backend"), pairs(CASES, NARROW, BACKENDS), ids=str)
 def test_each_step_is_that_of_the_decoded_state(case, dtype, backend):
     """Load, rule, store: from what the codes say, the step is float32's to the bit; then each moment is rounded."""
     params = parameters(BLOCKS, dtype)
     opt = case.ours(params, backend=backend, **INT8)
-    take(opt, params, 0)
-    for step in range(1, 4):
+    begun = case.name == "Rprop"  # whose step sizes begin in codes, some per cent off
+    if begun:
+        take(opt, params, 0)
+    for step in range(begun, 4):
         wide, copies = plain(case, opt, backend=backend, state_dtype=torch.float32)
         for o, ps in ((opt, params), (wide, copies)):
             take(o, ps, step)
@@ -194,10 +163,12 @@ def test_zero_blocks_are_zeros(case, backend):
     p = stepped(opt, *grads)
     for name, t in decoded(case, opt)[0].items():
         start = abs(opt.rule.initial_value(opt.param_groups[0], p, name))
+        scales = opt.state[p][f"{name}_scales"]
         if not case.kwargs.get("weight_decay"):
             t[alive] = start
             torch.testing.assert_close(t, torch.full_like(t, start), rtol=0.02, atol=0)
-        assert opt.state[p][f"{name}_scales"].isfinite().all(), name
+            assert start or (scales[[0, 2, 3]] == 0).all(), name
+        assert scales.isfinite().all(), name
 
 
 @pytest.mark.parametrize("first", (0.0, -0.0))
@@ -389,11 +360,9 @@ def test_second_moment_follows_a_change_of_scale(everywhere, factor):
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_codes_load_into_float32_and_on_into_torch(case):
-    params = parameters([(700,), (30, 40)])
-    opt = case.ours(params, **INT8)
-    train(opt, params, 3)
+    opt = trained(partial(case.ours, **INT8), parameters([(700,), (30, 40)]))
     other, resumed = plain(case, opt)
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    copies = copies_of(resumed)
     theirs = case.torch(copies)
     theirs.load_state_dict(saved(other.state_dict()))
     train(other, resumed, 1, first=3)
@@ -403,10 +372,8 @@ def test_codes_load_into_float32_and_on_into_torch(case):
 
 @pytest.mark.parametrize("case", CODED, ids=str)
 def test_torch_does_not_take_codes_for_numbers(case):
-    (p,) = parameters([(700,)])
-    opt = case.ours([p], **INT8)
-    train(opt, [p], 2)
-    resumed, fresh = (torch.nn.Parameter(p.detach().clone()) for _ in range(2))
+    opt = trained(partial(case.ours, **INT8), parameters([(700,)]), 2)
+    resumed, fresh = copies_of(places(opt) * 2)
     theirs = case.torch([resumed])
     try:
         theirs.load_state_dict(opt.state_dict())
@@ -422,18 +389,13 @@ def test_torch_does_not_take_codes_for_numbers(case):
 @pytest.mark.parametrize("options", (INT8, {}), ids=str)
 @pytest.mark.parametrize("version", (0, 2, 99, "1", None))
 def test_another_format_is_refused(version, options):
-    params = parameters([(700,), (5,)])
-    opt = optim.AdamW(params, **INT8)
-    train(opt, params, 2)
+    opt = trained(partial(optim.AdamW, **INT8), parameters([(700,), (5,)]), 2)
     bad = saved(opt.state_dict())
     bad["param_groups"][0]["int8_format"] = version
     bad["state"][0]["exp_avg_codes"] += 1
     other, resumed = copied(ADAMW, opt, **options)
     train(other, resumed, 1)
-    before = snapshot(other)
-    with pytest.raises((ValueError, TypeError), match="int8_format"):
-        other.load_state_dict(bad)
-    assert_unchanged(other, before)
+    refused(other, "int8_format", ValueError, lambda: other.load_state_dict(bad))
     train(other, resumed, 1, first=1)
 
 
@@ -485,8 +447,7 @@ def test_another_memory_format_between_steps(case, first, backend):
 def test_codes_and_scales_of_other_strides(part, backend):
     """Right, or refused and nothing changed."""
     p = torch.nn.Parameter(randn((40, 30), 0))
-    opt = optim.AdamW([p], backend=backend, **INT8)
-    train(opt, [p], 2)
+    opt = trained(partial(optim.AdamW, backend=backend, **INT8), [p], 2)
     start = p.detach().clone()
     wide, (q,) = plain(ADAMW, opt)
     state = opt.state[p]

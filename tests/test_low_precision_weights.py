@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -17,14 +17,13 @@ from cases import (
     NATIVE,
     SIXTEEN,
     assert_same_bits,
-    assert_unchanged,
     pairs,
     parameters,
     places,
     randn,
+    refused,
     set_grads,
-    snapshot,
-    train,
+    trained,
 )
 from low_precision import (
     KEPT,
@@ -46,9 +45,6 @@ STOCHASTIC, KAHAN, MASTER = KEPT
 
 def full(value, dtype=torch.float32, size=2048):
     return torch.nn.Parameter(torch.full((size,), value, dtype=dtype))
-
-
-# 300 steps of 1e-4
 
 
 def tiny_steps(dtype, **options):
@@ -243,9 +239,8 @@ def test_seeds(case, dtype, backend):
     assert others[0].param_groups[0]["rounding_seed"] != seed
     for other in others:
         assert any(not torch.equal(p, q) for p, q in zip(places(first), places(other), strict=True)), (case, dtype)
-    torch.testing.assert_close(
-        places(first)[0].double().mean(), places(others[0])[0].double().mean(), atol=0.05, rtol=0
-    )
+    means = (places(opt)[0].double().mean() for opt in (first, others[0]))
+    torch.testing.assert_close(*means, atol=0.05, rtol=0)
     assert "rounding_seed" not in case.ours(parameters([(3,)], dtype)).param_groups[0]
 
 
@@ -295,12 +290,10 @@ def test_masters_are_float32_parameters(case, state, dtype, wide_grad, backend):
 
 
 def test_masters_of_another_dtype_become_float32(backend):
-    params = parameters([(5000,)], torch.bfloat16)
-    opt = optim.AdamW(params, master_weights=True, backend=backend)
-    take(opt, params, 0)
-    state = opt.state[params[0]]
+    opt = trained(partial(optim.AdamW, master_weights=True, backend=backend), parameters([(5000,)], torch.bfloat16), 1)
+    (state,) = opt.state.values()
     state["master"] = state["master"].bfloat16()
-    take(opt, params, 1)
+    opt.step()
     assert state["master"].dtype == torch.float32
 
 
@@ -332,19 +325,14 @@ def test_kahan_follows_float32(case, dtype, backend):
 def test_gradients_of_another_dtype_are_not_rounded(case, dtype, backend):
     """A 16-bit gradient counts as the float32 number that it is."""
 
-    def act(grad_dtype):
-        def act(opt, params, step):
-            params[0].grad_dtype = grad_dtype
-            params[0].grad = randn((300,), step, torch.bfloat16).to(grad_dtype)
-            opt.step()
+    def act(opt, params, step, grad_dtype):
+        params[0].grad_dtype = grad_dtype
+        params[0].grad = randn((300,), step, torch.bfloat16).to(grad_dtype)
+        opt.step()
 
-        return act
-
-    results = [
-        places(run_one(case, lambda: parameters([(300,)], dtype), act=act(grad_dtype), backend=backend))[0].detach()
-        for grad_dtype in (torch.float32, torch.bfloat16)
-    ]
-    assert_same_bits(*results)
+    acts = (partial(act, grad_dtype=grad_dtype) for grad_dtype in (torch.float32, torch.bfloat16))
+    opts = (run_one(case, lambda: parameters([(300,)], dtype), act=act, backend=backend) for act in acts)
+    assert_same_bits(*map(places, opts))
 
 
 @needs_grad_dtype
@@ -367,52 +355,44 @@ def test_float32_gradients_count_as_they_are(start, end, backend):
 def test_mixes_with_float64_are_refused(case, dtypes, backend):
     dtype, grad_dtype = dtypes
     params = parameters([(5,), (300,)], dtype)
-    opt = case.ours(params, backend=backend)
-    train(opt, params, 1)
-    before = snapshot(opt)
+    opt = trained(partial(case.ours, backend=backend), params, 1)
     set_grads(params, 1)
     params[1].grad = None
     params[1].grad_dtype = grad_dtype
     params[1].grad = randn((300,), 1, grad_dtype)
     message = rf"group 0 parameter 1 \(shape \[300\]\).*{grad_dtype}.*{dtype}|{dtype}.*{grad_dtype}"
-    with pytest.raises((RuntimeError, TypeError), match=message):
-        opt.step()
-    assert_unchanged(opt, before, (case, dtypes))
+    refused(opt, message, (RuntimeError, TypeError))
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.skipif(NATIVE != "cpu", reason="one device is enough: the reference serves them")
-def test_dtensors():
-    """Steps of a DTensor are those of the tensor; what depends on an element's place is refused."""
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for options, like in (
-            (dict(state_dtype=torch.int8, min_int8_size=1), dict(state_dtype=torch.float32)),
-            (dict(param_rounding="kahan"), dict(param_rounding="kahan")),
-            (dict(master_weights=True), dict(master_weights=True)),
-            (dict(param_rounding="stochastic"), {}),
-        ):
-            whole = randn((30, 7), 0, torch.bfloat16)
-            p = torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [Shard(0)]))
-            q = torch.nn.Parameter(whole.clone())
-            opts = [optim.AdamW([p], lr=0.01, **options), optim.AdamW([q], lr=0.01, **like)]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for step in range(3):
-                    q.grad = randn((30, 7), step + 1, torch.bfloat16)
-                    p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
-                    if options.get("param_rounding") == "stochastic":
-                        with pytest.raises(RuntimeError, match="group 0 parameter 0 .*param_rounding is 'stochastic'"):
-                            opts[0].step()
-                        break
-                    for opt in opts:
-                        opt.step()
-                else:
-                    torch.testing.assert_close(p.full_tensor().detach(), q.detach(), rtol=0, atol=0, msg=str(options))
-    finally:
-        torch.distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.skipif(NATIVE != "cpu", reason="one device is enough: the reference serves them")
+@pytest.mark.parametrize(("options", "like"), [(INT8, STATES[1]), (KAHAN, KAHAN), (MASTER, MASTER), (STOCHASTIC, None)])
+def test_dtensors(options, like, mesh):
+    """Steps of a DTensor are those of the tensor; what depends on an element's place is refused."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    (q,) = parameters([(30, 7)], torch.bfloat16)
+    p = torch.nn.Parameter(distribute_tensor(q.detach().clone(), mesh, [Shard(0)]))
+    opts = [optim.AdamW([p], lr=0.01, **options), optim.AdamW([q], lr=0.01, **(like or {}))]
+    for step in range(3):
+        q.grad = randn((30, 7), step + 1, torch.bfloat16)
+        p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+        if like is None:
+            with pytest.raises(RuntimeError, match="group 0 parameter 0 .*param_rounding is 'stochastic'"):
+                opts[0].step()
+            return
+        for opt in opts:
+            opt.step()
+    assert_same_bits(p.full_tensor().detach(), q.detach(), options)

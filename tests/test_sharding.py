@@ -13,7 +13,6 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("name", "size"), [("fsdp1", 2), ("dtensors", 2), ("dtensors", 4), ("scalers", 4)])
-def test_world(name, size, fresh):
+def test_world(name, size, succeeds):
     """What each process looks at is in sharded.py."""
-    result = fresh(f"import sharded; sharded.world({size}, {name!r})")
-    assert result.returncode == 0, result.stderr
+    succeeds(f"import sharded; sharded.world({size}, {name!r})")

@@ -375,15 +375,6 @@ def test_whatever_was_done_between_two_steps(case, kept, actions):
     assert_alike(case, kept, actions)
 
 
-@pytest.fixture
-def two_threads():
-    """Each of which takes rows from a thousand on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kept", sorted(KEPT))
 def test_rows_that_several_threads_compare(kept, two_threads):
