@@ -20,7 +20,7 @@
 #include "cpu/run.h"
 #include "cuda/device_plan.h"
 #include "quant/cuda.h"
-#include "quant/run.h"
+#include "quant/cpu.h"
 
 using namespace genopt;
 
