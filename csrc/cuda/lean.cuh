@@ -4,7 +4,6 @@
 #pragma once
 
 #include "lean_operand.cuh"
-#include "update.cuh"
 
 namespace genopt::cuda {
 
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   const uint64_t grad = table.words[table.grad(found.row)];
   if (!grad) return;
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(found.row));
-  const LeanTile tile{found.start, count_of(row.numel - found.start), lane_here()};
+  const Tile tile{found.start, count_of(row.numel - found.start), lane_here()};
   const DType dtype = row.dtype[kParam];
   const bool zeroes = table.gradients == Gradients::kZeroed;
   void* const gradient = reinterpret_cast<void*>(grad);
