@@ -1,5 +1,5 @@
 // Load, join, rule, part, round, average: all that a step does to elements of one row, some at a time. What the
-// operands are stored as is a choice of types here; walk.h goes over a row's tiles with it.
+// operands are stored as is a choice of types here; in_place.h, coded.h and buffered.h go over a row's tiles with it.
 #pragma once
 
 #include <type_traits>

@@ -1,6 +1,6 @@
 // One operand of one tile: decoded from whatever way it is stored into values of the compute type, and encoded again.
-// Included by walk.h, once for each GENOPT_CAPABILITY. Plain loops stand in functions of their own, not inlined: the
-// compiler then vectorizes each of them.
+// Included (through buffered.h) by walk.h, once for each GENOPT_CAPABILITY. Plain loops stand in functions of their
+// own, not inlined: the compiler then vectorizes each of them.
 #pragma once
 
 #include <algorithm>

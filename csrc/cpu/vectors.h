@@ -1,6 +1,6 @@
 // Several numbers at once, as the widest vectors of the instruction set that this copy of the walk is compiled for.
 // Arithmetic is the compiler's own (GNU vectors); rules and codecs that are templates take these in place of a number.
-// Included (through operand.h) by walk.h, once for each GENOPT_CAPABILITY.
+// Included (through values.h) by walk.h, once for each GENOPT_CAPABILITY.
 #pragma once
 
 #include <cstdint>
