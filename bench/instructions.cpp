@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/run.h"
-#include "quant/run.h"
+#include "quant/cpu.h"
 
 using namespace genopt;
 

@@ -19,8 +19,8 @@
 
 #include "cpu/run.h"
 #include "cuda/device_plan.h"
+#include "quant/cpu.h"
 #include "quant/cuda.h"
-#include "quant/run.h"
 
 using namespace genopt;
 

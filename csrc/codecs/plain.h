@@ -161,6 +161,12 @@ GENOPT_INLINE constexpr int size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : is_block(type) ? 1 : 2;
 }
 
+// One of the two neighbours of x that a 16-bit dtype has: its codec's round_by().
+template <class V, class U>
+GENOPT_INLINE V round_by(DType type, V x, U bits) {
+  return type == DType::kBFloat16 ? BFloat16::round_by(x, bits) : Float16::round_by(x, bits);
+}
+
 // Calls visit(codec) with the codec of a dtype that is not is_block().
 template <class Visit>
 GENOPT_INLINE auto with_codec(DType type, Visit&& visit) {

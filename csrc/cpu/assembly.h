@@ -1,19 +1,13 @@
 // Load, join, rule, part, round, average: all that a step does to elements of one row, some at a time. What the
-// operands are stored as is a choice of types here; walk.h goes over a row's tiles with it.
+// operands are stored as is a choice of types here; in_place.h, coded.h and buffered.h go over a row's tiles with it.
 #pragma once
 
 #include <type_traits>
 
-#include "operand.h"
-#include "tuning.h"
+#include "prefetch.h"
+#include "values.h"
 
 namespace genopt::GENOPT_CAPABILITY {
-
-// Elements at a time, of a row that computes in T: a vector of floats, or one double, which the compiler joins.
-template <class T>
-using ValuesOf = std::conditional_t<sizeof(T) == 8, double, Floats>;
-template <class T>
-constexpr int kAtOnce = sizeof(T) == 8 ? 1 : kWidth;
 
 // A tile's values of type T, in a buffer or in place (TileOperand), of a parameter of any dtype.
 template <class T>
@@ -27,31 +21,6 @@ GENOPT_INLINE V rest_of(V x, V rounded) {
   return choose(rounded - rounded == V(0), x - rounded, V(0));
 }
 
-template <class Codec>
-GENOPT_INLINE auto load_values(const typename Codec::Stored* from) {
-  if constexpr (std::is_same_v<Codec, BFloat16>) {
-    return float_of(load_ints(from) << 16);
-  } else if constexpr (sizeof *from == 8) {
-    return *from;
-  } else {
-    return load<Floats>(from);
-  }
-}
-// Returns what is stored.
-template <class Codec, class V>
-GENOPT_INLINE V store_values(typename Codec::Stored* to, V x) {
-  if constexpr (std::is_same_v<Codec, BFloat16>) {
-    const Words bits = BFloat16::encode_bits(x);
-    store_ints(to, as_signed(bits));
-    return float_of(bits << 16);
-  } else if constexpr (sizeof *to == 8) {
-    return *to = x;
-  } else {
-    store(to, x);
-    return x;
-  }
-}
-
 // Calls visit(k, codec) for each state of a rule, with what codes it would have.
 template <class Rule, unsigned kUsed, class Visit>
 GENOPT_INLINE void each_state(Visit&& visit) {
@@ -62,26 +31,6 @@ GENOPT_INLINE void each_state(Visit&& visit) {
   visit_used(std::integral_constant<int, 1>{});
   visit_used(std::integral_constant<int, 2>{});
 }
-
-// While a tile is stepped, a later one of the row is prefetched, a line or less with each vector, where the processor
-// gains by it (Tuning::prefetch): a core has room for some ten lines under way, and prefetchers of some stop at the end
-// of a page.
-class Prefetcher {
- public:
-  // For the tile at `start` of those that end at `stop`.
-  GENOPT_INLINE void begin(int64_t start, int64_t stop) {
-    const int wanted = cpu::tuning.prefetch * kTile;
-    distance_ = stop - start > wanted ? wanted : 0;  // else what is there anyway
-  }
-  // For the element i of the tile. Narrow operands come slowly enough to be left to the processor.
-  template <class Stored>
-  GENOPT_INLINE void prefetch(const Stored* tile, int64_t i) const {
-    if constexpr (sizeof(Stored) == 4) __builtin_prefetch(tile + distance_ + i);
-  }
-
- private:
-  int distance_ = 0;
-};
 
 // Parameter and gradient are stored with the codec Param, states are given and taken as values. kHasExtra: whether the
 // row may keep its parameter more precisely.
@@ -168,7 +117,7 @@ class Assembly {
     if constexpr (!kIsBuffered) {
       return Param::round_by(p, bits);
     } else {
-      return is_bfloat16() ? BFloat16::round_by(p, bits) : Float16::round_by(p, bits);
+      return genopt::round_by(row_.dtype[kParam], p, bits);
     }
   }
   bool is_bfloat16() const {

@@ -1,23 +1,19 @@
 // One operand of one tile: decoded from whatever way it is stored into values of the compute type, and encoded again.
-// Included by walk.h, once for each GENOPT_CAPABILITY. Plain loops stand in functions of their own, not inlined: the
-// compiler then vectorizes each of them.
+// Included (through buffered.h) by walk.h, once for each GENOPT_CAPABILITY. Plain loops stand in functions of their
+// own, not inlined: the compiler then vectorizes each of them.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "../plan/row.h"
-#include "vectors.h"
+#include "prefetch.h"
+#include "values.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 
 // Tiles are padded to a whole number of the widest vectors, so the rule has no scalar tail.
 constexpr int kLanes = 16;
-
-// How values of the compute type are stored as they are.
-template <class T>
-using Values = std::conditional_t<sizeof(T) == 8, Float64, Float32>;
 
 // Where `count` elements from element `start` of a strided operand lie, in elements from its base.
 inline void locate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t start, int count,
@@ -65,21 +61,6 @@ template <class Codec, class T>
 __attribute__((noinline)) void encode(const T* from, int count, char* to) {
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) poke<Codec>(to + i * sizeof(typename Codec::Stored), Codec::encode(from[i]));
-}
-
-// 0, 1, 2, ...
-GENOPT_INLINE Words count_up() {
-  alignas(GENOPT_VECTOR_BYTES) static constexpr auto kFirst = [] {
-    std::array<uint32_t, kWidth> numbers{};
-    for (int j = 0; j < kWidth; ++j) numbers[j] = j;
-    return numbers;
-  }();
-  return load<Words>(kFirst.data());
-}
-
-// The rounding thresholds of a tile's elements from i on.
-GENOPT_INLINE Words thresholds_from(uint32_t tile_phase, uint32_t i) {
-  return threshold_of(threshold_of(tile_phase, i), count_up());
 }
 
 // `count` values; `to` has room for whole vectors, and codes are copied where they have not.
@@ -209,27 +190,5 @@ class TileOperand {
   DType dtype_;
   bool in_place_;
 };
-
-// Prefetches an operand from element `start` on. Loading, computing and storing a tile take turns;
-// with the next tile under way the memory is not idle while the rule computes.
-inline void prefetch(const Row& row, int operand, int64_t start, int count) {
-  if (!row.data[operand] || (row.layout && !row.layout->strides[operand].empty())) return;
-  const int size = size_of(row.dtype[operand]);
-  const char* const from = static_cast<const char*>(row.data[operand]) + start * size;
-  for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
-}
-
-// Element i of an operand that the row has, contiguous and stored with a codec.
-template <class Codec>
-typename Codec::Stored* element(const Row& row, int operand, int64_t i) {
-  return static_cast<typename Codec::Stored*>(row.data[operand]) + i;
-}
-
-// Whether an operand is contiguous and aligned, stored with a codec.
-template <class Codec>
-bool is_direct(const Row& row, int operand) {
-  return !row.layout && row.dtype[operand] == Codec::kDType &&
-         reinterpret_cast<uintptr_t>(row.data[operand]) % sizeof(typename Codec::Stored) == 0;
-}
 
 }  // namespace genopt::GENOPT_CAPABILITY

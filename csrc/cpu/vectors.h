@@ -1,6 +1,6 @@
 // Several numbers at once, as the widest vectors of the instruction set that this copy of the walk is compiled for.
 // Arithmetic is the compiler's own (GNU vectors); rules and codecs that are templates take these in place of a number.
-// Included (through operand.h) by walk.h, once for each GENOPT_CAPABILITY.
+// Included (through values.h) by walk.h, once for each GENOPT_CAPABILITY.
 #pragma once
 
 #include <cstdint>
@@ -43,29 +43,8 @@ struct Vector {
   GENOPT_INLINE Vector(T x) : raw(x - Raw{}) {  // x - 0 keeps the sign of a zero
   }
 
-  friend GENOPT_INLINE Vector operator+(Vector a, Vector b) {
-    return a.raw + b.raw;
-  }
-  friend GENOPT_INLINE Vector operator-(Vector a, Vector b) {
-    return a.raw - b.raw;
-  }
-  friend GENOPT_INLINE Vector operator*(Vector a, Vector b) {
-    return a.raw * b.raw;
-  }
-  friend GENOPT_INLINE Vector operator/(Vector a, Vector b) {
-    return a.raw / b.raw;
-  }
   friend GENOPT_INLINE Vector operator-(Vector a) {
     return -a.raw;
-  }
-  friend GENOPT_INLINE Vector operator&(Vector a, Vector b) {
-    return a.raw & b.raw;
-  }
-  friend GENOPT_INLINE Vector operator|(Vector a, Vector b) {
-    return a.raw | b.raw;
-  }
-  friend GENOPT_INLINE Vector operator^(Vector a, Vector b) {
-    return a.raw ^ b.raw;
   }
   friend GENOPT_INLINE Vector operator<<(Vector a, int places) {
     return a.raw << places;
@@ -74,20 +53,24 @@ struct Vector {
     return a.raw >> places;
   }
 
-  // Comparisons: all ones where true.
-  using Mask = decltype(Raw{} < Raw{});
-  friend GENOPT_INLINE Mask operator<(Vector a, Vector b) {
-    return a.raw < b.raw;
+  using Mask = decltype(Raw{} < Raw{});  // of a comparison: all ones where true
+#define GENOPT_OPERATOR(sign, Result)                             \
+  friend GENOPT_INLINE Result operator sign(Vector a, Vector b) { \
+    return a.raw sign b.raw;                                      \
   }
-  friend GENOPT_INLINE Mask operator>(Vector a, Vector b) {
-    return a.raw > b.raw;
-  }
-  friend GENOPT_INLINE Mask operator==(Vector a, Vector b) {
-    return a.raw == b.raw;
-  }
-  friend GENOPT_INLINE Mask operator!=(Vector a, Vector b) {
-    return a.raw != b.raw;
-  }
+  GENOPT_OPERATOR(+, Vector)
+  GENOPT_OPERATOR(-, Vector)
+  GENOPT_OPERATOR(*, Vector)
+  GENOPT_OPERATOR(/, Vector)
+  GENOPT_OPERATOR(&, Vector)
+  GENOPT_OPERATOR(|, Vector)
+  GENOPT_OPERATOR(^, Vector)
+  GENOPT_OPERATOR(<, Mask)
+  GENOPT_OPERATOR(>, Mask)
+  GENOPT_OPERATOR(==, Mask)
+  GENOPT_OPERATOR(!=, Mask)
+#undef GENOPT_OPERATOR
+
   friend GENOPT_INLINE Vector choose(Mask condition, Vector a, Vector b) {
     return condition ? a.raw : b.raw;
   }

@@ -8,15 +8,44 @@
 
 namespace genopt::cuda {
 
+// Whether a row's kernels are those that compute in T.
+template <class T>
+__device__ bool computes_in(const DeviceRow& row) {
+  return (row.dtype[kParam] == DType::kFloat64) == (sizeof(T) == 8);
+}
+
+// Where element i of a row with a layout lies, in elements from the operand's base.
+__device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t i) {
+  const int64_t dims = static_cast<int64_t>(layout[0]);
+  const uint64_t *sizes = layout + 1, *strides = sizes + dims * (1 + operand);
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int64_t d = dims; d-- > 0;) {
+    const int64_t size = static_cast<int64_t>(sizes[d]), next = i / size;
+    offset += (i - next * size) * static_cast<int64_t>(strides[d]);
+    i = next;
+  }
+  return offset;
+}
+
+// A tile of any row.
+struct RowTile : Tile {
+  const DeviceRow& row;
+  const uint64_t* layout;
+
+  // Which element of the tile is a lane's j-th.
+  __device__ int element(int j) const {
+    return element_of(j, lane, row.piece_bits);
+  }
+  __device__ float* scale(int operand) const {
+    return row.scales[operand - kState] + start / kTile;
+  }
+};
+
 // States may be stored in codes, where the rule computes in float.
 template <class T>
 __device__ constexpr bool may_be_block(int operand) {
   return sizeof(T) == 4 && operand >= kState && operand < kAverage;
-}
-
-// One of the neighbours of x that a 16-bit dtype has.
-__device__ inline float round_by(DType dtype, float x, uint32_t bits) {
-  return dtype == DType::kBFloat16 ? BFloat16::round_by(x, bits) : Float16::round_by(x, bits);
 }
 
 // Elements that can not be accessed as pieces pass through here one by one, in rolled loops: unrolled for
@@ -33,11 +62,11 @@ class LaneOperand {
  public:
   T values[kElements];
 
-  __device__ void load(const Tile& tile, int operand, void* data) {
+  __device__ void load(const RowTile& tile, int operand, void* data) {
     load(tile, operand, data, tile.row.dtype[operand]);
   }
   // For an operand of which only a choice is known when this is compiled: arrays of the row stay in registers.
-  __device__ void load(const Tile& tile, int operand, void* data, DType dtype) {
+  __device__ void load(const RowTile& tile, int operand, void* data, DType dtype) {
     dtype_ = dtype;
     is_block_ = may_be_block<T>(operand) && is_block(dtype_);
     if (is_block_) scale_ = *tile.scale(operand);
@@ -55,7 +84,7 @@ class LaneOperand {
     }
   }
 
-  __device__ void load_slots(const Tile& tile, int operand, T (*slots)[kThreads]) const {
+  __device__ void load_slots(const RowTile& tile, int operand, T (*slots)[kThreads]) const {
     if (whole_) return;
 #pragma unroll 1
     for (int j = 0; j < kElements; ++j) {
@@ -98,15 +127,15 @@ class LaneOperand {
 
   // Rounds the values to one of the neighbours that a 16-bit dtype has. `bits(i)`: 32 for element i of the tile.
   template <class Bits>
-  __device__ void round_by(const Tile& tile, Bits bits) {
+  __device__ void round_by(const RowTile& tile, Bits bits) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) values[j] = cuda::round_by(dtype_, values[j], bits(tile.element(j)));
+      for (int j = 0; j < kElements; ++j) values[j] = genopt::round_by(dtype_, values[j], bits(tile.element(j)));
     }
   }
 
   // Finds the scale of a tile of codes, and encodes what goes out in pieces. All lanes call it. `phase`: the tile's.
-  __device__ void encode_block(const Tile& tile, int operand, uint32_t phase) {
+  __device__ void encode_block(const RowTile& tile, int operand, uint32_t phase) {
     if (!is_block_) return;
     uint32_t largest = 0;
 #pragma unroll
@@ -131,11 +160,11 @@ class LaneOperand {
   }
 
   // For an operand that is stored and not loaded.
-  __device__ void point_to(const Tile& tile, int operand, void* data) {
+  __device__ void point_to(const RowTile& tile, int operand, void* data) {
     load(tile, operand, data);
   }
 
-  __device__ void store(const Tile& tile, T (*slots)[kThreads]) {
+  __device__ void store(const RowTile& tile, T (*slots)[kThreads]) {
     if (!whole_) {
 #pragma unroll
       for (int j = 0; j < kElements; ++j) slots[j][threadIdx.x] = values[j];
@@ -154,7 +183,7 @@ class LaneOperand {
     }
   }
 
-  __device__ void store_slots(const Tile& tile, int operand, const T (*slots)[kThreads], uint32_t phase = 0) const {
+  __device__ void store_slots(const RowTile& tile, int operand, const T (*slots)[kThreads], uint32_t phase = 0) const {
     if (whole_) return;
 #pragma unroll 1
     for (int j = 0; j < kElements; ++j) {
@@ -198,7 +227,7 @@ class LaneOperand {
   }
 
   template <class Codec>
-  __device__ typename Codec::Stored* address_of(const Tile& tile, int operand, int j) const {
+  __device__ typename Codec::Stored* address_of(const RowTile& tile, int operand, int j) const {
     const int i = tile.element(j);
     return reinterpret_cast<typename Codec::Stored*>(base()) +
            (strided_ ? offset_of(tile.layout, operand, tile.start + i) : i);
@@ -206,12 +235,12 @@ class LaneOperand {
 
   // How many pieces a lane has: all that fit, but one of two where eight bf16 or fp16 make one of 16 bytes.
   static constexpr int kPieces = sizeof(T) == 8 ? 4 : 2;
-  static __device__ bool has_piece(const Tile& tile, int i) {
+  static __device__ bool has_piece(const RowTile& tile, int i) {
     return i == 0 || sizeof(T) == 8 || tile.row.piece_bits != 3;
   }
 
   template <class Piece>
-  __device__ void load_pieces(const Tile& tile) {
+  __device__ void load_pieces(const RowTile& tile) {
     const Piece* from = reinterpret_cast<const Piece*>(base()) + tile.lane;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
@@ -219,7 +248,7 @@ class LaneOperand {
   }
 
   template <class Piece>
-  __device__ void store_pieces(const Tile& tile) {
+  __device__ void store_pieces(const RowTile& tile) {
     Piece* to = reinterpret_cast<Piece*>(base()) + tile.lane;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
@@ -235,14 +264,14 @@ class LaneOperand {
 
 // Loads one operand, for what is rare or comes late.
 template <class T>
-__device__ void load_one(LaneOperand<T>& x, const Tile& tile, int operand, void* data, T (*slots)[kThreads]) {
+__device__ void load_one(LaneOperand<T>& x, const RowTile& tile, int operand, void* data, T (*slots)[kThreads]) {
   x.load(tile, operand, data);
   x.load_slots(tile, operand, slots);
   x.decode(slots);
 }
 
 template <class T>
-__device__ void store_one(LaneOperand<T>& x, const Tile& tile, int operand, T (*slots)[kThreads]) {
+__device__ void store_one(LaneOperand<T>& x, const RowTile& tile, int operand, T (*slots)[kThreads]) {
   x.store(tile, slots);
   x.store_slots(tile, operand, slots);
 }

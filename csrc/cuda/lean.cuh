@@ -1,10 +1,10 @@
-// The update of usual rows: contiguous, aligned, without average, and stored in one of a few ways that
-// are known when this is compiled. The general update (update.cuh) has registers for whatever a row may be; this one
-// has what it needs, so that enough warps run to keep memory busy. The same rules, codecs and bits.
+// The last kernel of a step, for usual rows: contiguous, aligned, without average, and stored in one of a few ways that
+// are known when this is compiled. Load, join, rule, part, round, as cpu/assembly.h; one warp, one tile. The general
+// update (update.cuh) has registers for whatever a row may be; this one has what it needs, so that enough warps run to
+// keep memory busy. The same rules, codecs and bits.
 #pragma once
 
 #include "lean_operand.cuh"
-#include "update.cuh"
 
 namespace genopt::cuda {
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   const uint64_t grad = table.words[table.grad(found.row)];
   if (!grad) return;
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(found.row));
-  const LeanTile tile{found.start, count_of(row.numel - found.start), lane_here()};
+  const Tile tile{found.start, count_of(row.numel - found.start), lane_here()};
   const DType dtype = row.dtype[kParam];
   const bool zeroes = table.gradients == Gradients::kZeroed;
   void* const gradient = reinterpret_cast<void*>(grad);
@@ -91,6 +91,12 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
     scalars.update.template apply<kUsed>(values[kParam][j], scalars.around.gradient(values[kGrad][j]),
                                          values[kState][j], values[kState + 1][j], values[kState + 2][j]);
 
+  // To one of the neighbours that a 16-bit dtype has. `bits(i)`: 32 for element i of the tile.
+  const auto round = [&](float (&x)[kElements], auto bits) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j)
+      x[j] = round_by(dtype, x[j], bits(static_cast<uint32_t>(tile.template element<kPiece>(j))));
+  };
   if constexpr (kHasMaster) {
     LeanOperand<kStored.param, kPiece> narrow;
     narrow.encode(values[kParam], dtype);
@@ -98,10 +104,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
   } else if constexpr (kSeen == Form::kHalf) {
     if (row.unbiased & 1 << kParam) {
       const uint32_t key = tile_key(scalars.random, tile.start);
-#pragma unroll
-      for (int j = 0; j < kElements; ++j)
-        values[kParam][j] = round_by(dtype, values[kParam][j],
-                                     random_bits(key, static_cast<uint32_t>(tile.template element<kPiece>(j))));
+      round(values[kParam], [key](uint32_t i) { return random_bits(key, i); });
     }
   }
   p.encode(values[kParam], dtype);
@@ -128,11 +131,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
       });
     } else {
       if constexpr (kStored.state == Form::kHalf)
-        if (row.unbiased >> (kState + i) & 1) {
-#pragma unroll
-          for (int j = 0; j < kElements; ++j)
-            x[j] = round_by(dtype, x[j], threshold_of(phase, static_cast<uint32_t>(tile.template element<kPiece>(j))));
-        }
+        if (row.unbiased >> (kState + i) & 1) round(x, [phase](uint32_t i) { return threshold_of(phase, i); });
       states[i].encode(x, dtype);
     }
     states[i].store(row.data[kState + i], tile);

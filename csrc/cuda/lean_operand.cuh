@@ -7,18 +7,6 @@
 
 namespace genopt::cuda {
 
-// A tile of a row that is contiguous.
-struct LeanTile {
-  int64_t start;
-  int count, lane;
-
-  // Which element of the tile is a lane's j-th, in pieces of kPiece.
-  template <int kPiece>
-  __device__ int element(int j) const {
-    return element_of(j, lane, kPiece == 8 ? 3 : 2);
-  }
-};
-
 // What there is no element for, in update(): ordinary numbers in every format, for which no operation takes longer.
 constexpr uint32_t kOrdinary = 0x3c003c00;
 
@@ -27,7 +15,7 @@ template <Form kForm, int kPiece>
 class LeanOperand {
  public:
   // Elements that the tile has not are made of `fill`.
-  __device__ void load(const void* data, const LeanTile& tile, uint32_t fill) {
+  __device__ void load(const void* data, const Tile& tile, uint32_t fill) {
     const char* const from = at(data, tile);
     if (tile.count == kTile) {
 #pragma unroll
@@ -49,7 +37,7 @@ class LeanOperand {
         replace_value(raw_, j, reinterpret_cast<const Stored*>(from)[e]);
   }
 
-  __device__ void store(void* data, const LeanTile& tile) const {
+  __device__ void store(void* data, const Tile& tile) const {
     char* const to = at(data, tile);
     if (tile.count == kTile) {
 #pragma unroll
@@ -116,7 +104,7 @@ class LeanOperand {
   }
   // Returns the tile's scale. `phase`: the tile's.
   template <class Block>
-  __device__ float encode_block(float (&values)[kElements], uint32_t phase, const LeanTile& tile) {
+  __device__ float encode_block(float (&values)[kElements], uint32_t phase, const Tile& tile) {
     if (tile.count < kTile)
 #pragma unroll
       for (int j = 0; j < kElements; ++j)
@@ -166,14 +154,14 @@ class LeanOperand {
     __builtin_assume(__isGlobal(data));
     return data;
   }
-  __device__ static const char* at(const void* data, const LeanTile& tile) {
+  __device__ static const char* at(const void* data, const Tile& tile) {
     return global(static_cast<const char*>(data)) + tile.start * kBytes;
   }
-  __device__ static char* at(void* data, const LeanTile& tile) {
+  __device__ static char* at(void* data, const Tile& tile) {
     return global(static_cast<char*>(data)) + tile.start * kBytes;
   }
   template <class P, class Bytes>
-  __device__ static P* piece(Bytes* base, const LeanTile& tile, int i) {
+  __device__ static P* piece(Bytes* base, const Tile& tile, int i) {
     return reinterpret_cast<P*>(base) + i * kWarp + tile.lane;
   }
 

@@ -54,17 +54,17 @@ __device__ double measure_lean(const Span& span, const void* data, DType dtype, 
   for (; start + kAtOnce * kTile <= span.end; start += kAtOnce * kTile) {
     Operand x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i].load(data, LeanTile{start + i * kTile, kTile, lane}, 0);
+    for (int i = 0; i < kAtOnce; ++i) x[i].load(data, Tile{start + i * kTile, kTile, lane}, 0);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) add(x[i]);
   }
 #pragma unroll 1
   for (; start < span.end; start += kTile) {
     Operand x;
-    x.load(data, LeanTile{start, count_of(span.end - start), lane}, 0);
+    x.load(data, Tile{start, count_of(span.end - start), lane}, 0);
     add(x);
   }
-  const LeanTile any{0, kTile, lane};
+  const Tile any{0, kTile, lane};
 #pragma unroll
   for (int j = 0; j < kElements; ++j) places[any.element<kPiece>(j)] = sums[j];
   return by_halves<M>(places, kTile, lane);
@@ -78,11 +78,11 @@ __device__ double measure_any(const Span& span, const Table& table, const Device
   const uint64_t* layout = table.words + table.layouts() + row.layout;
   const auto tile_at = [&](int64_t start) {
     const int64_t rest = span.end - start;
-    return Tile{row, layout, start, rest <= 0 ? 0 : count_of(rest), lane};
+    return RowTile{{start, rest <= 0 ? 0 : count_of(rest), lane}, row, layout};
   };
 #pragma unroll 1
   for (int64_t start = span.begin; start < span.end; start += 2 * kTile) {
-    const Tile tiles[] = {tile_at(start), tile_at(start + kTile)};  // two loads under way at once
+    const RowTile tiles[] = {tile_at(start), tile_at(start + kTile)};  // two loads under way at once
     LaneOperand<T> x[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) x[i].load(tiles[i], operand, data);
@@ -94,7 +94,7 @@ __device__ double measure_any(const Span& span, const Table& table, const Device
       for (int j = 0; j < kElements; ++j) sums[j] = M::join(sums[j], M::of(static_cast<double>(x[i].values[j])));
     }
   }
-  const Tile any = tile_at(0);
+  const RowTile any = tile_at(0);
 #pragma unroll
   for (int j = 0; j < kElements; ++j) places[any.element(j)] = sums[j];
   return by_halves<M>(places, kTile, lane);

@@ -3,6 +3,7 @@
 
 #include "lean.cuh"
 #include "prologue.cuh"
+#include "update.cuh"
 
 namespace genopt::cuda {
 

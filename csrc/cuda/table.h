@@ -14,7 +14,7 @@
 //   rows     [row]             DeviceRow
 //   firsts   [group]           the group's first row, and after the last group the number of rows
 //   layouts                    of rows that are not contiguous: dims, sizes[dims], strides[operand][dims]
-//   norms                      where gradients are measured, written by kernels alone: see NormColumns
+//   norms                      where gradients are measured, written by kernels alone: see norm_columns.h
 //
 // What changes at every step (options, control, grads) stands together: it travels in one launch's arguments.
 #pragma once
@@ -159,23 +159,6 @@ struct Table {
   }
   GENOPT_INLINE int64_t end() const {
     return norms() + (norm_spans ? groups + 3 * rows + 2 * norm_spans : 0);
-  }
-};
-
-// The columns of doubles, and of one counter, in which norms are made.
-struct NormColumns {
-  double* group_factors;               // [group]
-  double *row_sums, *row_factors;      // [row]
-  uint64_t* spans_done;                // [row]
-  double *partials, *weight_partials;  // [span]
-
-  GENOPT_INLINE explicit NormColumns(const Table& table) {
-    group_factors = reinterpret_cast<double*>(table.words + table.norms());
-    row_sums = group_factors + table.groups;
-    row_factors = row_sums + table.rows;
-    spans_done = reinterpret_cast<uint64_t*>(row_factors + table.rows);
-    partials = row_factors + 2 * int64_t{table.rows};
-    weight_partials = partials + table.norm_spans;
   }
 };
 

@@ -1,5 +1,5 @@
-// A tile of 256 elements as a warp has it on CUDA, 8 of them in each lane; how a warp finds its tile's row, and where
-// an element lies. What a lane does with an operand's elements: lane_operand.cuh.
+// A tile of 256 elements as a warp has it on CUDA, 8 of them in each lane; how a warp finds its tile, and the scalars
+// of its row.
 //
 // A lane holds pieces of 2, 4 or 8 elements that lie side by side, as many as make 16 bytes of the row's widest
 // operand, and the warp's pieces lie side by side too: so every access of a warp is one contiguous range.
@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels.h"
-#include "table.h"
+#include "norm_columns.h"
 
 namespace genopt::cuda {
 
@@ -29,12 +29,6 @@ __device__ inline int lane_here() {
 // How many elements a tile has that starts so many before the end.
 __device__ inline int count_of(int64_t rest) {
   return rest < kTile ? static_cast<int>(rest) : kTile;
-}
-
-// Whether a row's kernels are those that compute in T.
-template <class T>
-__device__ bool computes_in(const DeviceRow& row) {
-  return (row.dtype[kParam] == DType::kFloat64) == (sizeof(T) == 8);
 }
 
 // The row of a tile or span: the last one that starts at or before it in its column. The warp looks at 32 candidates
@@ -71,39 +65,33 @@ __device__ inline TileHere find_lean_tile(const Table& table, const TileRange& r
   return find_tile(table, range);
 }
 
-// Where element i of a row with a layout lies, in elements from the operand's base.
-__device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t i) {
-  const int64_t dims = static_cast<int64_t>(layout[0]);
-  const uint64_t *sizes = layout + 1, *strides = sizes + dims * (1 + operand);
-  int64_t offset = 0;
-#pragma unroll 1
-  for (int64_t d = dims; d-- > 0;) {
-    const int64_t size = static_cast<int64_t>(sizes[d]), next = i / size;
-    offset += (i - next * size) * static_cast<int64_t>(strides[d]);
-    i = next;
-  }
-  return offset;
-}
-
 // Which element of the tile is a lane's j-th, in pieces of 1 << bits.
 __device__ inline int element_of(int j, int lane, int bits) {
   return (j >> bits) << (bits + 5) | lane << bits | (j & ((1 << bits) - 1));
 }
 
-// A tile of one row.
+// A tile as one lane sees it.
 struct Tile {
-  const DeviceRow& row;
-  const uint64_t* layout;
   int64_t start;
   int count, lane;
 
-  // Which element of the tile is a lane's j-th.
+  // Which element of the tile is a lane's j-th, in pieces of kPiece.
+  template <int kPiece>
   __device__ int element(int j) const {
-    return element_of(j, lane, row.piece_bits);
-  }
-  __device__ float* scale(int operand) const {
-    return row.scales[operand - kState] + start / kTile;
+    return element_of(j, lane, kPiece == 8 ? 3 : 2);
   }
 };
+
+// What the prologue derived, with the factor that clips the row's gradient.
+template <class Scalars>
+__device__ Scalars scalars_of(const Table& table, const DeviceRow& row, int r) {
+  Scalars scalars = *reinterpret_cast<const Scalars*>(table.words + table.scalars(r));
+  if (table.measures) {
+    const NormColumns norms(table);
+    const double factor = row.by_tensor ? norms.row_factors[r] : norms.group_factors[row.group];
+    scalars.around.factor *= static_cast<decltype(scalars.around.factor)>(factor);
+  }
+  return scalars;
+}
 
 }  // namespace genopt::cuda

@@ -24,7 +24,7 @@ __device__ void apply(const Scalars<Rule, T>& scalars, unsigned used, LaneOperan
 
 // Writes what the step leaves in the gradient. `grad`: as it was loaded, where that is not zero.
 template <class T>
-__device__ void leave_gradient(const Table& table, Gradients left, LaneOperand<T>& grad, const Tile& tile,
+__device__ void leave_gradient(const Table& table, Gradients left, LaneOperand<T>& grad, const RowTile& tile,
                                T (*slots)[kThreads]) {
   const bool zeroes = left == Gradients::kZeroed;
   const T unscale = static_cast<T>(as_double(table.words[Table::kUnscale]));
@@ -35,7 +35,7 @@ __device__ void leave_gradient(const Table& table, Gradients left, LaneOperand<T
 
 // The average of the weights, from p as it has been stored.
 template <class T>
-__device__ void average(const Around<T>& around, LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
+__device__ void average(const Around<T>& around, LaneOperand<T>& param, const RowTile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> e;
   load_one(e, tile, kAverage, tile.row.data[kAverage], slots);
   const bool has_master = tile.row.extra == Extra::kMaster;
@@ -50,7 +50,7 @@ __device__ void average(const Around<T>& around, LaneOperand<T>& param, const Ti
 
 // Before the rule, for a parameter with a compensation: p + c.
 template <class T>
-__device__ void join_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
+__device__ void join_rest(LaneOperand<T>& param, const RowTile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> rest;
   load_one(rest, tile, kExtra, tile.row.data[kExtra], slots);
 #pragma unroll
@@ -59,7 +59,7 @@ __device__ void join_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kT
 
 // After it: p as it will be stored, and c as what that leaves over.
 template <class T>
-__device__ void part_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kThreads]) {
+__device__ void part_rest(LaneOperand<T>& param, const RowTile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> rest;
   rest.point_to(tile, kExtra, tile.row.data[kExtra]);
   with_codec(tile.row.dtype[kParam], [&](auto codec) {
@@ -76,7 +76,7 @@ __device__ void part_rest(LaneOperand<T>& param, const Tile& tile, T (*slots)[kT
 
 // The parameter, rounded from its master.
 template <class T>
-__device__ void store_rounded(const LaneOperand<T>& master, const Tile& tile, T (*slots)[kThreads]) {
+__device__ void store_rounded(const LaneOperand<T>& master, const RowTile& tile, T (*slots)[kThreads]) {
   LaneOperand<T> param;
   param.point_to(tile, kParam, tile.row.data[kParam]);
 #pragma unroll
@@ -106,7 +106,7 @@ struct RowOperands {
 
 // The first kUsable operands: all are under way before the first is waited for.
 template <int kUsable, class T>
-__device__ void load_operands(LaneOperand<T> (&x)[kOperands], const RowOperands& operands, const Tile& tile,
+__device__ void load_operands(LaneOperand<T> (&x)[kOperands], const RowOperands& operands, const RowTile& tile,
                               Slots<T, kUsable>& slots) {
 #pragma unroll
   for (int k = 0; k < kUsable; ++k)
@@ -121,7 +121,7 @@ __device__ void load_operands(LaneOperand<T> (&x)[kOperands], const RowOperands&
 
 // Parameter and states, rounded as the row says, on the way to codes too.
 template <int kUsable, class T, class Scalars>
-__device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands& operands, const Tile& tile,
+__device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands& operands, const RowTile& tile,
                                const Scalars& scalars, Slots<T, kUsable>& slots) {
   const DeviceRow& row = tile.row;
   if (row.unbiased & 1 << kParam) {
@@ -146,18 +146,6 @@ __device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands
     if (k != kGrad && operands.loads(k)) x[k].store_slots(tile, operands.source(k), slots.values[k], phase);
 }
 
-// What the prologue derived, with the factor that clips the row's gradient.
-template <class Scalars>
-__device__ Scalars scalars_of(const Table& table, const DeviceRow& row, int r) {
-  Scalars scalars = *reinterpret_cast<const Scalars*>(table.words + table.scalars(r));
-  if (table.measures) {
-    const NormColumns norms(table);
-    const double factor = row.by_tensor ? norms.row_factors[r] : norms.group_factors[row.group];
-    scalars.around.factor *= static_cast<decltype(scalars.around.factor)>(factor);
-  }
-  return scalars;
-}
-
 // Of rows that compute in T.
 template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
@@ -174,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     if (scalars.update.is_idle(scalars.around)) return;
 
   const int64_t rest = row.numel - start;
-  const Tile here{row, table.words + table.layouts() + row.layout, start, count_of(rest), lane_here()};
+  const RowTile here{{start, count_of(rest), lane_here()}, row, table.words + table.layouts() + row.layout};
   constexpr int kUsable = kState + static_cast<int>(std::size(Rule::kStates));
   const RowOperands operands{row, grad, only_average, row.extra == Extra::kMaster};
   __shared__ Slots<T, kUsable> slots;

@@ -1,9 +1,10 @@
-// Quantization on CUDA: one warp, one tile (tile.cuh), with the arithmetic of code.h. Blocks are read once: a block of
-// up to 256 lies in registers between its maximum and its codes, a larger one is read again from the cache. Tensors and
-// channels take a pass for their ranges, joined by integer maxima, which no order changes, and one for their codes.
+// Quantization on CUDA: one warp, one tile (coded_tile.cuh), with the arithmetic of code.h. Blocks are read once: a
+// block of up to 256 lies in registers between its maximum and its codes, a larger one is read again from the cache.
+// Tensors and channels take a pass for their ranges, joined by integer maxima, which no order changes, and one for
+// their codes.
 #include "../cuda/launch.h"
+#include "coded_tile.cuh"
 #include "cuda.h"
-#include "tile.cuh"
 
 namespace genopt::quant::cuda {
 namespace {

@@ -8,7 +8,7 @@ namespace genopt::quant::cuda {
 
 using genopt::cuda::Queue;
 
-// As run.h, on the current device. Nothing is waited for; all throw std::runtime_error where a launch fails.
+// As cpu.h, on the current device. Nothing is waited for; all throw std::runtime_error where a launch fails.
 void quantize_blocks(const Quantization& q, const Queue& queue);
 // `ranges`: two words of zero for each unit.
 void find_scales(const Quantization& q, void* ranges, const Queue& queue);

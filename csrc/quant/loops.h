@@ -1,6 +1,6 @@
 // The inner loops of quantization on CPU: a run of numbers to its reach, numbers to codes and back, with one scale or
-// one for each. Included by walk.h, once for each GENOPT_CAPABILITY. Plain C++ that the compiler vectorizes: for that,
-// each loop stands in a function of its own, not inlined.
+// one for each. Included by cpu_kernels.h, once for each GENOPT_CAPABILITY. Plain C++ that the compiler vectorizes: for
+// that, each loop stands in a function of its own, not inlined.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// One tensor and its codes, as kernels see them: pointers and sizes. The element's arithmetic: code.h; walks: walk.h on
-// CPU, cuda.cu on CUDA.
+// One tensor and its codes, as kernels see them: pointers and sizes. The element's arithmetic: code.h; kernels:
+// cpu_kernels.h, cuda.cu.
 #pragma once
 
 #include <cstdint>

@@ -2,13 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
+#include "options.h"
 #include "refusal.h"
 #include "storage.h"
 
@@ -18,9 +18,7 @@ constexpr int kNoDevice = -2, kSeveralDevices = -3;  // beside the numbers of de
 
 class Groups {
  public:
-  explicit Groups(const RuleInfo& rule) {
-    for (const OptionName& option : rule.options) option_keys_.push_back(PyUnicode_InternFromString(option.key));
-    for (const OptionName& option : kCommonOptions) common_keys_.push_back(PyUnicode_InternFromString(option.key));
+  explicit Groups(const RuleInfo& rule) : option_reader_(rule) {
   }
 
   // Reads every group's options into `plan`, and makes it a row for each parameter. `watched`: as is_watched().
@@ -41,7 +39,7 @@ class Groups {
       if (!list || !PyList_Check(list)) throw std::invalid_argument("a param group has no list of 'params'");
       Options& options = plan.groups[i];
       Storage storage;
-      if (!read_options(group, static_cast<int>(i), plan.rule, watched, options) ||
+      if (!option_reader_.read(group, static_cast<int>(i), watched, options, options_on_devices_) ||
           !storage_reader_.read(group, storage))
         refusal.groups.push_back(i);
       const unsigned used = plan.rule.used_states(options) | (options[kEmaDecay] >= 0 ? kWithAverage : 0);
@@ -110,64 +108,13 @@ class Groups {
   }
 
  private:
-  struct OptionOnDevice {
-    int group, option;
-    const at::Tensor* tensor;
-  };
   struct Kept {
     Storage storage;
     unsigned used = 0;
     int64_t version = 0;
   };
 
-  // False: an option is no number, or not one that it may be.
-  bool read_options(PyObject* group, int index, const RuleInfo& rule, bool watched, Options& options) {
-    for (size_t i = 0; i < option_keys_.size(); ++i) {
-      PyObject* value = PyDict_GetItemWithError(group, option_keys_[i]);
-      const int item = rule.options[i].item;
-      if (value && item >= 0)
-        value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
-                : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
-                                                                       : nullptr;
-      if (value == Py_None && rule.options[i].is_optional) {
-        options[i] = kUnset;
-        continue;
-      }
-      if (!value || PyUnicode_Check(value)) return false;
-      if (PyFloat_CheckExact(value)) {
-        options[i] = PyFloat_AS_DOUBLE(value);
-      } else if (THPVariable_Check(value)) {
-        const at::Tensor& tensor = THPVariable_Unpack(value);
-        if (tensor.numel() != 1 || tensor.is_complex()) return false;
-        if (watched) continue;  // no row is stepped
-        const bool structural = rule.structural >> i & 1;
-        if (!structural && is_plain(tensor) && option_device(tensor) != kHost) {
-          options_on_devices_.push_back({index, static_cast<int>(i), &tensor});
-          continue;
-        }
-        options[i] = tensor.item().toDouble();
-      } else {
-        options[i] = PyFloat_AsDouble(value);
-        if (PyErr_Occurred()) {
-          PyErr_Clear();
-          return false;
-        }
-      }
-      if (!std::isfinite(options[i])) return false;
-    }
-    for (int k = kMaxOptions; k < kAllOptions; ++k) {
-      PyObject* value = PyDict_GetItemWithError(group, common_keys_[k - kMaxOptions]);
-      if (!value || value == Py_None) continue;
-      options[k] = PyUnicode_Check(value) ? kUnset : PyFloat_AsDouble(value);
-      PyErr_Clear();
-      if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1) || (k == kSeed && options[k] > 0xffffffff))
-        return false;
-    }
-    return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
-  }
-
-  // Keys are interned and never freed.
-  std::vector<PyObject*> option_keys_, common_keys_;
+  OptionReader option_reader_;
   StorageReader storage_reader_;
   int64_t versions_ = 0;
   // By group.

@@ -8,7 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "../quant/run.h"
+#include "../quant/cpu.h"
 #include "devices.h"
 #ifdef GENOPT_CUDA
 #include "../quant/cuda.h"

@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "device_tensors.h"
 #include "groups.h"
 #include "layouts.h"
-#include "numbers.h"
 #include "state_dicts.h"
 #include "state_keys.h"
 #include "witness.h"

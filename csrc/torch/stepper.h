@@ -15,6 +15,7 @@
 
 #include "../cpu/run.h"
 #include "../cpu/threads.h"
+#include "held.h"
 #include "overlaps.h"
 #include "rows.h"
 #include "scope.h"
@@ -95,7 +96,7 @@ class Stepper {
     if (now != read_under_ || watched) witnesses_.drop_all();
     read_under_ = now;
     reader_.begin(watched, writes_gradients);
-    overlaps_.begin(rows, writes_gradients);
+    moves_.begin(rows, writes_gradients);
     compare_rows();
     int64_t host_elements = 0;
     for (size_t r = 0; r < rows; ++r) {
@@ -127,7 +128,7 @@ class Stepper {
     if (settled_[r] || !witnesses_.holds(r, groups_.version(row.group), objects_)) return;
     try {
       if (!reader_.renew(r, row, witnesses_, objects_)) return;
-      if (row.active && !plan_.control.only_measure) overlaps_.note(r, row, true, objects_);
+      if (row.active && !plan_.control.only_measure) moves_.note(r, row, true, objects_);
       settled_[r] = true;
     } catch (...) {  // of a storage that gives no address: read_row() says so, on the caller's thread
     }
@@ -140,20 +141,14 @@ class Stepper {
     if (!reader_.read(r, row, groups_, states_, objects_))
       refusal.rows.push_back({static_cast<int64_t>(r), reader_.problems()});
     if (!row.active) {
-      overlaps_.forget(r);
+      moves_.forget(r);
       return;
     }
     objects_.note_present(r);
     if (plan_.control.only_measure) return;
     if (!row.only_average) witnesses_.take(r, row, groups_.version(row.group), objects_);
-    overlaps_.note(r, row, false, objects_);
+    moves_.note(r, row, false, objects_);
   }
-
-  // Tensors that live on while other Python threads work, and handles of these.
-  struct Held {
-    std::vector<at::Tensor> tensors;
-    std::vector<Handles> handles;
-  };
 
   // Steps the rows on the CPU.
   void run(int64_t elements, Held& held) {
@@ -165,15 +160,7 @@ class Stepper {
       cpu::step(plan_, threads);
       return;
     }
-    held.handles = objects_.handles;
-    for (size_t r = 0; r < objects_.rows(); ++r)
-      if (plan_.rows[r].active)
-        for (const at::Tensor* t : held.handles[r])
-          if (t) held.tensors.push_back(*t);
-    for (size_t r = 0, i = 0; r < objects_.rows(); ++r)
-      if (plan_.rows[r].active)
-        for (const at::Tensor*& t : held.handles[r])
-          if (t) t = &held.tensors[i++];
+    held.hold(objects_, plan_.rows);
     PyThreadState* thread = nullptr;
     const Scope without_gil([&thread] { thread = PyEval_SaveThread(); }, [&thread] { PyEval_RestoreThread(thread); });
     cpu::step(plan_, threads);
@@ -181,11 +168,11 @@ class Stepper {
 
   // Autograd then knows that these changed; torch's own fused kernels leave this out.
   void bump_versions(const Held& held) const {
-    const bool same = held.handles.empty();  // nobody has changed anything since rows were read
+    const bool same = held.is_empty();  // nobody has changed anything since rows were read
     const auto bump = [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         if (same) witnesses_.prefetch_versions(r);
-        if (plan_.rows[r].active) bump_versions(r, same, (same ? objects_.handles : held.handles)[r]);
+        if (plan_.rows[r].active) bump_versions(r, same, same ? objects_.handles[r] : held.handles(r));
       }
     };
     cpu::in_parallel(static_cast<int64_t>(objects_.rows()), kRowsOfAThread, at::get_num_threads(), bump);
@@ -218,7 +205,8 @@ class Stepper {
   StateDicts states_;
   RowReader reader_;
   Witnesses witnesses_;
-  Overlaps overlaps_;
+  Moves moves_;
+  Overlaps overlaps_{moves_};
 };
 
 }  // namespace genopt

@@ -76,4 +76,26 @@ inline bool is_plain(const at::Tensor& t) {
   return is_in_memory(t) && plain_dtype(t.scalar_type()).has_value();
 }
 
+template <class Slot>
+bool is_held_by_tensor_alone(const Slot& slot) {
+  if constexpr (requires { slot.load_pyobj(); }) {
+    PyObject* const object = slot.load_pyobj();
+    return object && Py_REFCNT(object) == 1;
+  } else {
+    return false;
+  }
+}
+// Whether no other tensor can share its memory, as with most gradients that backward() makes: nobody else holds it or
+// its storage, and that is torch's own.
+inline bool is_alone(const at::Tensor& t) {
+  const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+  static const c10::DeleterFnPtr host_deleter = c10::GetAllocator(c10::kCPU)->raw_deleter();
+  const c10::DeleterFnPtr deleter = storage.data_ptr().get_deleter();
+  const bool owned =
+      t.is_cpu() ? deleter == host_deleter : deleter == c10::GetAllocator(t.device().type())->raw_deleter();
+  if (!owned || storage.use_count() != 1) return false;
+  // Its own Python object counts as one.
+  return t.use_count() == 1 || (t.use_count() == 2 && is_held_by_tensor_alone(*t.unsafeGetTensorImpl()->pyobj_slot()));
+}
+
 }  // namespace genopt

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -13,6 +12,7 @@
 
 #include "dict_witness.h"
 #include "objects.h"
+#include "tensor_witness.h"
 
 namespace genopt {
 
@@ -41,7 +41,7 @@ class Witnesses {
     objects.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
       now.dtypes[k] = t.dtype();
       if (k < kOperands) now.contiguous = now.contiguous && t.is_contiguous();
-      if (k != kGrad) now.places[now.count++] = Place(t);
+      if (k != kGrad) now.places[now.count++] = TensorWitness(t);
     });
     if (!holds(r, version, objects)) drop(r);
   }
@@ -61,7 +61,7 @@ class Witnesses {
     if (object != was.param || Py_TYPE(object) != was.type || version != was.version ||
         !was.entries.holds(objects.states[r]))
       return false;
-    const Place* place = was.places.data();
+    const TensorWitness* place = was.places.data();
     const at::Tensor& param = *place->handle;
     if (!was.is_at(*place, kParam) || param.numel() != was.numel) return false;
     if (was.contiguous ? !param.is_contiguous() : !param.is_non_overlapping_and_dense()) return false;
@@ -99,23 +99,18 @@ class Witnesses {
   void prefetch(size_t r, const Objects& objects) const {
     if (r + 1 < rows_.size()) {
       PyObject* const entries = objects.states[r + 1];
-      fetch(entries, sizeof(PyDictObject));
+      prefetch_bytes(entries, sizeof(PyDictObject));
       if (!DictWitness::kHasVersions && entries && PyDict_Check(entries))
-        fetch(reinterpret_cast<PyDictObject*>(entries)->ma_keys, 192);
+        prefetch_bytes(reinterpret_cast<PyDictObject*>(entries)->ma_keys, 192);
       const RowWitness& next = rows_[r + 1];
-      for (int i = 0; i < next.count; ++i) {
-        const Place& place = next.places[i];
-        fetch(place.handle, sizeof(at::Tensor));
-        fetch(place.impl, sizeof(c10::TensorImpl));
-        fetch(place.storage, 64);
-      }
+      for (int i = 0; i < next.count; ++i) next.places[i].prefetch();
     }
     // The gradient is another tensor at every step: only the parameter leads to it.
     if (objects.grads || !THPVariable_CheckExact(objects.params[r])) return;
     const at::Tensor& grad = THPVariable_Unpack(objects.params[r]).unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return;
-    fetch(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
-    fetch(storage_of(grad), 64);
+    prefetch_bytes(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+    prefetch_bytes(storage_of(grad), 64);
   }
 
   // Prefetches what bump_versions() of the next row will write.
@@ -126,58 +121,6 @@ class Witnesses {
   }
 
  private:
-  // Null where a tensor has none, as a sparse one.
-  static const c10::StorageImpl* storage_of(const c10::TensorImpl& impl) {
-    return impl.unsafe_storage().unsafeGetStorageImpl();
-  }
-  static const c10::StorageImpl* storage_of(const at::Tensor& t) {
-    return storage_of(*t.unsafeGetTensorImpl());
-  }
-  // Whether it is to be copied when it is written.
-  static bool is_lazy_copy(const c10::StorageImpl& storage) {
-    return storage.data_ptr().get_deleter() == c10::impl::cow::cow_deleter;
-  }
-
-  // Where the parts of a tensor are.
-  struct Place {
-    const at::Tensor* handle = nullptr;
-    const c10::TensorImpl* impl = nullptr;
-    const c10::StorageImpl* storage = nullptr;
-    void* counter = nullptr;  // of the tensor's version
-    const void* memory = nullptr;
-    int64_t offset = 0;  // in memory, in elements
-    size_t bytes = 0;    // of memory, to the last element
-
-    Place() = default;
-    explicit Place(const at::Tensor& t)
-        : handle(&t),
-          impl(t.unsafeGetTensorImpl()),
-          storage(storage_of(t)),
-          counter(counter_of(*impl)),
-          memory(storage->data_ptr().get()),
-          offset(t.storage_offset()),
-          bytes((offset + t.numel()) * t.itemsize()) {  // there are no gaps
-    }
-
-    // Whether they are so still.
-    GENOPT_INLINE bool holds() const {
-      const c10::TensorImpl& now = *handle->unsafeGetTensorImpl();
-      return storage_of(now) == storage && counter_of(now) == counter && storage->data_ptr().get() == memory &&
-             handle->storage_offset() == offset && bytes <= storage->nbytes() && !is_lazy_copy(*storage);
-    }
-
-    // Where it holds. Tensors made in inference mode have no version.
-    void bump() const {
-      if (counter) reinterpret_cast<c10::VariableVersion*>(const_cast<void**>(&counter))->bump();
-    }
-
-    // VariableVersion is one pointer to a counter.
-    static void* counter_of(const c10::TensorImpl& impl) {
-      static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
-      return *reinterpret_cast<void* const*>(&impl.version_counter());
-    }
-  };
-
   struct RowWitness {
     PyObject* param = nullptr;  // null: there is none
     PyTypeObject* type = nullptr;
@@ -187,13 +130,13 @@ class Witnesses {
     std::array<caffe2::TypeMeta, kHandles> dtypes;  // by handle
     bool contiguous = false;                        // all operands are; else they have the parameter's strides
     int count = 0;                                  // of places
-    std::array<Place, kHandles> places;             // of the handles that there are, in order, but for the gradient
+    std::array<TensorWitness, kHandles> places;     // of the handles that there are, in order, but for the gradient
 
     // How a tensor's bytes are to be taken. Other kinds may have no storage to look at.
     GENOPT_INLINE bool is_kept_as(int handle, const at::Tensor& t) const {
       return t.key_set() == keys && t.dtype() == dtypes[handle];
     }
-    GENOPT_INLINE bool is_at(const Place& place, int handle) const {
+    GENOPT_INLINE bool is_at(const TensorWitness& place, int handle) const {
       return is_kept_as(handle, *place.handle) && place.holds();
     }
 
@@ -209,10 +152,6 @@ class Witnesses {
     for (size_t d = 0; d < a.size(); ++d)
       if (a[d] != b[d]) return false;
     return true;
-  }
-
-  static void fetch(const void* address, int bytes) {
-    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte);
   }
 
   std::vector<RowWitness> rows_;

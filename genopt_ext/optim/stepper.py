@@ -1,24 +1,23 @@
 """Takes the steps of one optimizer, of which it knows a rule and a backend: natively in one call, where that can be.
 
-What the native stepper (``csrc/torch/stepper.h``) can not take as it is, it names and leaves as it was. Then this makes
-missing state, raises the error, or has the rows stepped by the reference (``apart.py``) or by torch's own code
-(``by_torch.py``).
+What the native stepper (``csrc/torch/stepper.h``) can not take as it is, it names and leaves as it was: ``unserved.py``
+goes on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _backend, clip, gradients, sharding
-from . import apart, by_torch, options, refusals, repeats
+from .. import _backend, clip, sharding
+from . import options, repeats, unserved
 from . import state as states
 from .options import NORM_CLIPS, clips_alone
-from .problems import OF_KERNELS, Problem
+from .problems import Problem
 from .refusals import Pairs
 from .rule import Group, Rule
 from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
@@ -104,7 +103,7 @@ class Stepper:
             TypeError, ValueError: an option out of its range.
         """
         plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
-        arguments = {} if plain else self._arguments(groups, inputs, None)
+        arguments = {} if plain else self.arguments(groups, inputs, None)
         if self.resolved != "reference":
             if self.plan is None:
                 step = self._described(groups, state, inputs, only)
@@ -116,14 +115,14 @@ class Stepper:
                 refused = self.plan.step(groups, state, (), **arguments)
                 refusal = None if refused is None else Refusal(**refused)
             else:
-                refusal = self._step_natively(groups, state, only, (), arguments)
+                refusal = self.step_natively(groups, state, only, (), arguments)
             if refusal is not None:
-                self._resolve(refusal, self._described(groups, state, inputs, only), only, arguments)
+                unserved.resolve(self, refusal, self._described(groups, state, inputs, only), only, arguments)
             return
         step = self._described(groups, state, inputs, only)
         rows = {r: [("parameter", "no kernel")] for r, place in enumerate(step.places) if step.takes_part(place)}
         everything = Refusal(rows, groups=list(dict.fromkeys(step.places[r][0] for r in rows)))
-        self._resolve(everything, step, only, arguments)
+        unserved.resolve(self, everything, step, only, arguments)
 
     def _described(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> Step:
         places = places_of(groups) if only is None else [only]
@@ -136,7 +135,7 @@ class Stepper:
         """Raises where a parameter that has a gradient is listed twice, which sums of gradients can not go with."""
         repeats.turns(self._described(groups, state, NOTHING_ELSE, None), ("grads",))
 
-    def _step_natively(
+    def step_natively(
         self, groups: list[Group], state: Any, only: Place | None, skipped: Sequence[int], arguments: dict[str, Any]
     ) -> Refusal | None:
         if only is None:
@@ -152,7 +151,7 @@ class Stepper:
 
     # What the native stepper is told beside the groups
 
-    def _arguments(
+    def arguments(
         self, groups: list[Group], inputs: Inputs, device: torch.device | None, writes_gradients: bool = True
     ) -> dict[str, Any]:
         """Keyword arguments of the native ``step()``. ``device``: where results are; None: with the parameters."""
@@ -228,124 +227,3 @@ class Stepper:
             asked.add("skip_nonfinite")
         if asked or others:
             sharding.refuse_piece(f"{self.owner}.step: {describe(groups, piece)}", [*sorted(asked), *others])
-
-    # What the native stepper could not take
-
-    @torch.no_grad()
-    def _resolve(self, refusal: Refusal, step: Step, only: Place | None, arguments: dict[str, Any]) -> None:
-        """Raises for what is wrong; else makes missing state and steps, rows that kernels do not serve elsewhere."""
-        places, rows = step.places, list(refusal.rows)
-        for i in refusal.groups:
-            self.check_group(step.groups, i)
-            states.complete(step.groups[i])
-        turns = repeats.turns(step, arguments)
-        refusals.refuse_overlaps(step, refusal.overlaps, refusal.grad_overlaps)
-        torchs = by_torch.find(step, rows)
-        mendable = {r: refusals.find_mendable(step, places[r], found, r in torchs) for r, found in refusal.rows.items()}
-        for place in torchs.values():
-            by_torch.check_step(step, place, arguments)
-        if step.resolved == "reference":
-            refusals.refuse_overlaps(step, *refusals.find_overlaps(step, rows))
-        self._mend(step, mendable, torchs)
-
-        kernels = [r for r in rows if r not in torchs]
-        if not torchs and len(turns) == 1:
-            self._step_made(step, only, kernels, arguments)
-            return
-        left = arguments.pop("gradients", None)  # not before the last turn
-        buffers = repeats.first_buffers(step, turns)
-        for turn in turns:
-            for buffer in buffers:
-                buffer.fill_(-0.0)
-            others = [r for r in range(len(places)) if r not in turn or r in torchs]
-            self._step_made(step, only, [r for r in kernels if r in turn], arguments, others)
-        if torchs:
-            by_torch.take(step, torchs.values())
-        self._leave_gradients(left, arguments, step)
-
-    def _mend(self, step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Container[int]) -> None:
-        """Gives rows the state that they lack, stored as their groups ask for it."""
-        missing, stored, away = states.Missing(), [], []
-        last: Sequence[Problem] = ()
-        lacking: list[str] = []
-        reasons: set[str] = set()
-        for r, found in mendable.items():
-            i, _, p = step.places[r]
-            if found is not last:  # most rows have what the last had
-                last, reasons = found, {reason for _, reason in found}
-                lacking = [name for name, reason in found if reason == "missing"]
-            if names := by_torch.to_make(self.rule, lacking) if r in torchs else lacking:
-                missing.add(step.groups[i], p, names)
-            if "storage" in reasons and r not in torchs:
-                stored.append((step.groups[i], p))
-            if "away" in reasons:
-                away.append(p)
-        if missing.params or away:
-            states.refuse_capture(self.owner)
-        made = states.make_missing(self.owner, self.rule, missing)
-        for p, state in zip(missing.params, made, strict=True):
-            if p in step.state:
-                step.state[p].update(state)
-            else:
-                step.state[p] = state
-        if self.rule.serves_sparse:
-            for r in mendable:
-                if r not in torchs:
-                    by_torch.to_dense(step.state_of(step.places[r][2]))
-        for group, p in stored:
-            states.store_anew(self.owner, self.rule, group, p, step.state_of(p))
-        for p in away:
-            step.state[p]["step"] = step.state[p]["step"].to(p.device)
-
-    def _step_made(
-        self,
-        step: Step,
-        only: Place | None,
-        rows: Sequence[int],
-        arguments: dict[str, Any],
-        others: Sequence[int] = (),
-    ) -> None:
-        """Steps all but ``others``, which have their state: by kernels, or of ``rows`` by the reference."""
-
-        def native(skipped: Sequence[int], given: dict[str, Any]) -> Refusal | None:
-            return self._step_natively(step.groups, step.state, only, [*skipped, *others], given)
-
-        by_reference, gradients_overlap = rows, False
-        if step.resolved != "reference":
-            again = native((), arguments)
-            if again is None:
-                return
-            by_reference = list(again.rows)
-            refusals.refuse_overlaps(step, again.overlaps, again.grad_overlaps)
-            if any(reason not in OF_KERNELS for found in again.rows.values() for _, reason in found):
-                raise RuntimeError(f"{step.owner}.step: the kernels refused {again}; please report this")
-            if by_reference:
-                refusals.tell_reference(step, step.places[by_reference[0]])
-            gradients_overlap = again.gradients_overlap
-        if "gradients" not in arguments or not (by_reference or gradients_overlap):
-            self._step_apart(step, by_reference, arguments, native)
-            return
-        # Gradients may share memory: within the step one row would see what another left.
-        left = arguments.pop("gradients")
-        self._step_apart(step, by_reference, arguments, native)
-        self._leave_gradients(left, arguments, step)
-
-    def _step_apart(
-        self, step: Step, by_reference: Sequence[int], arguments: dict[str, Any], native: apart.Native
-    ) -> None:
-        def arguments_on(device: torch.device) -> dict[str, Any]:
-            return self._arguments(step.groups, step.inputs, device, "gradients" in arguments)
-
-        def results_on(device: torch.device | None) -> Results:
-            return self.results_on(step.groups, device)
-
-        apart.take(step, by_reference, arguments, native, arguments_on, results_on)
-
-    def _leave_gradients(self, left: str | None, arguments: dict[str, Any], step: Step) -> None:
-        """Writes gradients after the step with ``arguments``."""
-        grads = [g for _, _, p in step.places if (g := step.gradient(p)) is not None]
-        if left == "zeroed":
-            gradients.zero_(grads)
-        elif left == "unscaled":
-            skips = [self.results_on(step.groups).nonfinite] if "guard" in arguments else []
-            gradients.unscale_(grads, arguments["grad_scale"][0], [*skips, *arguments.get("found_inf", [])])

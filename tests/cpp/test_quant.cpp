@@ -5,7 +5,7 @@
 
 #include "check.h"
 #include "cpu/run.h"
-#include "quant/run.h"
+#include "quant/cpu.h"
 
 using namespace genopt;
 using namespace genopt::quant;

@@ -3,7 +3,7 @@
 //
 // It runs them in one of two ways, as the program links:
 //   in_order.cpp      lanes, warps and blocks one after the other: quick, and with sanitizers of memory
-//   interleaved.cpp   in random order with a switch at any access, and with a detector of races: see there
+//   interleaved.cpp   in random order with a switch at any access, and with a detector of races (races.cpp)
 // Lanes that disagree on whether they reach a collective (__ballot_sync, __reduce_max_sync, __shfl_xor_sync,
 // __syncwarp) are an error in both, as on a GPU. A kernel runs when it is launched, or when the graph that captured it
 // is.

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "run.h"
+#include "cpu.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define GENOPT_CAPABILITY avx512
-#include "walk.h"
+#include "cpu_kernels.h"
 #endif

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "run.h"
+#include "cpu.h"
 
 #pragma GCC target("avx2")
 #define GENOPT_CAPABILITY avx2
-#include "walk.h"
+#include "cpu_kernels.h"
 #endif

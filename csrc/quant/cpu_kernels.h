@@ -1,5 +1,6 @@
 // How one tensor is quantized and dequantized on CPU, a piece of 4096 elements after the other, each read and written
-// once. Included once by each quant/walk_*.cpp, as cpu/walk.h is. The inner loops: loops.h.
+// once. Included once by each quant/cpu_*.cpp, as cpu/walk.h is by cpu/walk_*.cpp. The inner loops:
+// loops.h.
 #pragma once
 
 #include <algorithm>

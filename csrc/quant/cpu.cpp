@@ -1,5 +1,5 @@
-// See run.h.
-#include "run.h"
+// See cpu.h.
+#include "cpu.h"
 
 #include <mutex>
 
