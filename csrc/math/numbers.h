@@ -146,7 +146,7 @@ struct Factor {
 GENOPT_INLINE double logarithm(double x) {
   constexpr uint64_t kFraction = (uint64_t{1} << 52) - 1, kOne = uint64_t{1023} << 52;
   const uint64_t bits = bits_of(x);
-  double exponent = static_cast<double>(static_cast<int64_t>(bits >> 52) - 1023), fraction;
+  double exponent = static_cast<int>(bits >> 52) - 1023, fraction;
   const uint64_t as_one = (bits & kFraction) | kOne;
   memcpy(&fraction, &as_one, sizeof fraction);
   if (fraction > 1.4142135623730951) {
@@ -161,11 +161,11 @@ GENOPT_INLINE double logarithm(double x) {
 GENOPT_INLINE double exponential(double x) {
   if (!(x > -708.0)) return x != x ? x : 0.0;
   if (x > 709.0) return std::numeric_limits<double>::infinity();
-  const double exponent = floor(x * 1.4426950408889634 + 0.5);
+  const int exponent = static_cast<int>(x * 1.4426950408889634 + (x < 0.0 ? -0.5 : 0.5));
   const double rest = (x - exponent * 0.693147180369123816490) - exponent * 1.90821492927058770002e-10;
   double series = 1.0;
-  for (int k = 14; k > 0; --k) series = series * (rest / k) + 1.0;
-  const uint64_t scale_bits = static_cast<uint64_t>(static_cast<int64_t>(exponent) + 1023) << 52;
+  for (int k = 14; k > 0; --k) series = series * (rest * (1.0 / k)) + 1.0;
+  const uint64_t scale_bits = static_cast<uint64_t>(exponent + 1023) << 52;
   double scale;
   memcpy(&scale, &scale_bits, sizeof scale);
   return series * scale;

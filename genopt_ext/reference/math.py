@@ -110,11 +110,11 @@ def exponential(x: Number) -> Number:
         return x if x != x else 0.0
     if x > 709.0:
         return math.inf
-    exponent = math.floor(x * 1.4426950408889634 + 0.5)
+    exponent = int(x * 1.4426950408889634 + (-0.5 if x < 0.0 else 0.5))
     rest = (x - exponent * 0.693147180369123816490) - exponent * 1.90821492927058770002e-10
     series = 1.0
     for k in range(14, 0, -1):
-        series = series * (rest / k) + 1.0
+        series = series * (rest * (1.0 / k)) + 1.0
     return math.ldexp(series, exponent)
 
 
