@@ -60,7 +60,7 @@ class Case:
     @property
     def moments(self) -> int:
         on = [name for name in ("momentum", "centered", "amsgrad") if self.kwargs.get(name)]
-        return {"SGD": 0, "Adam": 2, "AdamW": 2, "RMSprop": 1, "Adagrad": 1}[self.optimizer] + len(on)
+        return {"SGD": 0, "RMSprop": 1, "Adagrad": 1, "AdEMAMix": 3}.get(self.optimizer, 2) + len(on)
 
     @property
     def stored(self) -> tuple[float, ...]:
@@ -191,6 +191,7 @@ def cases(scale: float, memory: float) -> list[Case]:
         Case(f"RMSprop {m}", "RMSprop", large, main=True),
         Case(f"RMSprop centered momentum {m}", "RMSprop", large, kwargs=centered),
         Case(f"Adagrad {m}", "Adagrad", large, main=True),
+        *(Case(f"{name} {m}", name, large) for name in ("Adadelta", "Adamax", "RAdam", "Rprop", "AdEMAMix")),
         Case(f"AdamW {gpt2_name}", "AdamW", gpt2, main=True),
         Case(f"AdamW Llama 1B{_fraction(share)}", "AdamW", shrunk(llama, share), main=True),
         Case(f"AdamW LoRA{_fraction(scale)} ({len(lora)})", "AdamW", lora, main=True),

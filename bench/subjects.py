@@ -6,6 +6,7 @@ but is not installed, or does not run here, is absent and says why.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,17 +64,17 @@ def ours_reference(case: Case, params: Params) -> torch.optim.Optimizer:
 
 def torchs(**variant: Any) -> Make:
     def make(case: Case, params: Params) -> torch.optim.Optimizer | None:
-        fused = variant.get("fused")
+        fused, theirs = variant.get("fused"), getattr(torch.optim, case.optimizer, None)
+        if theirs is None or (fused and "fused" not in inspect.signature(theirs).parameters):
+            return None
         # Where torch has nothing that stores as the case asks, its best stands for what its users get instead.
         if differs(case) and not (fused or (variant.get("foreach") and case.optimizer == "RMSprop")):
-            return None
-        if fused and case.optimizer == "RMSprop":
             return None
         if variant.get("foreach") is False and len(params) > MANY:
             raise Absent(f"too slow with {len(params)} tensors")
         try:
             options = variant | ({"capturable": True} if case.graph and params[0].is_cuda else {})
-            return getattr(torch.optim, case.optimizer)(params, **case.kwargs, **options)
+            return theirs(params, **case.kwargs, **options)
         except (RuntimeError, TypeError) as error:  # not every torch has fused Adagrad on CUDA
             raise Absent(str(error).splitlines()[0]) from None
 
@@ -81,13 +82,14 @@ def torchs(**variant: Any) -> Make:
 
 
 def compiled(case: Case, params: Params) -> torch.optim.Optimizer | None:
-    if differs(case):
+    theirs = getattr(torch.optim, case.optimizer, None)
+    if differs(case) or theirs is None or theirs is torch.optim.Rprop:  # which takes a number alone
         return None
     if len(params) > SHAPES:
         raise Absent(f"compiling a step of {len(params)} tensors takes minutes")
     # A number would be compiled in, and compiled again when a schedule changes it.
-    lr = torch.tensor(1e-2 if case.optimizer in ("RMSprop", "Adagrad") else 1e-3, device=params[0].device)
-    return getattr(torch.optim, case.optimizer)(params, lr=lr, foreach=False, **case.kwargs)
+    lr = torch.tensor(inspect.signature(theirs).parameters["lr"].default, device=params[0].device)
+    return theirs(params, lr=lr, foreach=False, **case.kwargs)
 
 
 def differs(case: Case) -> str:

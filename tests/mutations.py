@@ -75,10 +75,13 @@ def catches(test: str) -> bool:
 
 def main(names: list[str]) -> int:
     defects = read()
-    files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split("\n")
-    for file in filter(None, files):
-        if (ROOT / file).is_file():
-            write(COPY / file, (ROOT / file).read_bytes())
+    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
+    files = [file for file in listed if (ROOT / file).is_file()]
+    for file in files:
+        write(COPY / file, (ROOT / file).read_bytes())
+    for path in (COPY / "csrc").rglob("*"):  # of an earlier run: the build takes every source that is there
+        if path.is_file() and str(path.relative_to(COPY)) not in files:
+            path.unlink()
     survivors = []
     for name in names or defects:
         start, defect = time.monotonic(), defects[name]
