@@ -262,6 +262,7 @@ def test_centered_rmsprop_of_a_constant_gradient_is_finite():
     assert torch.isfinite(stepped(opt, *[randn((1000,), 0)] * 200)).all()
 
 
+@CPU_KERNELS
 def test_denormals_do_not_depend_on_the_thread(set_threads):
     """The caller's flush-to-zero mode holds on every thread for as long as the step runs."""
     p = torch.nn.Parameter(torch.zeros(1 << 18))
