@@ -19,14 +19,17 @@ __device__ void with_block_of(int i, float scale, Visit visit) {
 }
 
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
-// computed for longer, and need seven. With three states registers let five.
+// computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
+// registers let five.
+template <class Rule>
 constexpr int lean_blocks(unsigned used, const Way& way) {
-  return used == 0b111 ? 5 : way.state == Form::kCodes ? 7 : 6;
+  constexpr bool kFewScalars = sizeof(typename Rule::template Update<float>) <= 9 * sizeof(float);
+  return used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars ? 7 : 6;
 }
 
 // kUsed: a set of the rule's states, as in Rule::Masks.
 template <class Rule, unsigned kUsed, int kWay>
-__global__ void __launch_bounds__(kThreads, lean_blocks(kUsed, kWays[kWay]))
+__global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]))
     lean_update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
   constexpr Way kStored = kWays[kWay];
   constexpr bool kHasMaster = kStored.extra == Extra::kMaster, kHasRest = kStored.extra == Extra::kCompensation;
