@@ -66,7 +66,8 @@ struct RAdam {
       g = is_set(l2) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);
-      V u = rate * m / (is_set(rectified) ? square_root(v) + eps : V(1));
+      V u = rate * m;
+      u = is_set(rectified) ? u / (square_root(v) + eps) : u;
       u = is_set(decay) ? decay * p + u : u;
       p = p - u;
     }
