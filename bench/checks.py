@@ -12,7 +12,7 @@ from genopt_ext import quant
 
 from .cases import BLOCK, Case
 from .rounds import Made, around, forget, parameters, values
-from .subjects import CODES, MANY, ours
+from .subjects import CODES, MANY, ours, ours_reference, torch_class
 
 
 def check(case: Case, device: str) -> None:
@@ -47,13 +47,14 @@ def check(case: Case, device: str) -> None:
 
 
 def expected(case: Case, device: str) -> tuple[Tensor, Tensor]:
-    """Where the parameters begin, and by how much torch's loop in fp32 moves them in two steps."""
+    """Where the parameters begin, and by how much two steps in fp32 move them: torch's, or of our reference without."""
     wide = [p.float() for p in values(case.shapes, case.dtype, device)[0]]
     params = [torch.nn.Parameter(p.clone()) for p in wide]
     for p, grad in zip(params, values(case.shapes, case.dtype, device)[1], strict=True):
         p.grad = grad.float()
     foreach = len(params) > MANY
-    opt = getattr(torch.optim, case.optimizer)(params, foreach=foreach, **case.kwargs)
+    theirs = torch_class(case)
+    opt = theirs(params, foreach=foreach, **case.kwargs) if theirs else ours_reference(case, params)
     for _ in range(2):
         if case.clip is not None:
             torch.nn.utils.clip_grad_norm_(params, case.clip)

@@ -50,6 +50,10 @@ def nothing(case: Case, params: Params) -> None:
     """Of those that only quantize."""
 
 
+def torch_class(case: Case) -> type[torch.optim.Optimizer] | None:
+    return getattr(torch.optim, case.optimizer, None)
+
+
 def ours(case: Case, params: Params, **more: Any) -> torch.optim.Optimizer:
     return getattr(optim, case.optimizer)(params, **case.kwargs, **(case.ours | more))
 
@@ -64,7 +68,7 @@ def ours_reference(case: Case, params: Params) -> torch.optim.Optimizer:
 
 def torchs(**variant: Any) -> Make:
     def make(case: Case, params: Params) -> torch.optim.Optimizer | None:
-        fused, theirs = variant.get("fused"), getattr(torch.optim, case.optimizer, None)
+        fused, theirs = variant.get("fused"), torch_class(case)
         if theirs is None or (fused and "fused" not in inspect.signature(theirs).parameters):
             return None
         # Where torch has nothing that stores as the case asks, its best stands for what its users get instead.
@@ -82,7 +86,7 @@ def torchs(**variant: Any) -> Make:
 
 
 def compiled(case: Case, params: Params) -> torch.optim.Optimizer | None:
-    theirs = getattr(torch.optim, case.optimizer, None)
+    theirs = torch_class(case)
     if differs(case) or theirs is None or theirs is torch.optim.Rprop:  # which takes a number alone
         return None
     if len(params) > SHAPES:

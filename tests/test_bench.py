@@ -24,6 +24,7 @@ from bench import cases as tables  # noqa: E402
 from bench import checks, limit, memory, method, native, packages, plots, readme, rounds, session, subjects  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.method import OURS  # noqa: E402
+from genopt_ext import optim  # noqa: E402
 
 pytestmark = pytest.mark.skipif("GENOPT_TEST_DEVICE" in os.environ, reason="gpu-check times on a GPU")
 ROOT = Path(__file__).parent.parent
@@ -199,6 +200,12 @@ def test_what_is_wrong_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) ->
     measured = session.measure(case, session.Settings(0.0, subjects=(OURS, "torch fused"), strict=False))
     assert OURS in measured.rounds and "torch fused" in measured.absent
     assert measured.wrong[0] == "kernels and reference differ" and "computes something else" in measured.wrong[1]
+
+
+@pytest.mark.parametrize("name", optim.OURS)
+def test_every_class_has_something_to_be_compared_with(name: str) -> None:
+    _, moved = checks.expected(Case(name, name, ((700,),)), "cpu")
+    assert moved.isfinite().all() and moved.any()
 
 
 def test_wrong_results_are_seen() -> None:
