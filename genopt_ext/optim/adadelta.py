@@ -69,27 +69,17 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             rho=rho,
             eps=eps,
             weight_decay=weight_decay,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            rho,
-            eps,
-            weight_decay,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._set_options(step_options, fused=fused)
+        self._construct(params, backend, step_options, given, fused=fused)
 
 
 class Adadelta8bit(Adadelta):

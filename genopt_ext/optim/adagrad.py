@@ -78,29 +78,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             lr_decay=lr_decay,
             weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value,
             eps=eps,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            lr_decay,
-            weight_decay,
-            initial_accumulator_value,
-            eps,
-            foreach,
+            foreach=foreach,
             maximize=maximize,
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_options(step_options, capturable=capturable)
+        self._construct(params, backend, step_options, given, capturable=capturable)
         # torch has made them, in the parameter's dtype and in the default one.
         for group in self.param_groups:
             for p in group["params"]:

@@ -74,16 +74,12 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend, step_options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable
-        )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+        given = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
@@ -91,7 +87,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._set_options(step_options)
+        self._construct(params, backend, step_options, given)
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -118,24 +114,19 @@ class AdamW(Adam, torch.optim.AdamW):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend, step_options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, differentiable=differentiable
-        )
-        # Past Adam.__init__ to torch.optim.AdamW's, which sets decoupled_weight_decay.
-        super(Adam, self).__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+        given = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_options(step_options)
+        self._construct(params, backend, step_options, given)
 
 
 class Adam8bit(Adam):

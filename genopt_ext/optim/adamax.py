@@ -70,27 +70,17 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._set_options(step_options, fused=fused)
+        self._construct(params, backend, step_options, given, fused=fused)
 
 
 class Adamax8bit(Adamax):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import _backend, tracing
 from . import checkpoint, hooks, options
@@ -81,6 +82,14 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
         pass
 
     # Options
+
+    def _construct(
+        self, params: ParamsT, backend: str, step_options: StepOptions, given: dict[str, Any], **more: Any
+    ) -> None:
+        """The constructor of a class that torch has too. ``given``: torch's arguments; ``more``: what it lacks."""
+        self._begin(backend, step_options, **given)
+        super().__init__(params, **given)  # torch's class: it follows in the order of bases
+        self._set_options(step_options, **more)
 
     def _begin(self, backend: str, step_options: StepOptions, **given: Any) -> None:
         """The start of every constructor: checks before torch's constructor changes anything."""

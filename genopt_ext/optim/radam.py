@@ -72,28 +72,18 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            decoupled_weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._set_options(step_options, fused=fused)
+        self._construct(params, backend, step_options, given, fused=fused)
 
 
 class RAdam8bit(RAdam):

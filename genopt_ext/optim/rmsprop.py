@@ -77,30 +77,19 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             alpha=alpha,
             eps=eps,
             weight_decay=weight_decay,
             momentum=momentum,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            alpha,
-            eps,
-            weight_decay,
-            momentum,
-            centered,
+            centered=centered,
             capturable=capturable,
             foreach=foreach,
             maximize=maximize,
             differentiable=differentiable,
         )
-        self._set_options(step_options, fused=fused)
+        self._construct(params, backend, step_options, given, fused=fused)
 
 
 class RMSprop8bit(RMSprop):

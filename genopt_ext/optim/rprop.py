@@ -72,25 +72,16 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             etas=etas,
             step_sizes=step_sizes,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            etas,
-            step_sizes,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._set_options(step_options, fused=fused)
+        self._construct(params, backend, step_options, given, fused=fused)
 
 
 class Rprop8bit(Rprop):

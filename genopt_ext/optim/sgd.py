@@ -76,28 +76,18 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
-        self._begin(
-            backend,
-            step_options,
+        given = dict(
             lr=lr,
             momentum=momentum,
             dampening=dampening,
             weight_decay=weight_decay,
-            differentiable=differentiable,
-        )
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
+            nesterov=nesterov,
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_options(step_options, capturable=capturable)
+        self._construct(params, backend, step_options, given, capturable=capturable)
 
 
 class SGD8bit(SGD):

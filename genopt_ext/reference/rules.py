@@ -29,6 +29,17 @@ from .math import (
 )
 
 
+def with_penalty(g: Tensor, p: Tensor, l2: Number, maximize: bool) -> Tensor:
+    """The gradient, negated to maximize, with the L2 penalty's."""
+    g = -g if maximize else g
+    return g + p * l2 if may_count(l2) else g
+
+
+def less(p: Tensor, u: Tensor, decay: Number) -> Tensor:
+    """The parameter less its update and decoupled decay, in one subtraction."""
+    return p - (p * decay + u if may_count(decay) else u)
+
+
 def adam(
     p: Tensor,
     g: Tensor,
@@ -49,18 +60,13 @@ def adam(
     rate = rounded(lr * correction / (1.0 - power(beta1, t)), p)
     l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
     decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
-    if maximize:
-        g = -g
-    if may_count(l2):
-        g = g + p * l2
+    g = with_penalty(g, p, l2, maximize)
     m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
     v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
     if amsgrad:
         v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
     u = m * rate / (sqrt(v) + rounded(eps * correction, p))
-    if may_count(decay):
-        u = p * decay + u
-    return p - u
+    return less(p, u, decay)
 
 
 def sgd(
@@ -106,10 +112,7 @@ def rmsprop(
 ) -> Tensor:
     """RMSprop, centered and with momentum: ``csrc/rules/rmsprop.h``."""
     l2, weight = rounded(weight_decay, p), rounded(1.0 - alpha, p)
-    if maximize:
-        g = -g
-    if may_count(l2):
-        g = g + p * l2
+    g = with_penalty(g, p, l2, maximize)
     s = variance = state["square_avg"] = average_square(state["square_avg"], g, weight)
     if centered:
         c = state["grad_avg"] = lerp(state["grad_avg"], g, weight)
@@ -135,10 +138,7 @@ def adagrad(
 ) -> Tensor:
     """Adagrad: ``csrc/rules/adagrad.h``."""
     l2 = rounded(weight_decay, p)
-    if maximize:
-        g = -g
-    if may_count(l2):
-        g = g + p * l2
+    g = with_penalty(g, p, l2, maximize)
     s = state["sum"] = state["sum"] + g * g
     return p - g / (sqrt(s) + rounded(eps, p)) * rounded(lr / (1.0 + (t - 1.0) * lr_decay), p)
 
@@ -161,10 +161,9 @@ def lion(
         g = -g
     u = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
     step = torch.where(u > 0, rate, torch.where(u < 0, -rate, u))
-    if may_count(decay):
-        step = p * decay + step
+    p = less(p, step, decay)
     state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta2, p))
-    return p - step
+    return p
 
 
 def adamax(
@@ -182,10 +181,7 @@ def adamax(
 ) -> Tensor:
     """Adamax: ``csrc/rules/adamax.h``."""
     l2 = rounded(weight_decay, p)
-    if maximize:
-        g = -g
-    if may_count(l2):
-        g = g + p * l2
+    g = with_penalty(g, p, l2, maximize)
     m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
     u = state["exp_inf"] = torch.maximum(state["exp_inf"] * rounded(beta2, p), g.abs() + rounded(eps, p))
     return p - m * rounded(lr / (1.0 - power(beta1, t)), p) / u
@@ -205,10 +201,7 @@ def adadelta(
 ) -> Tensor:
     """Adadelta: ``csrc/rules/adadelta.h``."""
     l2, weight, small = rounded(weight_decay, p), rounded(1.0 - rho, p), rounded(eps, p)
-    if maximize:
-        g = -g
-    if may_count(l2):
-        g = g + p * l2
+    g = with_penalty(g, p, l2, maximize)
     s = state["square_avg"] = average_square(state["square_avg"], g, weight)
     d = sqrt(state["acc_delta"] + small) / sqrt(s + small) * g
     state["acc_delta"] = average_square(state["acc_delta"], d, weight)
@@ -237,10 +230,7 @@ def radam(
     plain = lr / (1.0 - power(beta1, t))
     l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
     decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
-    if maximize:
-        g = -g
-    if may_count(l2):
-        g = g + p * l2
+    g = with_penalty(g, p, l2, maximize)
     m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
     v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
 
@@ -252,9 +242,7 @@ def radam(
         u = torch.where(length > 5.0, rectified(), m * rounded(plain, p))
     else:
         u = rectified() if length > 5.0 else m * rounded(plain, p)
-    if may_count(decay):
-        u = p * decay + u
-    return p - u
+    return less(p, u, decay)
 
 
 def rprop(
@@ -322,9 +310,7 @@ def ademamix(
     v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
     m = fast * rounded(lr * correction / (1.0 - power(beta1, t)), p) + m * rounded(lr * alpha * correction, p)
     u = m / (sqrt(v) + rounded(eps * correction, p))
-    if may_count(decay):
-        u = p * decay + u
-    return p - u
+    return less(p, u, decay)
 
 
 def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], end: Number) -> Number:
