@@ -65,7 +65,7 @@ class Assembly {
     g_ = at(kGrad, Param{});
     master_ = row_.extra == Extra::kMaster ? at(kExtra, Wide{}) : nullptr;
     rest_ = row_.extra == Extra::kCompensation ? at(kExtra, Param{}) : nullptr;
-    average_ = is_used(kUsed, kAverage) ? at(kAverage, Wide{}) : nullptr;
+    average_ = is_used(kUsed, kAverage) || kIsBuffered ? at(kAverage, Wide{}) : nullptr;
     key_ = tile_key(scalars_.random, start);
   }
   const Prefetcher& prefetcher() const {
@@ -107,7 +107,7 @@ class Assembly {
     if constexpr (kMayRound)
       if (random_) p = round_by(p, random_bits(key_ + static_cast<uint32_t>(i), count_up()));
     if constexpr (kMayRound && kIsBuffered)
-      if (rest_ || is_used(kUsed, kAverage))
+      if (rest_ || average_)  // that is averaged after the tile
         return store_values<Wide>(p_ + i, is_bfloat16()  ? BFloat16::nearest(p)
                                           : is_float16() ? Float16::nearest(p)
                                                          : p);

@@ -8,7 +8,15 @@
 
 namespace genopt::GENOPT_CAPABILITY {
 
-// Tiles of any kind, by way of buffers where operands are not values in place.
+// The weights' average of a tile.
+template <class T>
+__attribute__((noinline)) void apply_average(const Around<T>& shared, const T* p, T* average, int count) {
+  const Around<T> around = shared;
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) average[i] = around.average(average[i], p[i]);
+}
+
+// Tiles of any kind, by way of buffers where operands are not values in place. kUsed: the states alone.
 template <class Rule, unsigned kUsed, class T>
 __attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, const Row& row, int64_t start,
                                             int64_t stop) {
@@ -20,7 +28,7 @@ __attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, con
     count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
     for (int k = 0; k < kOperands; ++k) {
-      if (!is_used(kUsed, k) && (k != kExtra || row.extra == Extra::kNone)) continue;
+      if (!is_used(row.used, k)) continue;
       if (start + kTile < stop) prefetch(row, k, start + kTile, kTile);
       values[k] = k == kParam && row.extra == Extra::kMaster ? operands[k].place(row, k, start, count, padded)
                                                              : operands[k].load(row, k, start, count, padded);
@@ -33,23 +41,16 @@ __attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, con
       assembly.step(i, x);
       each_state<Rule, kUsed>([&](auto k, auto) { store_values<Values<T>>(values[kState + k] + i, x[k]); });
     }
+    if (values[kAverage]) apply_average(scalars.around, values[row.param()], values[kAverage], padded);
     for (int k = 0; k < kOperands; ++k)
       if (k != kGrad && values[k]) operands[k].store(scalars);
   }
 }
 
-// The average alone.
-template <class T>
-__attribute__((noinline)) void apply_average(const Around<T>& shared, const T* p, T* average, int count) {
-  const Around<T> around = shared;
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) average[i] = around.average(average[i], p[i]);
-}
-
 // An EMA-only row.
-template <class Rule, class T>
+template <class T>
 void walk_only_average(const void* storage, const Row& row, int64_t begin, int64_t end) {
-  const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
+  const auto& scalars = *static_cast<const Scalars<Transfer, T>*>(storage);
   const int64_t stop = std::min(end * kTile, row.numel);
   TileOperand<T> param, average;
   for (int64_t start = begin * kTile; start < stop; start += kTile) {

@@ -16,7 +16,7 @@ using GradientKernel = void (*)(const Row& row, const Control& control, int64_t 
 struct KernelTable {
   // By rule, set of operands in use but for kWithExtra, and whether rows compute in double.
   std::array<std::array<std::array<TileKernel, 2>, kWithExtra>, kRules> tiles{};
-  std::array<std::array<TileKernel, 2>, kRules> only_average{};  // EMA-only rows
+  std::array<TileKernel, 2> only_average{};  // EMA-only rows, with Transfer's Scalars
   std::array<std::array<SpanKernel, 2>, 3> spans{};
   GradientKernel leave_gradient = nullptr;
 };

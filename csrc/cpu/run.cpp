@@ -184,7 +184,7 @@ void run(const Plan& plan, int threads) {
   const GradientKernel leave_gradient = table.leave_gradient;
   std::vector<TileKernel> kernels;
   for (const Prepared& each : plan.prepared())
-    kernels.push_back(each.only_average ? table.only_average[plan.rule.index][each.in_double]
+    kernels.push_back(each.only_average ? table.only_average[each.in_double]
                                         : table.tiles[plan.rule.index][each.used & ~kWithExtra][each.in_double]);
   in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
     for_range(plan, &Row::first_tile, host_tiles, ~0u, begin, end, [&](int64_t r, int64_t first, int64_t last) {

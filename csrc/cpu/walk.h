@@ -15,15 +15,24 @@
 
 namespace genopt::GENOPT_CAPABILITY {
 
+// Whether all there are loops for is compiled. x86-64 without AVX2 is rare, and has the loop for fp32 alone.
+#if defined(__x86_64__) && !defined(GENOPT_ALL_LOOPS)
+constexpr bool kHasAllLoops = GENOPT_VECTOR_BYTES > 16;
+#else
+constexpr bool kHasAllLoops = true;
+#endif
+
 // What is stepped where it lies. Returns where that ended.
 template <class Rule, unsigned kUsed>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
+  if constexpr (!kHasAllLoops || kUsed >= kWithAverage) return start;
   return run_plain<Rule, kUsed, Float64, Float64, false>(scalars, row, start, stop);
 }
 template <class Rule, unsigned kUsed>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
-  start = run_plain<Rule, kUsed, Float32, Float32, false>(scalars, row, start, stop);
-  if constexpr (kUsed < kWithAverage) {
+  if constexpr (kHasAllLoops || kUsed < kWithAverage)
+    start = run_plain<Rule, kUsed, Float32, Float32, false>(scalars, row, start, stop);
+  if constexpr (kHasAllLoops && kUsed < kWithAverage) {
     if (start == stop) return start;
     const auto run = [&]<bool kHasExtra>(std::bool_constant<kHasExtra>) {
       start = run_plain<Rule, kUsed, BFloat16, BFloat16, kHasExtra>(scalars, row, start, stop);
@@ -51,7 +60,7 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   const int64_t stop = std::min(end * kTile, row.numel);
   const int64_t start = run_direct<Rule, kUsed>(scalars, row, begin * kTile, stop);
-  if (start < stop) run_buffered<Rule, kUsed>(scalars, row, start, stop);
+  if (start < stop) run_buffered<Rule, kUsed % kWithAverage>(scalars, row, start, stop);
 }
 
 template <class Rule, unsigned... kMasks>
@@ -61,7 +70,6 @@ void fill(KernelTable& table, int rule, StateMasks<kMasks...>) {
   };
   (set(StateMasks<kMasks>{}), ...);
   (set(StateMasks<kMasks | kWithAverage>{}), ...);
-  table.only_average[rule] = {walk_only_average<Rule, float>, walk_only_average<Rule, double>};
 }
 
 const KernelTable& kernel_table() {
@@ -71,6 +79,7 @@ const KernelTable& kernel_table() {
     for (const Norm norm : {Norm::kTwo, Norm::kOne, Norm::kMax})
       with_measure(
           norm, [&]<class M>(M) { kernels.spans[static_cast<int>(norm)] = {measure<M, float>, measure<M, double>}; });
+    kernels.only_average = {walk_only_average<float>, walk_only_average<double>};
     kernels.leave_gradient = leave_gradient;
     return kernels;
   }();

@@ -106,6 +106,7 @@ void Plan::prepare() {
     int prepared = 0;
   };
   std::vector<Last> last(groups.size() * 2);
+  static const RuleInfo& averaging = rule_info(Transfer::kName);  // the average is no rule's matter
   for (Row& row : rows) {
     if (!row.active || row.device != kHost) continue;
     const double t = row.step && !row.only_average ? advance_step(row) : 0;
@@ -116,7 +117,7 @@ void Plan::prepare() {
       made.used = row.used;
       made.only_average = row.only_average;
       made.in_double = in_double;
-      rule.make_scalars(groups[row.group], t, in_double, made.scalars);
+      (row.only_average ? averaging : rule).make_scalars(groups[row.group], t, in_double, made.scalars);
       memo = {t, row.used, row.only_average, static_cast<int>(prepared_.size()) - 1};
     }
     row.prepared = memo.prepared;
