@@ -191,7 +191,10 @@ def cases(scale: float, memory: float) -> list[Case]:
         Case(f"RMSprop {m}", "RMSprop", large, main=True),
         Case(f"RMSprop centered momentum {m}", "RMSprop", large, kwargs=centered),
         Case(f"Adagrad {m}", "Adagrad", large, main=True),
-        *(Case(f"{name} {m}", name, large) for name in ("Adadelta", "Adamax", "RAdam", "Rprop", "AdEMAMix")),
+        *(
+            Case(f"{name} {m}", name, large)
+            for name in ("Adadelta", "Adamax", "RAdam", "Rprop", "NAdam", "ASGD", "AdEMAMix")
+        ),
         Case(f"AdamW {gpt2_name}", "AdamW", gpt2, main=True),
         Case(f"AdamW Llama 1B{_fraction(share)}", "AdamW", shrunk(llama, share), main=True),
         Case(f"AdamW LoRA{_fraction(scale)} ({len(lora)})", "AdamW", lora, main=True),

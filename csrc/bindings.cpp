@@ -108,7 +108,7 @@ void register_stepper(py::module_& m) {
       if (info.is_transfer) continue;
       py::list options;
       for (const OptionName& option : info.options) options.append(py::make_tuple(option.key, option.item));
-      rules[info.name] = py::make_tuple(info.has_step, info.states, options);
+      rules[info.name] = py::make_tuple(info.has_step, info.states, info.running, options);
     }
     return rules;
   });

@@ -109,10 +109,18 @@ CASES = [
     Case("AdEMAMix"),
     Case("AdEMAMix", dict(betas=(0.0, 0.9, 0.99), alpha=3.0, alpha_warmup=2, weight_decay=0.1), stateful=True),
     Case("AdEMAMix", dict(lr=0.01, beta3_warmup=50, alpha_warmup=5, eps=1e-4, maximize=True), stateful=True),
+    Case("NAdam", stateful=True),
+    Case("NAdam", dict(lr=0.01, betas=(0.5, 0.9), weight_decay=0.1, momentum_decay=0.1, maximize=True)),
+    Case("NAdam", dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case("ASGD"),
+    Case("ASGD", dict(lr=0.1, lambd=0.1, alpha=0.5, t0=2, weight_decay=0.1, maximize=True), stateful=True),
     Case("Lion"),
     Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
 ]
 FIRST = {case.name: case for case in CASES}
+NUMBERS = frozenset(
+    {"step", *(name for each in optim.OURS for name in getattr(optim, each).rule.running)}
+)  # of a state
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from cases import (
     INT8,
     NARROW,
     NATIVE,
+    NUMBERS,
     SIXTEEN,
     STATEFUL,
     STORED,
@@ -190,7 +191,7 @@ def moments(case: Case) -> list[str]:
     p.grad = torch.ones(1)
     opt = case.torch([p])
     opt.step()
-    return [name for name, t in opt.state[p].items() if name != "step" and t is not None]
+    return [name for name, t in opt.state[p].items() if name not in NUMBERS and t is not None]
 
 
 def asked_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
@@ -226,7 +227,7 @@ def assert_state(case: Case, opt: Any, p: Tensor, what: object = "", dtype: torc
         for name in moments(case):
             expected[f"{name}_codes"] = torch.uint8 if name in SQUARES else torch.int8
             expected[f"{name}_scales"] = torch.float32
-    assert set(state) - {"step"} == set(expected), what
+    assert set(state) - NUMBERS == set(expected), what
     for name, kind in expected.items():
         t, of_scales = state[name], name.endswith("_scales")
         assert t.dtype == kind and t.device == p.device, (what, name, t.dtype)
@@ -334,7 +335,7 @@ def assert_copies_train_on_alone(opt: Any, how: str, what: object = "") -> None:
 def other_storage(opt: Any, params: list[Any]) -> None:
     for state in opt.state.values():
         for name, t in state.items():
-            if name != "step":
+            if name not in NUMBERS:
                 old, t.data = t.data, t.data.clone()
                 old.fill_(77)  # what a stale pointer would find
 

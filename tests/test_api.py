@@ -18,6 +18,7 @@ import torch
 from cases import (
     CASES,
     FIRST,
+    NUMBERS,
     STATEFUL,
     Case,
     Odd,
@@ -111,8 +112,8 @@ def test_every_rule_has_its_parts():
     rules = _backend.native.rules()
     assert set(rules) == set(reference.RULES)
     for cls in classes:
-        counts_steps, states, options = rules[cls.rule.name]
-        assert counts_steps == cls.rule.counts_steps
+        counts_steps, states, running, options = rules[cls.rule.name]
+        assert counts_steps == cls.rule.counts_steps and list(cls.rule.running) == running
         group = cls(parameters([(1,)])).param_groups[0]
         everything = {**group, "amsgrad": True, "centered": True, "momentum": 0.9}
         assert cls.rule.state_names(everything) == list(cls.rule.states) and set(cls.rule.states) == set(states)
@@ -415,7 +416,7 @@ def test_8_bit_state_of_subclasses_is_kept_in_float32_and_said_to_be(make, state
             warnings.simplefilter("always")
             opt.step()
         assert sum(bool(re.search(told, str(w.message))) for w in heard) == warns
-    kept = [t for key, t in opts[1].state[p].items() if key != "step"]
+    kept = [t for key, t in opts[1].state[p].items() if key not in NUMBERS]
     assert [(t.dtype, t.shape) for t in kept] == [(torch.float32, p.shape)] * states
     _backend._told.clear()
     with pytest.warns(UserWarning, match=told):
@@ -424,7 +425,7 @@ def test_8_bit_state_of_subclasses_is_kept_in_float32_and_said_to_be(make, state
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opt.step()
-    assert [t.dtype for key, t in opt.state[p].items() if key != "step"] == [torch.bfloat16] * states
+    assert [t.dtype for key, t in opt.state[p].items() if key not in NUMBERS] == [torch.bfloat16] * states
 
 
 STEP = """

@@ -15,6 +15,7 @@ from cases import (
     COPIES,
     DEVICE,
     FIRST,
+    NUMBERS,
     SHAPES,
     STATEFUL,
     STORED,
@@ -132,7 +133,7 @@ def test_options_and_state_are_read_at_every_step(case):
         for o in (usual, opt):
             o.param_groups[step % 2].update(lr=0.03 * (step + 1), maximize=step == 1)
             for state in o.state.values():
-                state.update({name: t.clone() * 0.5 for name, t in state.items() if name != "step"})
+                state.update({name: t.clone() * 0.5 for name, t in state.items() if name not in NUMBERS})
 
 
 def test_step_rests_and_steps_gradients_set_by_hand():

@@ -16,6 +16,7 @@ from cases import (
     KERNELS,
     NAN,
     NARROW,
+    NUMBERS,
     SHAPES,
     SIXTEEN,
     STATEFUL,
@@ -116,7 +117,8 @@ def test_float32_state_of_16_bit_parameters(case, backend):
         opt.step()
         truth.step()
     for name in moments(case):
-        assert_same_bits(opt.state[p][name], truth.state[wide][name], (case, name))
+        if name != "ax":  # an average of the weights themselves
+            assert_same_bits(opt.state[p][name], truth.state[wide][name], (case, name))
 
 
 @pytest.mark.parametrize("storage", [STORED["plain"], STORED["int8"], *MIXED], ids=str)
@@ -145,7 +147,7 @@ def test_float32_parameters_are_not_affected(case, backend, storage, dtype):
     assert_states(case, opts[0])
     for p, q in list(zip(*map(places, opts), strict=True))[:-1]:
         assert_same_bits(p.detach(), q.detach(), (case, storage))
-        assert {*opts[0].state[p]} - {"step"} == {*opts[1].state[q]} - {"step"}, (case, storage)
+        assert {*opts[0].state[p]} - NUMBERS == {*opts[1].state[q]} - NUMBERS, (case, storage)
 
 
 @KERNELS
@@ -369,6 +371,8 @@ def test_weights_may_be_kept_otherwise_between_steps(case, kept, backend):
     walk(20, **{**before, "lr": 0.5, "weight_decay": 0.0})
     away = [p.detach().clone() for p in params]
     walk(1, **kept, lr=0.0)
+    if "eta" in type(opt).rule.running:  # what its next step moves by is decided before
+        return
     for p, old in zip(params, away, strict=True):
         assert (p - old).abs().max() <= 0.02 * old.abs().max(), (case, kept)
 

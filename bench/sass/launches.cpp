@@ -185,6 +185,10 @@ struct Step {
     fill_operands(row, given, suffix, random);
     row.step = memory.allocate("step" + suffix, sizeof(float));
     *static_cast<float*>(row.step) = 999;
+    for (size_t i = 0; i < plan.rule.running.size(); ++i) {
+      row.running[i] = memory.allocate(plan.rule.running[i] + suffix, sizeof(float));
+      *static_cast<float*>(row.running[i]) = 0.5f;
+    }
     copy_to_twin();
   }
 
@@ -226,6 +230,7 @@ struct Step {
     for (int k = 0; k < kOperands; ++k) copy(row.data[k], row.numel * size_of(row.dtype[k]));
     for (float*& scales : row.scales) copy(scales, tiles_of(row.numel) * sizeof(float));
     copy(row.step, sizeof(float));
+    for (void*& running : row.running) copy(running, sizeof(float));
   }
 
   void run() {

@@ -54,6 +54,8 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind) {
   made.numel = row.numel;
   made.step = row.step;
   made.step_dtype = row.step_dtype;
+  std::copy(row.running.begin(), row.running.end(), made.running);
+  std::copy(row.running_dtype.begin(), row.running_dtype.end(), made.running_dtype);
   made.group = row.group;
   made.used = static_cast<uint8_t>(row.used);
   made.only_average = row.only_average;

@@ -208,8 +208,8 @@ __device__ void decide(const Table& table, int lane, double* places) {
   if (skips && !skipped)
 #pragma unroll 1
     for (int r = lane; r < table.rows; r += kWarp)
-      if (ledger.word(table.grad(r))) advance(ledger.row(r), -1);  // which the prologue had advanced
-  __syncwarp();                                                    // all lanes have read what lane 0 writes now
+      if (ledger.word(table.grad(r))) take_back(table, r, ledger.row(r));
+  __syncwarp();  // all lanes have read what lane 0 writes now
   if (lane != 0) return;
   if (skips) table.words[Table::kSkip] = 1;
   write_number(ledger.word(table.tensor(kGradNorm)), norm);

@@ -46,6 +46,13 @@ __device__ inline double advance(const DeviceRow& row, float by) {
   return *static_cast<float*>(row.step) += by;
 }
 
+// Undoes what the prologue did to a row's step counter and running numbers.
+__device__ inline void take_back(const Table& table, int r, const DeviceRow& row) {
+  advance(row, -1);
+  for (int i = 0; i < kMaxRunning; ++i)
+    write_running(row.running[i], row.running_dtype[i], as_double(table.words[table.running_before(r, i)]));
+}
+
 // Writes `payload` into the table; then, for the first `rows` rows, advances the step counters and derives their
 // scalars. What may be in the payload is read from there: the table has it only later.
 template <class Rule, int kWords>
@@ -88,8 +95,15 @@ __global__ void __launch_bounds__(kThreads, 4)
     const uint64_t source = k < kMaxOptions ? word(table.source(k, row.group)) : 0;
     options[k] = source ? read_number(source) : as_double(word(table.option(k, row.group)));
   }
+  constexpr int kRunning = kRunningOf<Rule>;
+  double running[kMaxRunning];
+  for (int i = 0; i < kRunning; ++i) {
+    running[i] = read_running(row.running[i], row.running_dtype[i]);
+    table.words[table.running_before(r, i)] = bits_of(running[i]);
+  }
   const auto derive = [&]<class T>(T) {
-    Scalars<Rule, T> scalars(options, t);
+    static_assert(sizeof(Scalars<Rule, T>) + kRunning * 8 <= kScalarsBytes);
+    Scalars<Rule, T> scalars(options, t, running);
     scalars.around.factor *= static_cast<T>(factor);
     *reinterpret_cast<Scalars<Rule, T>*>(table.words + table.scalars(r)) = scalars;
   };
@@ -98,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   } else {
     derive(float{});
   }
+  for (int i = 0; i < kRunning && !skips; ++i) write_running(row.running[i], row.running_dtype[i], running[i]);
 }
 
 }  // namespace genopt::cuda

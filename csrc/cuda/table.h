@@ -34,11 +34,13 @@ struct DeviceRow {
   void* data[kOperands];  // data[kGrad] is not used: see grads
   float* scales[kMaxStates];
   int64_t numel;
-  void* step;      // null: the rule counts none
+  void* step;  // null: the rule counts none
+  void* running[kMaxRunning];
   int64_t layout;  // words from the start of the layouts
   int32_t group;
   DType dtype[kOperands];
   DType step_dtype;
+  DType running_dtype[kMaxRunning];
   uint8_t used;         // as Row::used
   uint8_t strided;      // operands that have strides in the layout, as a mask
   uint8_t piece_bits;   // a lane holds 1 << piece_bits elements side by side
@@ -50,7 +52,6 @@ struct DeviceRow {
   uint8_t only_average;  // as Row::only_average
   uint8_t kind;          // which kernel updates it: see DevicePlan
   Measured measured;
-  uint8_t unused;
 
   GENOPT_INLINE int param() const {
     return extra == Extra::kMaster ? kExtra : kParam;
@@ -120,6 +121,10 @@ struct Table {
 
   GENOPT_INLINE int64_t scalars(int row) const {
     return kHeader + int64_t{row} * kScalarsWords;
+  }
+  // A running number as it was, for a step that is taken back: the last words of the row's scalars.
+  GENOPT_INLINE int64_t running_before(int row, int i) const {
+    return scalars(row + 1) - 1 - i;
   }
   GENOPT_INLINE int64_t source(int option, int group) const {
     return sources_at + int64_t{option} * groups + group;

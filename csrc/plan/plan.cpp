@@ -16,6 +16,19 @@ double advance_step(const Row& row) {
   return *static_cast<float*>(row.step) += 1.0f;
 }
 
+// A row's running numbers.
+using Running = std::array<double, kMaxRunning>;
+
+Running running_of(const Row& row) {
+  Running numbers{};
+  for (int i = 0; i < kMaxRunning; ++i) numbers[i] = read_running(row.running[i], row.running_dtype[i]);
+  return numbers;
+}
+
+void keep_running(const Row& row, const Running& numbers) {
+  for (int i = 0; i < kMaxRunning; ++i) write_running(row.running[i], row.running_dtype[i], numbers[i]);
+}
+
 // The rows on the CPU, for decide(). Those that were not measured have a norm of 0.
 struct Ledger {
   Plan& plan;
@@ -103,6 +116,7 @@ void Plan::prepare() {
     double t = -1;
     unsigned used = 0;
     bool only_average = false;
+    Running before{}, after{};
     int prepared = 0;
   };
   std::vector<Last> last(groups.size() * 2);
@@ -112,14 +126,18 @@ void Plan::prepare() {
     const double t = row.step && !row.only_average ? advance_step(row) : 0;
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
     Last& memo = last[row.group * 2 + in_double];
-    if (memo.t != t || memo.used != row.used || memo.only_average != row.only_average) {
+    const bool runs = !rule.running.empty() && !row.only_average;
+    const Running before = runs ? running_of(row) : Running{};
+    if (memo.t != t || memo.used != row.used || memo.only_average != row.only_average || memo.before != before) {
       Prepared& made = prepared_.emplace_back();
       made.used = row.used;
       made.only_average = row.only_average;
       made.in_double = in_double;
-      (row.only_average ? averaging : rule).make_scalars(groups[row.group], t, in_double, made.scalars);
-      memo = {t, row.used, row.only_average, static_cast<int>(prepared_.size()) - 1};
+      Running after = before;
+      (row.only_average ? averaging : rule).make_scalars(groups[row.group], t, after.data(), in_double, made.scalars);
+      memo = {t, row.used, row.only_average, before, after, static_cast<int>(prepared_.size()) - 1};
     }
+    if (runs) keep_running(row, memo.after);
     row.prepared = memo.prepared;
   }
 }

@@ -22,6 +22,20 @@ GENOPT_INLINE constexpr bool is_used(unsigned used, int operand) {
   return operand < kState || (used >> (operand - kState) & 1);
 }
 
+// A running number, of float or double; null: there is none.
+GENOPT_INLINE double read_running(const void* at, DType dtype) {
+  if (!at) return 0;
+  return dtype == DType::kFloat64 ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
+}
+GENOPT_INLINE void write_running(void* at, DType dtype, double number) {
+  if (!at) return;
+  if (dtype == DType::kFloat64) {
+    *static_cast<double*>(at) = number;
+  } else {
+    *static_cast<float*>(at) = static_cast<float>(number);
+  }
+}
+
 constexpr int kHost = -1;  // the device number of the CPU
 
 struct Row {
@@ -35,6 +49,8 @@ struct Row {
   const Layout* layout = nullptr;           // null: every operand is contiguous, in one order
   void* step = nullptr;                     // the step counter, where the row has one
   DType step_dtype = DType::kFloat32;
+  std::array<void*, kMaxRunning> running{};  // the rule's, float or double as running_dtype says
+  std::array<DType, kMaxRunning> running_dtype{};
   bool active = false;        // takes part in this step
   bool only_average = false;  // without gradient: only the weights' average moves
   unsigned used = 0;          // states in use, kWithAverage and kWithExtra, as a mask

@@ -10,10 +10,10 @@ namespace genopt {
 namespace {
 
 template <class Rule, class T>
-void construct(const Options& values, double t, void* storage) {
+void construct(const Options& values, double t, double* running, void* storage) {
   using Made = Scalars<Rule, T>;
   static_assert(sizeof(Made) <= kScalarsBytes && alignof(Made) <= 16);
-  new (storage) Made(values.data(), t);
+  new (storage) Made(values.data(), t, running);
 }
 
 template <class Rule>
@@ -23,7 +23,8 @@ unsigned used_states(const Options& values) {
 
 template <class Rule>
 RuleInfo describe(int index) {
-  static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates);
+  static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates &&
+                kRunningOf<Rule> <= kMaxRunning);
   unsigned structural = 0;
   std::vector<OptionName> options;
   for (size_t i = 0; i < std::size(Rule::kOptions); ++i) {
@@ -32,17 +33,20 @@ RuleInfo describe(int index) {
     if (used_states<Rule>(values) != used_states<Rule>({})) structural |= 1u << i;
     options.push_back(Rule::kOptions[i].name);
   }
+  std::vector<const char*> running;
+  if constexpr (kRunningOf<Rule> > 0) running = {std::begin(Rule::kRunning), std::end(Rule::kRunning)};
   return {Rule::kName,
           index,
           std::is_same_v<Rule, Transfer>,
           Rule::kHasStep,
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
+          running,
           options,
           Rule::kSquares,
           structural,
           used_states<Rule>,
-          [](const Options& values, double t, bool in_double, void* storage) {
-            (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, storage);
+          [](const Options& values, double t, double* running, bool in_double, void* storage) {
+            (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, running, storage);
           }};
 }
 

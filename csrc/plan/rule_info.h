@@ -30,12 +30,13 @@ struct RuleInfo {
   bool is_transfer;  // no optimizer's
   bool has_step;
   std::vector<const char*> states;
+  std::vector<const char*> running;  // states that are one number each
   std::vector<OptionName> options;
   unsigned squares;     // states that are never negative, as a mask
   unsigned structural;  // options that used_states depends on, as a mask
   unsigned (*used_states)(const Options&);
-  // Builds the rule's Scalars for step count t in `storage`.
-  void (*make_scalars)(const Options&, double t, bool in_double, void* storage);
+  // Builds the rule's Scalars for step count t in `storage`, and advances its running numbers.
+  void (*make_scalars)(const Options&, double t, double* running, bool in_double, void* storage);
 };
 
 // Throws std::invalid_argument for a name that is no rule's.

@@ -9,7 +9,9 @@
 #include "adamax.h"
 #include "ademamix.h"
 #include "around.h"
+#include "asgd.h"
 #include "lion.h"
+#include "nadam.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "rprop.h"
@@ -18,7 +20,8 @@
 
 namespace genopt {
 
-using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, Transfer>;
+using Rules =
+    std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, NAdam, Asgd, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 3;

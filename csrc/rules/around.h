@@ -51,15 +51,15 @@ struct Around {
   }
 };
 
-// All that a row's elements share. `options`: kAllOptions numbers; t: the step count.
+// All that a row's elements share. `options`: kAllOptions numbers; t: the step count; `running`: as update_of() has it.
 template <class Rule, class T>
 struct Scalars {
   typename Rule::template Update<T> update;
   Around<T> around;
   uint32_t random, phase;  // of the step: math/random.h
 
-  GENOPT_INLINE Scalars(const double* options, double t)
-      : update(options_of<Rule>(options), t),
+  GENOPT_INLINE Scalars(const double* options, double t, double* running)
+      : update(update_of<Rule, T>(options, t, running)),
         around(update.sign, options[kClipGradValue], options[kEmaDecay]),
         random(step_key(options[kSeed], t)),
         phase(step_phase(t)) {

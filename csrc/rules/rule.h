@@ -2,10 +2,12 @@
 //
 //   kName, kHasStep, kStates   its name; whether it counts steps; the keys of its states, in the order of apply()
 //   kSquares                   states that are never negative, as a mask
+//   kRunning                   the keys of states that are one number each; without it: none
 //   Masks                      the sets of states that it can be asked to run with
 //   Options, kOptions          its hyperparameters, each a double, and where param_groups has them
 //   used_states(options)       which of the Masks these options ask for
 //   Update<T>(options, t)      what step t's options come to, derived in double and rounded to T
+//                              with kRunning: Update<T>(options, t, running), which advances them
 //     .apply<kUsed>(p, g, ...)   the element's arithmetic, on T or on several at once, with the states in kUsed
 //     .sign                      -1 to maximize: Around applies it
 #pragma once
@@ -47,6 +49,27 @@ GENOPT_INLINE typename Rule::Options options_of(const double* numbers) {
      ...);
   }(std::make_index_sequence<kCount>{});
   return options;
+}
+
+constexpr int kMaxRunning = 2;  // of a rule
+
+template <class Rule>
+constexpr int kRunningOf = [] {
+  if constexpr (requires { Rule::kRunning; }) {
+    return static_cast<int>(std::size(Rule::kRunning));
+  } else {
+    return 0;
+  }
+}();
+
+// What step t of a rule comes to. `running`: kRunningOf<Rule> numbers, which are advanced.
+template <class Rule, class T>
+GENOPT_INLINE typename Rule::template Update<T> update_of(const double* options, double t, double* running) {
+  if constexpr (kRunningOf<Rule> > 0) {
+    return {options_of<Rule>(options), t, running};
+  } else {
+    return {options_of<Rule>(options), t};
+  }
 }
 
 // The sets of states, as bit masks, that a rule can be asked to run with; each is compiled on its own.

@@ -13,8 +13,15 @@
 
 namespace genopt {
 
-// The tensors of one row: its operands, its step counter, and the scales of its states. Null: none.
-constexpr int kStepHandle = kOperands, kFirstScales = kStepHandle + 1, kHandles = kFirstScales + kMaxStates;
+// The tensors of one row: its operands, its step counter, its running numbers, and the scales of its states. Null:
+// none.
+constexpr int kStepHandle = kOperands, kFirstRunning = kStepHandle + 1, kFirstScales = kFirstRunning + kMaxRunning,
+              kHandles = kFirstScales + kMaxStates;
+
+// Whether a handle's tensor is one number.
+constexpr bool is_number(int handle) {
+  return handle >= kStepHandle && handle < kFirstScales;
+}
 using Handles = std::array<const at::Tensor*, kHandles>;
 
 // Columns, by row.

@@ -133,7 +133,9 @@ class RowReader {
     // Rounding goes by the step count.
     const bool rounds = row.unbiased || (row.used & kStates && stored == at::kChar);
     const bool has_step = (rule_.has_step || rounds) && !row.only_average;
+    const bool runs = !rule_.running.empty() && !row.only_average;
     row.step = nullptr;
+    row.running = {};
     row.scales = {};
     problems_.clear();
     Entries found;
@@ -143,6 +145,7 @@ class RowReader {
       if (known && value != Py_None && !read_entry(row, *known, value, stored, has_step, found, handles)) return false;
     }
     bool complete = problems_.empty() && (!has_step || row.step);
+    for (size_t i = 0; runs && i < rule_.running.size(); ++i) complete = complete && row.running[i];
     for (int k = kState; k < kOperands; ++k) complete = complete && (handles[k] || !is_used(row.used, k));
     for (int i = 0; stored == at::kChar && i < kMaxStates; ++i)
       complete = complete && (row.scales[i] || !is_used(row.used, kState + i));
@@ -162,16 +165,19 @@ class RowReader {
       if (!row.only_average) problems_.push_back({key.name, Reason::kStorage});
       return true;
     }
-    if (handle == kStepHandle ? !has_step : !is_used(row.used, are_scales ? handle - kFirstScales + kState : handle))
-      return true;
+    const bool is_wanted = handle == kStepHandle ? has_step
+                           : is_number(handle)
+                               ? !row.only_average
+                               : is_used(row.used, are_scales ? handle - kFirstScales + kState : handle);
+    if (!is_wanted) return true;
     if (!THPVariable_Check(value)) return refuse(key.name, Reason::kNotATensor);
     const at::Tensor& t = THPVariable_Unpack(value);
     if (!is_in_memory(t)) return refuse(key.name, Reason::kNoKernel);
     if (!may_be_written(t)) return refuse(key.name, Reason::kInference);
     if (!is_backed(t)) return refuse(key.name, Reason::kFreed);
-    if (handle == kStepHandle) {
+    if (is_number(handle)) {
       found.others |= 1u << handle;
-      if (!read_step(row, key.name, t)) return false;
+      if (!read_number_of(row, key, t)) return false;
     } else if (are_scales) {
       found.others |= 1u << handle;
       if (t.dim() != 1 || t.numel() != tiles_of(param.numel())) return refuse(key.name, Reason::kShape);
@@ -193,10 +199,10 @@ class RowReader {
                                   : plain_dtype(type).has_value() && t.is_complex() == param.is_complex();
       if (!fits) return refuse(key.name, Reason::kDtype);
       if (kernel_device(t) != row.device) return refuse(key.name, Reason::kDevice);
-      const bool is_wanted = is_extra
-                                 ? type == (row.extra == Extra::kMaster ? at::kFloat : param.scalar_type())
-                                 : handle == kAverage || (has_codes == coded && (coded || !stored || type == *stored));
-      if (!is_wanted) {
+      const bool is_as_asked =
+          is_extra ? type == (row.extra == Extra::kMaster ? at::kFloat : param.scalar_type())
+                   : handle == kAverage || (has_codes == coded && (coded || !stored || type == *stored));
+      if (!is_as_asked) {
         problems_.push_back({key.name, Reason::kStorage});
         return true;
       }
@@ -205,12 +211,19 @@ class RowReader {
     return true;
   }
 
-  bool read_step(Row& row, PyObject* name, const at::Tensor& t) {
+  // A step counter or a running number.
+  bool read_number_of(Row& row, const StateKey& key, const at::Tensor& t) {
+    PyObject* const name = key.name;
     if (t.numel() != 1) return refuse(name, Reason::kShape);
     if (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble) return refuse(name, Reason::kNoKernel);
+    if (kernel_device(t) != row.device) problems_.push_back({name, Reason::kAway});
+    if (key.handle != kStepHandle) {
+      row.running[key.handle - kFirstRunning] = t.mutable_data_ptr();
+      row.running_dtype[key.handle - kFirstRunning] = *plain_dtype(t.scalar_type());
+      return true;
+    }
     row.step = t.mutable_data_ptr();
     row.step_dtype = *plain_dtype(t.scalar_type());
-    if (kernel_device(t) != row.device) problems_.push_back({name, Reason::kAway});
     // Reading one from a GPU would wait for it: there, loading a checkpoint is what checks it.
     return kernel_device(t) != kHost || is_step_count(read_number({row.step, row.step_dtype, 1})) ||
            refuse(name, Reason::kCount);
@@ -236,6 +249,10 @@ class RowReader {
     const auto is_there = [](unsigned mask, int handle) { return (mask >> handle & 1) != 0; };
     const bool counts = is_there(found.others, kStepHandle);
     if (rule_.has_step && has_step) look(counts, keys_.name(kStepHandle));
+    for (size_t i = 0; !row.only_average && i < rule_.running.size(); ++i) {
+      const int handle = kFirstRunning + static_cast<int>(i);
+      look(is_there(found.others, handle), keys_.name(handle));
+    }
     for (int i = 0; i < kMaxStates; ++i) {
       const int k = kState + i;
       if (!is_used(row.used, k)) continue;

@@ -25,6 +25,8 @@ class StateKeys {
     const int states = static_cast<int>(rule.states.size());
     for (int i = 0; i < states; ++i) add(rule.states[i], kState + i, Form::kNumbers);
     add("step", kStepHandle, Form::kAny);
+    for (size_t i = 0; i < rule.running.size(); ++i)
+      add(rule.running[i], kFirstRunning + static_cast<int>(i), Form::kAny);
     add("ema", kAverage, Form::kNumbers);
     for (int i = 0; i < states; ++i) {
       add(std::string(rule.states[i]) + "_codes", kState + i, Form::kCodes);
@@ -34,7 +36,7 @@ class StateKeys {
     add("master", kExtra, Form::kMaster);
   }
 
-  // The name of a handle in the given form. Of a step counter or scales, whatever the form.
+  // The name of a handle in the given form. Of a number or scales, whatever the form.
   PyObject* name(int handle, Form form = Form::kNumbers) const {
     for (const StateKey& key : keys_)
       if (key.handle == handle && (key.form == form || key.form == Form::kAny)) return key.name;

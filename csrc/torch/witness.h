@@ -70,9 +70,9 @@ class Witnesses {
       const int k = std::countr_zero(rest);
       if (!was.is_at(*++place, k)) return false;
       const at::Tensor& t = *place->handle;
-      const bool lies = k < kOperands      ? was.lies_as(t, param, sizes)
-                        : k == kStepHandle ? t.numel() == 1
-                                           : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
+      const bool lies = k < kOperands  ? was.lies_as(t, param, sizes)
+                        : is_number(k) ? t.numel() == 1
+                                       : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
       if (!lies) return false;
     }
     return true;

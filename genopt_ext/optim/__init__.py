@@ -18,8 +18,12 @@ from .adamax import Adamax as Adamax
 from .adamax import Adamax8bit as Adamax8bit
 from .ademamix import AdEMAMix as AdEMAMix
 from .ademamix import AdEMAMix8bit as AdEMAMix8bit
+from .asgd import ASGD as ASGD
+from .asgd import ASGD8bit as ASGD8bit
 from .lion import Lion as Lion
 from .lion import Lion8bit as Lion8bit
+from .nadam import NAdam as NAdam
+from .nadam import NAdam8bit as NAdam8bit
 from .radam import RAdam as RAdam
 from .radam import RAdam8bit as RAdam8bit
 from .rmsprop import RMSprop as RMSprop

@@ -101,6 +101,7 @@ def _step_row(step: Step, place: Place, scale: Number) -> None:
             seed=int(group.get("rounding_seed", 0)) if states.is_stochastic(group, p) else None,
             unbiased=states.state_dtype(group, p) == torch.bfloat16 and not tracing.is_subclass(p),
             counts=states.counts_steps(rule, group, p),
+            running=rule.running,
             **options,
         )
     if group.get("ema_decay") is not None and "ema" in state:

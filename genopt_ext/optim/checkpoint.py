@@ -201,7 +201,7 @@ class _Reader:
         """What this package or torch keeps for a parameter of ``group``."""
         names = self.optimizer.rule.state_names(group)
         moments = (f"{name}{end}" for name in names for end in ("", "_codes", "_scales"))
-        return frozenset((*moments, "step", "ema", "master", "compensation"))
+        return frozenset((*moments, *self.optimizer.rule.running, "step", "ema", "master", "compensation"))
 
     def entry(
         self, saved: Any, place: tuple[int, int, Tensor], group: dict[str, Any], known: frozenset[str]
@@ -229,7 +229,10 @@ class _Reader:
             for name, value in saved.items():
                 if name in known and isinstance(value, Tensor):
                     self.check_storage_of(refuse, name, value, p)
-                state[name] = self.step(refuse, value, p, group) if name == "step" else self.copy(value, p, name)
+                if name == "step" or name in rule.running:
+                    state[name] = self.number(refuse, name, value, p, group)
+                else:
+                    state[name] = self.copy(value, p, name)
             name = None
             if p.dtype not in STEPPED:  # a frozen weight, for which torch's Adagrad makes state too
                 return state
@@ -254,32 +257,34 @@ class _Reader:
             refuse(f"state '{name}' is {kind}, expected torch.strided", "replace it with a dense tensor")
         if t.is_meta and not p.is_meta:
             refuse(f"state '{name}' is on meta, where there are no numbers", _WHOLE)
-        if name != "step" and not name.endswith("_scales") and t.shape != p.shape:  # before it takes memory
+        is_number = name == "step" or name in self.optimizer.rule.running
+        if not is_number and not name.endswith("_scales") and t.shape != p.shape:  # before it takes memory
             refuse(
                 f"state '{name}' has shape {list(t.shape)}, expected {list(p.shape)}", "load a checkpoint of this model"
             )
         subclasses = tracing.is_subclass(t) or tracing.is_subclass(p)
-        if name != "step" and subclasses and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):
+        if not is_number and subclasses and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):
             refuse(
                 f"state '{name}' is {type(t).__name__}, parameter is {type(p).__name__}",
                 "load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
             )
 
-    def step(self, refuse: Refuse, value: Any, p: Tensor, group: dict[str, Any]) -> Tensor | None:
-        """As torch: where it was saved, unless kernels read it."""
+    def number(self, refuse: Refuse, name: str, value: Any, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """As torch does with ``step``: where it was saved, unless kernels read it."""
         on_device = bool(group.get("fused") or group.get("capturable"))
         if value is None:
             return None
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
-                refuse(f"state 'step' is {value!r}, expected a number", _WHOLE)
+                refuse(f"state '{name}' is {value!r}, expected a number", _WHOLE)
             return torch.tensor(
                 float(value), dtype=_get_scalar_dtype(is_fused=on_device), device=p.device if on_device else "cpu"
             )
         if value.numel() != 1 or value.is_complex():
-            refuse(f"state 'step' is {value.dtype} of shape {list(value.shape)}, expected a number", _WHOLE)
+            refuse(f"state '{name}' is {value.dtype} of shape {list(value.shape)}, expected a number", _WHOLE)
         # Here it may wait for a GPU, which a step does not; of the CPU's, ``entry`` finds it.
-        if not value.is_cpu and tracing.has_number(value) and not is_step_count(value.item()):
+        counts = name == "step" and not value.is_cpu and tracing.has_number(value)
+        if counts and not is_step_count(value.item()):
             row = Row(self.owner, self.optimizer.rule, group, p, None, {"step": value})
             refuse(*refusals.words(row, "step", "count"))
         # A half would stop counting.

@@ -90,7 +90,8 @@ def find_in_state(row: Row, only_averages: bool) -> Sequence[Problem]:
         return [("state", "not a dict")]
     rule, group = row.rule, row.group
     further = ["ema"] if only_averages else states.further_names(rule, group, row.p)
-    own = [] if only_averages else [*(["step"] if rule.counts_steps else []), *rule.state_names(group)]
+    counts = ["step"] if rule.counts_steps else []
+    own = [] if only_averages else [*counts, *rule.running, *rule.state_names(group)]
     state = {name: t for name, t in row.state.items() if t is not None}
     found: list[Problem] = []
     for name, t in state.items():
@@ -127,8 +128,9 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
     is_sparse = row.rule.serves_sparse and t.layout == torch.sparse_coo
     if (reason := _of_memory(t, True, may_be_sparse=row.is_torchs or is_sparse)) is not None:
         return reason
-    if name == "step":
-        return of_step_count(t) or ("away" if states.step_is_away(p, row.state) else None)
+    if name == "step" or name in row.rule.running:
+        reason = of_step_count(t) if name == "step" else of_number(t)
+        return reason or ("away" if states.is_away(p, t) else None)
     are_codes, are_scales = name == stem + "_codes", name == stem + "_scales"
     if are_codes or are_scales:
         dtype, shape = form_of_codes(row, name)
@@ -151,11 +153,16 @@ def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, torch.Size]:
     return torch.uint8 if _stem(name) in row.rule.squares else torch.int8, row.p.shape
 
 
+def of_number(t: Tensor) -> str | None:
+    """The reason why ``t`` can not be a number of the state."""
+    if t.numel() != 1:
+        return "shape"
+    return "dtype" if t.dtype not in STEPPED or t.is_complex() else None
+
+
 def of_step_count(step: Tensor) -> str | None:
     """The reason why ``step`` can not be a count; one on a GPU is not read."""
-    if step.numel() != 1:
-        return "shape"
-    if step.dtype not in STEPPED or step.is_complex():
-        return "dtype"
+    if (reason := of_number(step)) is not None:
+        return reason
     is_read = step.is_cpu and tracing.has_number(step)
     return "count" if is_read and not is_step_count(step.item()) else None

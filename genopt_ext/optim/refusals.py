@@ -64,8 +64,8 @@ def words(row: Row, operand: str, reason: str) -> tuple[str, str]:
     if reason == "layout":
         kind = "nested" if t.is_nested else t.layout
         return f"{what} is {kind}, expected torch.strided", "replace it with a dense tensor"
-    if operand == "step":
-        return _of_step(t, reason)
+    if operand == "step" or operand in row.rule.running:
+        return _of_number(operand, t, reason)
     if reason == "device":
         return f"{what} is on {t.device}, parameter on {p.device}", f"move it to {p.device}"
     if operand.endswith(("_codes", "_scales")):
@@ -118,16 +118,16 @@ def _of_gradient(row: Row, g: Tensor, reason: str) -> tuple[str, str]:
     return f"gradient is on {g.device}, parameter on {p.device}", f"move the gradient to {p.device}"
 
 
-def _of_step(step: Any, reason: str) -> tuple[str, str]:
+def _of_number(name: str, number: Any, reason: str) -> tuple[str, str]:
     if reason == "count":
         return (
-            f"state 'step' is {step.item()}, expected a whole number from 0 to 2**53",
+            f"state 'step' is {number.item()}, expected a whole number from 0 to 2**53",
             "load a checkpoint that was saved whole, or delete the parameter's state to start anew",
         )
     if reason == "incomplete":
-        return "its state has no 'step'", _WHOLE
-    got = f"of shape {list(step.shape)}, {step.dtype}" if isinstance(step, Tensor) else repr(step)
-    return f"state 'step' is {got}, expected a 0-dim float32 tensor", "replace it with torch.tensor(float(step))"
+        return f"its state has no '{name}'", _WHOLE
+    got = f"of shape {list(number.shape)}, {number.dtype}" if isinstance(number, Tensor) else repr(number)
+    return f"state '{name}' is {got}, expected a 0-dim float32 tensor", f"replace it with torch.tensor(float({name}))"
 
 
 def _of_codes(row: Row, operand: str, t: Any, reason: str) -> tuple[str, str]:

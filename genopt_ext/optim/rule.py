@@ -25,6 +25,7 @@ class Rule:
         states: the tensors that a parameter has beside ``step``, in torch's order, each with the option that asks for
             it, or None.
         ranges: the numbers that options may be.
+        running: states that are one number, after ``step``: with what each begins, a number or an option.
         torch_class: torch's own, which steps ``differentiable=True`` and, where ``serves_sparse``, sparse gradients.
         counts_steps: whether a parameter has ``step`` whatever the options.
         squares: states that are never negative.
@@ -39,6 +40,7 @@ class Rule:
     name: str
     states: Mapping[str, str | None]
     ranges: Mapping[str, Range]
+    running: Mapping[str, float | str] = field(default_factory=dict)
     torch_class: type[torch.optim.Optimizer] | None = None
     counts_steps: bool = True
     squares: frozenset[str] = frozenset()
@@ -56,7 +58,7 @@ class Rule:
     def options(self, group: Group) -> dict[str, Any]:
         """``group`` as keyword arguments of the rule's function: ``beta1`` is the first of its ``betas``."""
         given = inspect.signature(reference.RULES[self.name]).parameters.values()
-        wanted = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name != "t"]
+        wanted = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name not in ("t", "running")]
         return {name: self._value(group, name) for name in wanted}
 
     def _value(self, group: Group, name: str) -> Any:
@@ -64,6 +66,11 @@ class Rule:
             if name in names:
                 return group[key][names.index(name)]
         return group[name]
+
+    def initial_number(self, group: Group, name: str) -> float:
+        """With what the running number ``name`` begins."""
+        begin = self.running[name]
+        return float(group[begin] if isinstance(begin, str) else begin)
 
     def initial_value(self, group: Group, p: Tensor, name: str) -> complex:
         """With what the state ``name`` of ``p`` begins. -0.0 says "not yet set": see ``csrc/math/numbers.h``."""

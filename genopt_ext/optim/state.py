@@ -142,12 +142,9 @@ def complete(group: Group) -> None:
         group.setdefault("rounding_seed", torch.initial_seed() & 0xFFFFFFFF)
 
 
-def step_is_away(p: Tensor, state: dict[str, Any]) -> bool:
-    """Whether the step count is on another device than its parameter, as in torch's own checkpoints of a GPU's."""
-    step = state.get("step")
-    if not isinstance(step, Tensor) or step.device == p.device:
-        return False
-    return {p.device.type, step.device.type} <= _backend.DEVICES
+def is_away(p: Tensor, number: Tensor) -> bool:
+    """Whether a number of its state is on another device than ``p``, as in torch's own checkpoints of a GPU's."""
+    return number.device != p.device and {p.device.type, number.device.type} <= _backend.DEVICES
 
 
 def refuse_capture(owner: str) -> None:
@@ -195,6 +192,8 @@ def make_missing(owner: str, rule: Rule, missing: Missing) -> list[dict[str, Ten
         for name, value, dtype, signed in forms[key]:
             if name == "step":
                 state[name] = next(counters[device])
+            elif name in rule.running:
+                state[name] = torch.full((), value.real, dtype=torch.float32, device=device)
             elif value is _ZERO and dtype != torch.int8:
                 state[name] = torch.zeros_like(p, dtype=dtype)  # in half the time of make()
             else:
@@ -216,7 +215,7 @@ def _form(
         dtype = torch.float32 if p.dtype in HALVES else None
     elif name == "compensation":
         dtype = None
-    value = rule.initial_value(group, p, name)
+    value = rule.initial_number(group, name) if name in rule.running else rule.initial_value(group, p, name)
     return name, _ZERO if str(value) == "0.0" else value, dtype, name not in rule.squares
 
 

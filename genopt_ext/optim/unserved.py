@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import gradients
 from . import apart, by_torch, refusals, repeats
@@ -55,7 +56,8 @@ def resolve(stepper: Stepper, refusal: Refusal, step: Step, only: Place | None, 
 
 def _mend(step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Container[int]) -> None:
     """Gives rows the state that they lack, stored as their groups ask for it."""
-    missing, stored, away = states.Missing(), [], []
+    missing, stored = states.Missing(), []
+    away: list[tuple[Tensor, str]] = []
     last: Sequence[Problem] = ()
     lacking: list[str] = []
     reasons: set[str] = set()
@@ -69,7 +71,7 @@ def _mend(step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Contain
         if "storage" in reasons and r not in torchs:
             stored.append((step.groups[i], p))
         if "away" in reasons:
-            away.append(p)
+            away += [(p, name) for name, reason in found if reason == "away"]
     if missing.params or away:
         states.refuse_capture(step.owner)
     made = states.make_missing(step.owner, step.rule, missing)
@@ -84,8 +86,8 @@ def _mend(step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Contain
                 by_torch.to_dense(step.state_of(step.places[r][2]))
     for group, p in stored:
         states.store_anew(step.owner, step.rule, group, p, step.state_of(p))
-    for p in away:
-        step.state[p]["step"] = step.state[p]["step"].to(p.device)
+    for p, name in away:
+        step.state[p][name] = step.state[p][name].to(p.device)
 
 
 def _step_made(

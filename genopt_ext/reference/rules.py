@@ -2,7 +2,7 @@
 
 ``p``, ``g`` and the state tensors are real and of the compute dtype (float32, or float64 for float64 parameters). A
 function writes the new states into ``state`` and returns the new parameter. Its keyword arguments are the options of
-``struct Options`` there, and ``t``, the step count.
+``struct Options`` there, and ``t``, the step count. ``running``: states that are one number each, which it advances.
 """
 
 from __future__ import annotations
@@ -313,6 +313,69 @@ def ademamix(
     return less(p, u, decay)
 
 
+def nadam(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    running: dict[str, Number],
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
+    momentum_decay: Number,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+) -> Tensor:
+    """NAdam: ``csrc/rules/nadam.h``."""
+
+    def momentum(t: Number) -> Number:
+        return beta1 * (1.0 - 0.5 * exponential(t * momentum_decay * -0.040821994520255166))
+
+    correction = root(1.0 - power(beta2, t))
+    mu, following = momentum(t), momentum(t + 1.0)
+    product = running["mu_product"] = running["mu_product"] * mu
+    of_gradient = rounded(lr * correction * (1.0 - mu) / (1.0 - product), p)
+    of_average = rounded(lr * correction * following / (1.0 - product * following), p)
+    l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
+    decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
+    g = with_penalty(g, p, l2, maximize)
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    u = (g * of_gradient + m * of_average) / (sqrt(v) + rounded(eps * correction, p))
+    return less(p, u, decay)
+
+
+def asgd(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    running: dict[str, Number],
+    lr: Number,
+    lambd: Number,
+    alpha: Number,
+    t0: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> Tensor:
+    """ASGD: ``csrc/rules/asgd.h``."""
+    eta, mu, since = running["eta"], running["mu"], t - t0
+    g = with_penalty(g, p, rounded(weight_decay, p), maximize)
+    p = less(p, g * rounded(eta, p), rounded(lambd * eta, p))
+    average = lerp(state["ax"], p, rounded(mu, p))
+    if isinstance(mu, Tensor):
+        state["ax"] = torch.where(mu == 1.0, p, average)
+    else:
+        state["ax"] = p.clone() if mu == 1.0 else average
+    running["eta"] = lr * exponential(-alpha * logarithm(1.0 + lambd * lr * t))
+    running["mu"] = 1.0 / (since.clamp(min=1.0) if isinstance(since, Tensor) else max(since, 1.0))
+    return p
+
+
 def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], end: Number) -> Number:
     """``at(t / steps)`` for the first ``steps``, ``end`` after them or without."""
     if steps is None:
@@ -323,5 +386,6 @@ def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], e
 
 
 RULES: dict[str, Callable[..., Tensor]] = {
-    rule.__name__: rule for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop, ademamix)
+    rule.__name__: rule
+    for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop, ademamix, nadam, asgd)
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def step(
     seed: int | None = None,
     unbiased: bool = False,
     counts: bool = True,
+    running: Iterable[str] = (),
     **options: Number | None,
 ) -> None:
     """One step of one parameter: load, rule, store.
@@ -44,6 +45,7 @@ def step(
         extra: the state that keeps what the parameter can not hold: ``"master"``, ``"compensation"`` or None.
         seed: of the random bits by which the parameter is rounded; None: to the nearest.
         counts: whether ``"step"`` is advanced.
+        running: states that are one number.
         unbiased: whether states of 16 bits are not rounded to the nearest.
         options: the rule's keyword arguments.
     """
@@ -63,7 +65,13 @@ def step(
     start = state["master"] if extra == "master" else weights.to(compute)
     if extra == "compensation":
         start = start + state["compensation"].to(compute)
-    new = RULES[rule](start, g, values, t=t, **options)
+    numbers = {name: tracing.number(state[name]) for name in running}
+    if numbers:
+        new = RULES[rule](start, g, values, t=t, running=numbers, **options)
+        for name, number in numbers.items():
+            state[name].copy_(torch.as_tensor(number, dtype=torch.float64, device=state[name].device))
+    else:
+        new = RULES[rule](start, g, values, t=t, **options)
     if extra == "master":
         state["master"].copy_(new)
     elif extra == "compensation":

@@ -19,14 +19,15 @@ inline void copy(void* to, const void* from, size_t bytes) {
   if (bytes) check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
 }
 
-// A tensor's operands and step counter on the device.
+// A tensor's operands, step counter and running numbers on the device.
 struct OnDevice {
   std::array<std::shared_ptr<void>, kOperands> memory;
-  std::shared_ptr<void> step = allocate(sizeof(double));
+  std::shared_ptr<void> step = allocate(sizeof(double)), running = allocate(sizeof Tensor::running);
 
   explicit OnDevice(const Tensor& t) {
     for (int k = 0; k < kOperands; ++k) send(t, k);
     t.double_step ? copy(step.get(), &t.step64, sizeof t.step64) : copy(step.get(), &t.step, sizeof t.step);
+    copy(running.get(), t.running.data(), sizeof t.running);
   }
   void send(const Tensor& t, int k) {
     memory[k] = allocate(t.operands[k].bytes.size());
@@ -35,12 +36,14 @@ struct OnDevice {
   void fetch(Tensor& t) const {
     for (int k = 0; k < kOperands; ++k) copy(t.operands[k].bytes.data(), memory[k].get(), t.operands[k].bytes.size());
     t.double_step ? copy(&t.step64, step.get(), sizeof t.step64) : copy(&t.step, step.get(), sizeof t.step);
+    copy(t.running.data(), running.get(), sizeof t.running);
   }
   Row row(Tensor& t, int group) const {
     Row row = t.row(group);
     for (int k = 0; k < kOperands; ++k)
       row.data[k] = memory[k] ? static_cast<char*>(memory[k].get()) + t.operands[k].shift : nullptr;
     row.step = step.get();
+    for (int i = 0; i < t.runs; ++i) row.running[i] = static_cast<float*>(running.get()) + i;
     return row;
   }
 };

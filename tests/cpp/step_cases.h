@@ -52,6 +52,8 @@ struct Tensor {
   Layout layout;
   float step;
   double step64;
+  std::array<float, kMaxRunning> running{0.5f, 0.75f};
+  int runs = 0;  // how many of them the rule has
 
   // `turn` varies what need not be combined with all else. Gradients have the sign under which no term of an
   // update can cancel another, unless `any_sign`; every 17th is zero.
@@ -97,6 +99,7 @@ struct Tensor {
     row.group = group;
     row.step = double_step ? static_cast<void*>(&step64) : &step;
     row.step_dtype = double_step ? k64 : k32;
+    for (int i = 0; i < runs; ++i) row.running[i] = &running[i];
     row.layout = kind == kTransposed || kind == kSliced ? &layout : nullptr;
     for (int k = 0; k < kOperands; ++k) {
       row.dtype[k] = operands[k].dtype;
@@ -109,7 +112,9 @@ struct Tensor {
   template <class Rule, unsigned kUsed, class T>
   int64_t expect(const Options& options) {
     const double count = double_step ? step64 += 1 : step += 1;
-    const Scalars<Rule, T> scalars(options.data(), count);
+    std::array<double, kMaxRunning> now{running[0], running[1]};
+    const Scalars<Rule, T> scalars(options.data(), count, now.data());
+    for (int i = 0; i < kRunningOf<Rule>; ++i) running[i] = static_cast<float>(now[i]);
     int64_t still = 0;
     for (int64_t i = 0; i < numel; ++i) {
       T x[kOperands] = {};
@@ -167,6 +172,7 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
     for (int kind = 0; kind < backend.kinds; ++kind, turn += 3)  // so that no size always meets the same turns
       for (const int64_t numel : kSizes)
         initial.emplace_back(dtypes, numel, static_cast<Kind>(kind), turn++, kUsed, sign, any_sign);
+  for (Tensor& t : initial) t.runs = kRunningOf<Rule>;
 
   std::vector<Tensor> expected = initial;
   for (Tensor& t : expected)
@@ -183,7 +189,7 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
     backend.run(info, {kNoOptions, options, kNoOptions}, tensors, 2, variant);
     for (size_t i = 0; i < tensors.size(); ++i) {
       const Tensor &t = tensors[i], &e = expected[i];
-      CHECK(t.step == e.step && t.step64 == e.step64, show(options, info, t, variant));
+      CHECK(t.step == e.step && t.step64 == e.step64 && t.running == e.running, show(options, info, t, variant));
       for (int k = 0; k < kOperands; ++k)
         CHECK(t.operands[k].bytes == e.operands[k].bytes, show(options, info, t, variant, k));
     }

@@ -47,7 +47,8 @@ static void test_far_tiles() {
         }
         const bool in_double = dtypes[kParam] == k64;
         alignas(16) unsigned char scalars[kScalarsBytes];
-        info.make_scalars(options, 1, in_double, scalars);
+        std::array<double, kMaxRunning> running{1, 1};
+        info.make_scalars(options, 1, running.data(), in_double, scalars);
         norms[far] = kernels.spans[0][in_double](row, kGrad, start / (kTile * kSpan));
         kernels.tiles[info.index][row.used][in_double](scalars, row, start / kTile, start / kTile + 2);
         Control control;
