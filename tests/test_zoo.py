@@ -83,7 +83,10 @@ def test_report_says_seeds_edges_differences_and_what_is_missing() -> None:
     text = zoo_report.markdown([absent, best], {"device": "a", "date": "b", "commit": "c", "versions": {"torch": "d"}})
     assert "| Adam | 0.3 | 1.9999 | 2.0000 | 0.005 % |" in text.splitlines()
     assert text.index("| Adam") < text.index("| Lion") and "Not run: Lion on GPT." in text
-    assert "no seed's loss is further from torch's than 0.005 %" in text
+    assert "no seed's loss is further than 0.005 % from torch's." in text
+    other = zoo_report.Row("GPT", "SGD", 0.1, values={zoo.OURS: {0: 2.2}, "torch": {0: 2.0}})
+    text = zoo_report.markdown([other, best], {"device": "a", "date": "b", "commit": "c", "versions": {"torch": "d"}})
+    assert "no seed's loss is further than 0.005 % from torch's, but SGD by 10 %." in text
 
 
 def test_the_page_has_the_markers() -> None:

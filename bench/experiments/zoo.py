@@ -8,6 +8,7 @@ zoo_report.py has the tables. A new optimizer adds a line to ``MIDDLE``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import inspect
@@ -17,7 +18,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -37,17 +38,17 @@ from .zoo_report import BEGIN, GPT, ROSENBROCK, TORCH, Record, Row, Run, markdow
 # Of each class, a good learning rate on Rosenbrock's function and on the GPT: those around it are tried too. None: the
 # task is not for it.
 MIDDLE: dict[str, tuple[float | None, float | None]] = {
-    "Adadelta": (1.0, 3.0),
-    "Adagrad": (3.0, 0.03),
+    "Adadelta": (1.0, 1.0),
+    "Adagrad": (3.0, 0.01),
     "Adam": (1.0, 3e-3),
     "AdamW": (1.0, 3e-3),
     "Adamax": (10.0, 1e-2),
     "AdEMAMix": (1.0, 3e-3),
-    "Lion": (0.01, 3e-4),
-    "RAdam": (0.3, 3e-3),
+    "Lion": (0.01, 1e-3),
+    "RAdam": (0.3, 0.01),
     "RMSprop": (0.03, 1e-3),
-    "Rprop": (0.1, 1e-3),
-    "SGD": (3e-3, 0.3),
+    "Rprop": (0.1, 0.03),
+    "SGD": (3e-3, 0.1),
 }
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # beside the defaults
 STEPS = dict.fromkeys(ROSENBROCK, 2000) | {GPT: 500}
@@ -153,12 +154,18 @@ def save(path: Path, records: list[Record], command: str) -> None:
     whole.replace(path)
 
 
-def in_processes(jobs: int) -> Callable[..., Iterable[list[Record]]]:
+@contextlib.contextmanager
+def in_processes(jobs: int) -> Iterator[Callable[..., Iterable[list[Record]]]]:
     """``map``, in so many processes of one thread each."""
     if jobs == 1:
-        return map
+        yield map
+        return
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)).map
+    executor = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield executor.map
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -182,11 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     try:
         tasks, names = zip(*rows, strict=True)
         given = (tasks, names, [args.seeds] * len(rows), [steps[task] for task in tasks], [list(records)] * len(rows))
-        for (task, name), new in zip(rows, in_processes(args.jobs)(missing, *given), strict=True):
-            if new:
-                records += new
-                save(args.json, records, shlex.join(["python", "-m", "bench.experiments.zoo", *arguments]))
-            console.print(f"{task}, {name}: {len(new)} runs, {sum(record.seconds for record in new):.0f} s")
+        with in_processes(args.jobs) as mapped:
+            for (task, name), new in zip(rows, mapped(missing, *given), strict=True):
+                if new:
+                    records += new
+                    save(args.json, records, shlex.join(["python", "-m", "bench.experiments.zoo", *arguments]))
+                console.print(f"{task}, {name}: {len(new)} runs, {sum(record.seconds for record in new):.0f} s")
     finally:
         torch.set_num_threads(threads)
     reported = [row(task, name, steps[task], records) for task, name in rows]
