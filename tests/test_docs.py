@@ -55,7 +55,7 @@ def options(text: str) -> dict[str, Any]:
 
 def stepped(name: str, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state of a parameter after two steps."""
-    p = torch.nn.Parameter(torch.ones(1 << 14))
+    p = torch.nn.Parameter(torch.ones(64, 256))
     opt = getattr(optim, name)([p], state_dtype=dtype, **given)
     for _ in range(2):
         p.grad = torch.ones_like(p)
@@ -65,7 +65,7 @@ def stepped(name: str, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, t
 
 def bytes_of(state: dict[str, torch.Tensor]) -> str:
     """Of an element, without ``step``."""
-    return f"{sum(t.nbytes for name, t in state.items() if name != 'step') / (1 << 14):.3g}"
+    return f"{sum(t.nbytes for name, t in state.items() if name != 'step') / (64 * 256):.3g}"
 
 
 def formula(text: str) -> list[str]:
