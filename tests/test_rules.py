@@ -13,14 +13,16 @@ from genopt_ext import optim
 from genopt_ext.reference.math import exponential, logarithm
 
 
-def test_rprop_knows_the_sign_of_gradients_whose_product_underflows(backend):
-    """torch takes the sign of g * prev, which is 0 for gradients below 1e-23 in float32."""
-    p = torch.nn.Parameter(torch.zeros(300))
-    opt = optim.Rprop([p], lr=0.01, backend=backend)
-    stepped(opt, 1e-30, 1e-30)
-    torch.testing.assert_close(opt.state[p]["step_size"], torch.full((300,), 0.012))
-    stepped(opt, -1e-30)
-    torch.testing.assert_close(opt.state[p]["step_size"], torch.full((300,), 0.006))
+def test_rprop_takes_the_sign_of_a_product_as_torch_does(backend):
+    """Which underflows where both gradients are below 1e-23 in float32: their step sizes stay as they are."""
+    ends = []
+    for make in (torch.optim.Rprop, lambda params: optim.Rprop(params, backend=backend)):
+        p = torch.nn.Parameter(torch.zeros(300))
+        opt = make([p])
+        stepped(opt, 1e-30, 1e-30, -1e-30, 1e-10, -1e-10)
+        ends.append(opt.state[p]["step_size"])
+    torch.testing.assert_close(*ends)
+    assert (ends[0] == 0.005).all()
 
 
 def test_rprop_passes_over_nan_as_torch_does(backend):

@@ -1,12 +1,12 @@
 // Rprop (Riedmiller and Braun, 1993), in torch.optim.Rprop's formulation. With p parameter, g gradient, q the last one,
 // s how far each element moves:
 //
-//   s <- clamp(s * (etaplus where g and q have one sign, etaminus where they differ, 1 where either is 0), least, most)
-//   g <- 0 where the signs differ
+//   s <- clamp(s * (etaplus where g q > 0, etaminus where g q < 0, else 1), least, most)
+//   g <- 0 where g q < 0
 //   p <- p - sign(g) s
 //   q <- g
 //
-// Signs are compared, where torch takes that of g q, which underflows. NaN counts as 0, as torch's sign has it.
+// g q underflows where both are small, which counts as 0. So does NaN, as torch's sign has it.
 #pragma once
 
 #include "rule.h"
@@ -48,7 +48,7 @@ struct Rprop {
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V& q, V& s, V&) const {
-      const V agreement = sign_of(g) * sign_of(q);
+      const V agreement = g * q;
       s = s * choose(agreement > V(0), V(etaplus), choose(agreement < V(0), V(etaminus), V(1)));
       s = larger(V(least), smaller(V(most), s));
       g = choose(agreement < V(0), V(0), g);

@@ -260,7 +260,7 @@ def rprop(
     """Rprop: ``csrc/rules/rprop.h``."""
     if maximize:
         g = -g
-    agreement = g.sign() * state["prev"].sign()
+    agreement = g * state["prev"]
     factor = torch.where(agreement > 0, rounded(etaplus, p), torch.ones_like(p))
     factor = torch.where(agreement < 0, rounded(etaminus, p), factor)
     least, most = (
