@@ -193,7 +193,7 @@ def cases(scale: float, memory: float) -> list[Case]:
         Case(f"Adagrad {m}", "Adagrad", large, main=True),
         *(
             Case(f"{name} {m}", name, large)
-            for name in ("Adadelta", "Adamax", "RAdam", "Rprop", "NAdam", "ASGD", "AdEMAMix")
+            for name in ("Adadelta", "Adamax", "RAdam", "Rprop", "NAdam", "ASGD", "AdEMAMix", "ADOPT", "Adan")
         ),
         Case(f"AdamW {gpt2_name}", "AdamW", gpt2, main=True),
         Case(f"AdamW Llama 1B{_fraction(share)}", "AdamW", shrunk(llama, share), main=True),

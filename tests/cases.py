@@ -114,6 +114,11 @@ CASES = [
     Case("NAdam", dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case("ASGD"),
     Case("ASGD", dict(lr=0.1, lambd=0.1, alpha=0.5, t0=2, weight_decay=0.1, maximize=True), stateful=True),
+    Case("ADOPT", dict(lr=0.01, weight_decay=0.1), stateful=True),
+    Case("ADOPT", dict(lr=0.01, betas=(0.5, 0.9), weight_decay=0.1, decouple=True, clip_exponent=None, maximize=True)),
+    Case("Adan"),
+    Case("Adan", dict(lr=0.01, betas=(0.9, 0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
+    Case("Adan", dict(lr=0.01, weight_decay=0.1, no_prox=True)),
     Case("Lion"),
     Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
 ]

@@ -119,3 +119,84 @@ class AdEMAMix(_Oracle):
         denominator = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
         update = (fast + alpha * state["exp_avg_slow"]) / denominator + group["weight_decay"] * weight
         weight.sub_(lr * update)
+
+
+class ADOPT(_Oracle):
+    """Algorithm 2 of arXiv 2411.02853."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.9, 0.9999),
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        decouple: bool = False,
+        clip_exponent: float | None = 0.25,
+        **flags: Any,
+    ) -> None:
+        own = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decouple=decouple)
+        super().__init__(params, dict(own, clip_exponent=clip_exponent), **flags)
+
+    def begin(self, state: dict[str, Any], group: dict[str, Any], p: Any) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def step_one(self, group: dict[str, Any], weight: Any, g: Any, state: dict[str, Any]) -> None:
+        lr, (beta1, beta2), decay = float(group["lr"]), map(float, group["betas"]), group["weight_decay"]
+        state["step"] += 1
+        if not group["decouple"]:
+            g = g + decay * weight
+        if state["step"] == 1:
+            state["exp_avg_sq"].copy_(g * g)
+            return
+        if group["decouple"]:
+            weight.mul_(1 - lr * decay)
+        normed = g / state["exp_avg_sq"].sqrt().clamp(min=group["eps"])
+        if group["clip_exponent"] is not None:
+            limit = (state["step"].item() - 1) ** group["clip_exponent"]
+            normed = normed.clamp(-limit, limit)
+        state["exp_avg"].mul_(beta1).add_(normed * (1 - beta1))
+        weight.sub_(lr * state["exp_avg"])
+        state["exp_avg_sq"].mul_(beta2).add_(g * g * (1 - beta2))
+
+
+class Adan(_Oracle):
+    """Algorithm 1 of arXiv 2208.06677; ``no_prox``: with AdamW's decay."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        no_prox: bool = False,
+        **flags: Any,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox), **flags)
+
+    def begin(self, state: dict[str, Any], group: dict[str, Any], p: Any) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq", "exp_avg_diff"):
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["neg_pre_grad"] = p.grad.to(p.dtype) * (1 if group["maximize"] else -1)
+
+    def step_one(self, group: dict[str, Any], weight: Any, g: Any, state: dict[str, Any]) -> None:
+        lr, (beta1, beta2, beta3) = float(group["lr"]), map(float, group["betas"])
+        state["step"] += 1
+        t, decay = state["step"].item(), 1 - lr * group["weight_decay"]
+        group["step"] = int(t)
+        difference = g + state["neg_pre_grad"]
+        ahead = g + beta2 * difference
+        state["exp_avg"].mul_(beta1).add_(g * (1 - beta1))
+        state["exp_avg_diff"].mul_(beta2).add_(difference * (1 - beta2))
+        state["exp_avg_sq"].mul_(beta3).add_(ahead * ahead * (1 - beta3))
+        state["neg_pre_grad"].copy_(-g)
+        m, d = state["exp_avg"] / (1 - beta1**t), state["exp_avg_diff"] / (1 - beta2**t)
+        update = lr * (m + beta2 * d) / ((state["exp_avg_sq"] / (1 - beta3**t)).sqrt() + group["eps"])
+        if group["no_prox"]:
+            weight.mul_(decay).sub_(update)
+        else:
+            weight.sub_(update).div_(1 + lr * group["weight_decay"])

@@ -87,7 +87,8 @@ def test_kernels_equal_reference(case, storage, dtype):
         old = [p.detach().clone() for p in params]
         (take if step % 2 else walk)(opt, params, step)
         # lr * update may be below one rounding of a 16-bit parameter; elsewhere every element moves.
-        if step == 0 and dtype in (torch.float32, torch.complex64):
+        begins = 1 if case.name == "ADOPT" else 0  # whose first step only measures
+        if step == begins and dtype in (torch.float32, torch.complex64):
             assert all((p.detach() != before).all() for p, before in zip(params, old, strict=True)), case
 
     for opt in run_both(case, lambda: parameters(shapes, dtype), storage.options, steps=5, act=act):

@@ -79,3 +79,29 @@ def test_logarithm_and_exponential(x):
     """Ours, as maths libraries differ in their last bits: some units in the last place."""
     assert exponential(x) == pytest.approx(math.exp(x), rel=1e-15)
     assert logarithm(math.exp(x)) == pytest.approx(math.log(math.exp(x)), rel=1e-15, abs=1e-16)
+
+
+def test_adopt_measures_at_its_first_step(backend):
+    p = torch.nn.Parameter(torch.ones(300))
+    opt = optim.ADOPT([p], lr=0.1, weight_decay=0.5, decouple=True, backend=backend)
+    stepped(opt, 2.0)
+    assert (p == 1).all() and (opt.state[p]["exp_avg"] == 0).all() and (opt.state[p]["exp_avg_sq"] == 4).all()
+    stepped(opt, 100.0)  # 50 times as large as the gradients before: limited to 1^0.25
+    torch.testing.assert_close(p.detach(), torch.full((300,), 1 - 0.1 * 0.5 - 0.1 * 0.1))
+
+
+def test_adan_reads_and_writes_its_authors_checkpoints(backend):
+    """They count steps in groups."""
+    params = [torch.nn.Parameter(torch.ones(300)) for _ in range(2)]
+    opt = optim.Adan(params, ema_decay=0.9, backend=backend)
+    for p in params[:1] * 3:
+        p.grad = torch.full_like(p, 0.3)
+        opt.step()
+    saved = opt.state_dict()
+    assert saved["param_groups"][0]["step"] == 3 and "step" not in opt.param_groups[0]
+    del saved["state"][0]["step"]
+    other = optim.Adan([p.detach().clone().requires_grad_() for p in params], ema_decay=0.9, backend=backend)
+    other.load_state_dict(saved)
+    assert other.state[other.param_groups[0]["params"][0]]["step"] == 3
+    assert list(other.state[other.param_groups[0]["params"][1]]) == ["ema"]
+    assert "step" not in other.param_groups[0]

@@ -405,7 +405,8 @@ def test_a_model_that_changes_its_dtype(case, options, change):
         for p, o in zip(params, old, strict=True):
             assert p.isfinite().all() and p.dtype == o.dtype
             assert options.get("ema_decay") is None or opt.state[p]["ema"].isfinite().all()
-            assert case.name == "SGD" or p.dtype == after or (p != o).any(), (case, options, change)
+            stays = case.name == "SGD" or (case.name == "ADOPT" and step == 0)
+            assert stays or p.dtype == after or (p != o).any(), (case, options, change)
 
     def close(a, b, what):
         torch.testing.assert_close(places(a), places(b))

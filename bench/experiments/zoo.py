@@ -45,6 +45,8 @@ MIDDLE: dict[str, tuple[float | None, float | None]] = {
     "Adamax": (10.0, 1e-2),
     "AdEMAMix": (1.0, 3e-3),
     "Lion": (0.01, 1e-3),
+    "ADOPT": (3.0, 3e-3),
+    "Adan": (0.1, 3e-3),
     "ASGD": (3e-3, 0.3),
     "NAdam": (0.1, 3e-3),
     "RAdam": (0.3, 0.01),

@@ -23,6 +23,8 @@ _RADAM = "rule=radam options=1e-3,0.9,0.999,1e-8,0.01,0,1"
 _RPROP = "rule=rprop options=0.5,1.2,1e-6,50,0"
 _NADAM = "rule=nadam options=2e-3,0.9,0.999,1e-8,0.01,4e-3,0,1"
 _ASGD = "rule=asgd options=1e-2,1e-4,0.75,100,0.01,0"
+_ADOPT = "rule=adopt options=1e-3,0.9,0.9999,1e-6,0.01,1,0.25,0"
+_ADAN = "rule=adan options=1e-3,0.98,0.92,0.99,1e-8,0.01,0,0"
 _ADEMAMIX = "rule=ademamix options=1e-3,0.9,0.999,0.9999,2,2000,2000,1e-8,0.01,0"
 _HALVES = "weights=bfloat16 gradient=bfloat16"
 
@@ -49,6 +51,9 @@ SIGNATURES = {
     "Adamax fp32": f"kind=step {_ADAMAX}",
     "NAdam fp32": f"kind=step {_NADAM}",
     "ASGD fp32": f"kind=step {_ASGD}",
+    "ADOPT fp32": f"kind=step {_ADOPT}",
+    "Adan fp32": f"kind=step {_ADAN}",
+    "Adan fp32, int8 state": f"kind=step {_ADAN} states=int8",
     "Adadelta fp32": f"kind=step {_ADADELTA}",
     "RAdam fp32": f"kind=step {_RADAM}",
     "Rprop fp32": f"kind=step {_RPROP}",

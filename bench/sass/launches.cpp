@@ -181,7 +181,7 @@ struct Step {
     if (extra != "none") row.used |= kWithExtra;
     row.extra = extra == "master" ? Extra::kMaster : extra == "none" ? Extra::kNone : Extra::kCompensation;
     for (const std::string& which : given.list("unbiased"))
-      row.unbiased |= which == "weights" ? 1u << kParam : (row.used & 7u) << kState;
+      row.unbiased |= which == "weights" ? 1u << kParam : (row.used & 15u) << kState;
     fill_operands(row, given, suffix, random);
     row.step = memory.allocate("step" + suffix, sizeof(float));
     *static_cast<float*>(row.step) = 999;
@@ -193,7 +193,8 @@ struct Step {
   }
 
   void fill_operands(Row& row, const Case& given, const std::string& suffix, Random& random) {
-    static const std::string kNames[] = {"weights", "gradient", "state 0", "state 1", "state 2", "average", "extra"};
+    static const std::string kNames[] = {"weights", "gradient", "state 0", "state 1",
+                                         "state 2", "state 3",  "average", "extra"};
     for (int k = 0; k < kOperands; ++k) {
       const bool is_state = k >= kState && k < kAverage;
       const bool square = is_state && plan.rule.squares >> (k - kState) & 1;

@@ -20,11 +20,11 @@ __device__ void with_block_of(int i, float scale, Visit visit) {
 
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
 // computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
-// registers let five.
+// registers let five, with four four.
 template <class Rule>
 constexpr int lean_blocks(unsigned used, const Way& way) {
   constexpr bool kFewScalars = sizeof(typename Rule::template Update<float>) <= 9 * sizeof(float);
-  return used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars ? 7 : 6;
+  return used == 0b1111 ? 4 : used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars ? 7 : 6;
 }
 
 // kUsed: a set of the rule's states, as in Rule::Masks.
@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
 #pragma unroll
   for (int j = 0; j < kElements; ++j)
     scalars.update.template apply<kUsed>(values[kParam][j], scalars.around.gradient(values[kGrad][j]),
-                                         values[kState][j], values[kState + 1][j], values[kState + 2][j]);
+                                         values[kState][j], values[kState + 1][j], values[kState + 2][j],
+                                         values[kState + 3][j]);
 
   // To one of the neighbours that a 16-bit dtype has. `bits(i)`: 32 for element i of the tile.
   const auto round = [&](float (&x)[kElements], auto bits) {

@@ -15,7 +15,8 @@ __device__ void apply(const Scalars<Rule, T>& scalars, unsigned used, LaneOperan
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
       scalars.update.template apply<kUsed>(x[kParam].values[j], scalars.around.gradient(x[kGrad].values[j]),
-                                           x[kState].values[j], x[kState + 1].values[j], x[kState + 2].values[j]);
+                                           x[kState].values[j], x[kState + 1].values[j], x[kState + 2].values[j],
+                                           x[kState + 3].values[j]);
   };
   [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
     ((used % kWithAverage == kMasks ? apply_with.template operator()<kMasks>() : void()), ...);
@@ -148,7 +149,7 @@ __device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands
 
 // Of rows that compute in T.
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || std::size(Rule::kStates) > 3 ? 2 : 3)
     update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
   if (warp_here() >= range.tiles) return;
   const auto [r, start] = find_tile(table, range);

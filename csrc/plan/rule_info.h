@@ -22,7 +22,7 @@ constexpr Options kNoOptions = [] {
 }();
 
 // Room for any rule's Scalars.
-constexpr int kScalarsBytes = 128;
+constexpr int kScalarsBytes = 144;
 
 struct RuleInfo {
   const char* name;

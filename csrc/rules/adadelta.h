@@ -47,7 +47,7 @@ struct Adadelta {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& s, V& a, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& s, V& a, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       s = average_square(s, g, lerp);
       const V d = square_root(a + eps) / square_root(s + eps) * g;

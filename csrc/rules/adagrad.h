@@ -43,7 +43,7 @@ struct Adagrad {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& s, V&, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& s, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       s = s + g * g;
       p = p - rate * (g / (square_root(s) + eps));

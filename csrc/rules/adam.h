@@ -55,7 +55,7 @@ struct Adam {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& m, V& v, V& v_max) const {
+    GENOPT_INLINE void apply(V& p, V g, V& m, V& v, V& v_max, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);

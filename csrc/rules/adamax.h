@@ -48,7 +48,7 @@ struct Adamax {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& m, V& u, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& m, V& u, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       m = m_lerp(m, g);
       u = maximum(beta2 * u, absolute(g) + eps);

@@ -72,7 +72,7 @@ struct AdEMAMix {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& m1, V& m2, V& v) const {
+    GENOPT_INLINE void apply(V& p, V g, V& m1, V& m2, V& v, auto&...) const {
       if constexpr ((kUsed & kFast) != 0) m1 = fast_lerp(m1, g);
       m2 = slow_lerp(m2, g);
       v = average_square(v, g, v_lerp);

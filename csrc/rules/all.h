@@ -7,7 +7,9 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
+#include "adan.h"
 #include "ademamix.h"
+#include "adopt.h"
 #include "around.h"
 #include "asgd.h"
 #include "lion.h"
@@ -20,11 +22,11 @@
 
 namespace genopt {
 
-using Rules =
-    std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, NAdam, Asgd, Transfer>;
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, NAdam, Asgd,
+                         Adopt, Adan, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
-constexpr int kMaxStates = 3;
+constexpr int kMaxStates = 4;
 
 // Calls visit.template operator()<Rule, index>() for every rule.
 template <class Visit, int kIndex = 0>

@@ -53,7 +53,7 @@ struct Asgd {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& a, V&, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& a, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       const V u = eta * g;
       p = p - (is_set(decay) ? decay * p + u : u);

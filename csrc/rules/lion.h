@@ -45,7 +45,7 @@ struct Lion {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& m, V&, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& m, auto&...) const {
       const V u = u_lerp(m, g);
       V step = choose(u > V(0), V(rate), choose(u < V(0), V(-rate), u));
       step = is_set(decay) ? decay * p + step : step;

@@ -64,7 +64,7 @@ struct NAdam {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& m, V& v, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& m, V& v, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);

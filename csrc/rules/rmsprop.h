@@ -53,7 +53,7 @@ struct RMSprop {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& s, V& b, V& c) const {
+    GENOPT_INLINE void apply(V& p, V g, V& s, V& b, V& c, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       s = average_square(s, g, lerp);
       V variance = s;

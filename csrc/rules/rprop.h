@@ -47,7 +47,7 @@ struct Rprop {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& q, V& s, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& q, V& s, auto&...) const {
       const V agreement = g * q;
       s = s * choose(agreement > V(0), V(etaplus), choose(agreement < V(0), V(etaminus), V(1)));
       s = larger(V(least), smaller(V(most), s));

@@ -8,7 +8,8 @@
 //   used_states(options)       which of the Masks these options ask for
 //   Update<T>(options, t)      what step t's options come to, derived in double and rounded to T
 //                              with kRunning: Update<T>(options, t, running), which advances them
-//     .apply<kUsed>(p, g, ...)   the element's arithmetic, on T or on several at once, with the states in kUsed
+//     .apply<kUsed>(p, g, ...)   the element's arithmetic, on T or on several at once, with the states in kUsed; of all
+//                              kMaxStates it names its own
 //     .sign                      -1 to maximize: Around applies it
 #pragma once
 

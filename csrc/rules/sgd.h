@@ -51,7 +51,7 @@ struct Sgd {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V& buffer, V&, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, V& buffer, auto&...) const {
       g = is_set(l2) ? multiply_add(V(l2), p, g) : g;
       if constexpr (kUsed == kWithMomentum) {
         buffer = choose(is_unset(buffer), g, momentum(buffer, g_weight * g)) + T(0);

@@ -40,7 +40,7 @@ struct Transfer {
     }
 
     template <unsigned kUsed, class V>
-    GENOPT_INLINE void apply(V& p, V g, V&, V&, V&) const {
+    GENOPT_INLINE void apply(V& p, V g, auto&...) const {
       p = is_set(add) ? p + g : g;
     }
   };

@@ -16,8 +16,12 @@ from .adam import AdamW as AdamW
 from .adam import AdamW8bit as AdamW8bit
 from .adamax import Adamax as Adamax
 from .adamax import Adamax8bit as Adamax8bit
+from .adan import Adan as Adan
+from .adan import Adan8bit as Adan8bit
 from .ademamix import AdEMAMix as AdEMAMix
 from .ademamix import AdEMAMix8bit as AdEMAMix8bit
+from .adopt import ADOPT as ADOPT
+from .adopt import ADOPT8bit as ADOPT8bit
 from .asgd import ASGD as ASGD
 from .asgd import ASGD8bit as ASGD8bit
 from .lion import Lion as Lion

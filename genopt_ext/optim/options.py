@@ -86,11 +86,13 @@ FLAGS = (
     "amsgrad",
     "capturable",
     "centered",
+    "decouple",
     "decoupled_weight_decay",
     "differentiable",
     "master_weights",
     "maximize",
     "nesterov",
+    "no_prox",
     "skip_nonfinite",
 )
 

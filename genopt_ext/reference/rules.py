@@ -7,6 +7,7 @@ function writes the new states into ``state`` and returns the new parameter. Its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -376,6 +377,73 @@ def asgd(
     return p
 
 
+def adopt(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    weight_decay: Number,
+    decouple: bool,
+    clip_exponent: Number | None,
+    maximize: bool,
+) -> Tensor:
+    """ADOPT: ``csrc/rules/adopt.h``."""
+
+    def by_step(first: Number, later: Callable[[], Number]) -> Number:
+        if isinstance(t, Tensor):
+            return torch.where(t <= 1.0, first, later())
+        return first if t <= 1.0 else later()
+
+    limit = by_step(0.0, lambda: math.inf if clip_exponent is None else exponential(clip_exponent * logarithm(t - 1.0)))
+    limit = torch.as_tensor(rounded(limit, p), dtype=p.dtype, device=p.device)
+    g = with_penalty(g, p, rounded(0.0 if decouple else weight_decay, p), maximize)
+    v = state["exp_avg_sq"]
+    n = g / torch.maximum(sqrt(v), torch.as_tensor(rounded(eps, p), dtype=p.dtype, device=p.device))
+    m = state["exp_avg"] = lerp(state["exp_avg"], n.clamp(-limit, limit), rounded(1.0 - beta1, p))
+    state["exp_avg_sq"] = average_square(v, g, rounded(by_step(1.0, lambda: 1.0 - beta2), p))
+    return less(p, m * rounded(lr, p), rounded(by_step(0.0, lambda: lr * weight_decay if decouple else 0.0), p))
+
+
+def adan(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    beta3: Number,
+    eps: Number,
+    weight_decay: Number,
+    no_prox: bool,
+    maximize: bool,
+) -> Tensor:
+    """Adan: ``csrc/rules/adan.h``."""
+    correction, decay = root(1.0 - power(beta3, t)), lr * weight_decay
+    of_average = rounded(lr * correction / (1.0 - power(beta1, t)), p)
+    of_differences = rounded(lr * beta2 * correction / (1.0 - power(beta2, t)), p)
+    decay = rounded(decay if no_prox else decay / (1.0 + decay), p)
+    if maximize:
+        g = -g
+    last = state["neg_pre_grad"]
+    difference = torch.where(is_unset(last), 0.0, g + last)
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    d = state["exp_avg_diff"] = lerp(state["exp_avg_diff"], difference, rounded(1.0 - beta2, p))
+    ahead = g + difference * rounded(beta2, p)
+    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], ahead, rounded(1.0 - beta3, p))
+    u = (m * of_average + d * of_differences) / (sqrt(v) + rounded(eps * correction, p))
+    state["neg_pre_grad"] = 0.0 - g
+    if may_count(decay):
+        u = (p if no_prox else p - u) * decay + u
+    return p - u
+
+
 def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], end: Number) -> Number:
     """``at(t / steps)`` for the first ``steps``, ``end`` after them or without."""
     if steps is None:
@@ -387,5 +455,5 @@ def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], e
 
 RULES: dict[str, Callable[..., Tensor]] = {
     rule.__name__: rule
-    for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop, ademamix, nadam, asgd)
+    for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop, ademamix, nadam, asgd, adopt, adan)
 }

@@ -115,6 +115,7 @@ struct Tensor {
     std::array<double, kMaxRunning> now{running[0], running[1]};
     const Scalars<Rule, T> scalars(options.data(), count, now.data());
     for (int i = 0; i < kRunningOf<Rule>; ++i) running[i] = static_cast<float>(now[i]);
+    const bool only_measures = std::is_same_v<Rule, Adopt> && count == 1;
     int64_t still = 0;
     for (int64_t i = 0; i < numel; ++i) {
       T x[kOperands] = {};
@@ -125,10 +126,10 @@ struct Tensor {
       }
       const T before = x[kParam], g = x[kGrad];
       scalars.update.template apply<kUsed % kWithAverage>(x[kParam], scalars.around.gradient(g), x[kState],
-                                                          x[kState + 1], x[kState + 2]);
+                                                          x[kState + 1], x[kState + 2], x[kState + 3]);
       for (int k = 0; k < kOperands; ++k)
         if (k != kGrad && !operands[k].bytes.empty()) operands[k].set(at[k], x[k]);
-      still += g != 0 && operands[kParam].template get<T>(at[kParam]) == before;
+      still += !only_measures && g != 0 && operands[kParam].template get<T>(at[kParam]) == before;
     }
     return still;
   }
@@ -199,7 +200,8 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
 
 // Such that every element moves by more than one rounding of its dtype.
 inline double value_of(const OptionName& option, bool on) {
-  static const std::string kFlags[] = {"amsgrad", "maximize", "decoupled_weight_decay", "nesterov", "centered"};
+  static const std::string kFlags[] = {"amsgrad",  "maximize", "decoupled_weight_decay", "decouple", "nesterov",
+                                       "centered", "no_prox"};
   const std::string key = option.key;
   if (std::find(std::begin(kFlags), std::end(kFlags), key) != std::end(kFlags)) return on;
   if (key == "lr") return 0.25;
@@ -223,7 +225,8 @@ void test_states(const TestedBackend& backend) {
       const bool on = bits >> i & 1;
       options[i] = value_of(Rule::kOptions[i].name, on);
       if (Rule::kOptions[i].name.key == std::string("maximize") && on) sign = -1;
-      if (std::is_same_v<Rule, Adadelta> && Rule::kOptions[i].name.key == std::string("eps")) options[i] = 0.25;
+      constexpr bool kDividesByEps = std::is_same_v<Rule, Adadelta> || std::is_same_v<Rule, Adopt>;  // at first
+      if (kDividesByEps && Rule::kOptions[i].name.key == std::string("eps")) options[i] = 0.25;
     }
     if (backend.few ? tested == 0 : bits % every == 0 || bits + 1 == 1u << count)
       tested += test<Rule, kUsed>(backend, options, sign, bits % 2);
