@@ -10,6 +10,8 @@
 #include "ademamix.h"
 #include "around.h"
 #include "lion.h"
+#include "muon_momentum.h"
+#include "muon_update.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "rprop.h"
@@ -18,7 +20,8 @@
 
 namespace genopt {
 
-using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, Transfer>;
+using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, MuonMomentum,
+                         MuonUpdate, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 3;

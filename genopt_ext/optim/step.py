@@ -21,10 +21,11 @@ def places_of(groups: list[Group]) -> list[Place]:
 
 
 def describe(groups: list[Group], place: Place) -> str:
-    """The parameter's name in a message."""
+    """The parameter's name in a message. ``listed_as``: of groups made for a step, where their parameters stand."""
     i, k, p = place
     names = groups[i].get("param_names")
     name = f"'{names[k]}', " if names else ""
+    i, k = groups[i]["listed_as"][k] if "listed_as" in groups[i] else (i, k)
     return f"group {i} parameter {k} ({name}shape {list(p.shape)})"
 
 
@@ -39,6 +40,7 @@ class Inputs:
         checks: whether they skip it, as a GradScaler asks.
         grad_scale, found_inf: a GradScaler's, numbers or 1-element tensors.
         gradients: what the step leaves in gradients, see ``gradients.py``; None: it does not write them.
+        group_scales: factors of the groups' gradients, where norms were measured and decided on before: float64.
     """
 
     sums: Mapping[Tensor, Tensor] | None = None
@@ -49,6 +51,7 @@ class Inputs:
     grad_scale: Any = None
     found_inf: Any = None
     gradients: str | None = None
+    group_scales: Tensor | None = None
 
 
 NOTHING_ELSE = Inputs()
