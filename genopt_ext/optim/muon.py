@@ -212,7 +212,8 @@ class Muon(FusedOptimizer, torch.optim.Muon):
             parts[asked or "muon"] = [], []
         splits = len(parts) > 1
         groups = []
-        for algorithm, (own, routes) in sorted(parts.items(), reverse=True):  # Muon's first, as torch's checkpoints have
+        # Muon's first, as torch's checkpoints have them.
+        for algorithm, (own, routes) in sorted(parts.items(), reverse=True):
             group = {**given, "params": own, "algorithm": algorithm, "routes": routes}
             others = ("betas", *_FLAGS_OF_ADAMW) if algorithm == "muon" else _OF_MUON
             if foreign := [name for name in others if name in given]:

@@ -83,7 +83,7 @@ def check(where: str, group: Group) -> None:
             f"{where}: Adjust learning rate function {scaling} is not supported; it must be 'original', "
             "'match_rms_adamw' or None"
         )
-    given = group.get("ns_coefficients")
+    given: Any = group.get("ns_coefficients")
     if given != "polar_express":
         triple = isinstance(given, (tuple, list)) and len(given) == 3
         if not (triple and all(isinstance(x, (int, float)) and math.isfinite(x) for x in given)):
@@ -144,9 +144,7 @@ class MuonStepper(Stepper):
             each.backend = self.backend
         for i in range(len(groups)):
             self.check_group(groups, i)
-        of_adamw, of_muon = (
-            [_share(group, self.rule_of(group), rule) for group in groups] for rule in (ADAMW, MUON)
-        )
+        of_adamw, of_muon = ([_share(group, self.rule_of(group), rule) for group in groups] for rule in (ADAMW, MUON))
         seen = dataclasses.replace(
             inputs, max_grad_norm=None, skip_nonfinite=False, checks=False, grad_scale=None, found_inf=None
         )

@@ -28,7 +28,7 @@ class Examined(NamedTuple):
     mendable: Mapping[int, Sequence[Problem]]
 
 
-def examine(stepper: Stepper, refusal: Refusal, step: Step, arguments: Mapping[str, Any]) -> Examined:
+def examine(stepper: Stepper, refusal: Refusal, step: Step, arguments: dict[str, Any]) -> Examined:
     """Raises for what is wrong, and changes no tensor."""
     places, rows = step.places, list(refusal.rows)
     for i in refusal.groups:
