@@ -204,7 +204,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
                     "matrices; give model.named_parameters(), or algorithm='muon' or 'adamw' in every group"
                 )
             where = f"{type(self).__name__}: {'parameter' if name is None else repr(name)} of shape {list(p.shape)}"
-            routing.refuse_misrouted(where, p, route, given)
+            routing.refuse_misrouted(where, p, route, {**self.defaults, **given})
             of_algorithm = parts.setdefault(route.algorithm, ([], []))
             of_algorithm[0].append(item)
             of_algorithm[1].append(route)

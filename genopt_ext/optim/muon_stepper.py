@@ -225,10 +225,10 @@ class MuonStepper(Stepper):
             if matrices[0].group["normuon"]:
                 _normalize_rows(matrices, made, state, inputs.found_inf)
             scale = _scale_of(matrices[0], 0)
-            for each, u in zip(matrices, made.unbind(), strict=True):
+            for each, u in zip(matrices, made.reshape(updates.shape).unbind(), strict=True):
                 p = each.place[2]
                 update.add(each, p, shape_scale=scale)
-                sums[p] = u.view(p.shape)
+                sums[p] = u
                 rows[p] = _of_update(each.group, p, state[p])
         self.update.step(update.groups, rows, Inputs(sums=sums, micro_batches=1, found_inf=inputs.found_inf))
 
@@ -337,7 +337,7 @@ def _room(count: int, p: Tensor) -> Tensor:
 def _orthogonal(matrices: list[Matrix], updates: Tensor) -> Tensor:
     """The updates ``[parameters, rows, columns]``, each block of rows made orthogonal."""
     group, blocks = matrices[0].group, matrices[0].blocks
-    x = updates.reshape(len(updates), updates.shape[1], -1).to(torch.bfloat16)
+    x = updates.flatten(2).to(torch.bfloat16)
     if x.numel() == 0:
         return x
     coefficients = coefficients_of(group["ns_coefficients"], group["ns_steps"])
