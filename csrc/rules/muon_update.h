@@ -20,9 +20,8 @@ struct MuonUpdate {
   struct Options {
     double lr, shape_scale, weight_decay;
   };
-  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
-                                                 {{"shape_scale"}, &Options::shape_scale},
-                                                 {{"weight_decay"}, &Options::weight_decay}};
+  static constexpr Option<Options> kOptions[] = {
+      {{"lr"}, &Options::lr}, {{"shape_scale"}, &Options::shape_scale}, {{"weight_decay"}, &Options::weight_decay}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return 0b0;

@@ -367,7 +367,8 @@ def _normalize_rows(matrices: list[Matrix], made: Tensor, state: MutableMapping[
     for each in matrices:
         p = each.place[2]
         if "row_square_avg" not in state[p]:
-            state[p]["row_square_avg"] = torch.zeros(len(p), dtype=torch.float32, device=p.device)
+            with torch.inference_mode(False):
+                state[p]["row_square_avg"] = torch.zeros(len(p), dtype=torch.float32, device=p.device)
         averages.append(state[p]["row_square_avg"])
     squares = torch.linalg.vector_norm(made, dim=2, dtype=torch.float32).square()
     columns = max(made.shape[2], 1)
