@@ -509,6 +509,42 @@ def test_small_updates_of_bfloat16_are_not_lost(options, backend):
     assert error < 5e-4 and ((ends["kept"] != 1).float().mean() > 0.2)
 
 
+def test_storage_chosen_between_steps_is_kept(backend):
+    params = parameters([(16, 24), (16, 24)], torch.bfloat16)
+    opt = muon(params, backend=backend)
+    train(opt, params, 2)
+    opt.param_groups[0]["master_weights"] = True
+    train(opt, params, 1, first=2)
+    masters = [opt.state[p]["master"] for p in params]
+    train(opt, params, 1, first=3)
+    assert all(opt.state[p]["master"] is master for p, master in zip(params, masters, strict=True))
+    opt.param_groups[0]["master_weights"] = False
+    opt.param_groups[0]["state_dtype"] = torch.float32
+    train(opt, params, 1, first=4)
+    assert opt.state[params[0]].keys() == {"momentum_buffer"}
+    assert opt.state[params[0]]["momentum_buffer"].dtype == torch.float32
+
+
+def test_what_changes_between_steps_is_seen(backend):
+    """Parameters that have lost their gradient, changed their memory or their options."""
+    ends = []
+    for again in (False, True):
+        params = parameters([(6, 8), (6, 8), (8, 8)])
+        opt = muon(params, lr=0.1, backend=backend)
+        for step in range(5):
+            set_grads(params, step, lambda i, step=step: (i + step) % 3 == 0)
+            if step == 2:
+                params[2].data = params[2].data.t().contiguous().t()
+                opt.param_groups[0]["nesterov"] = False
+            if step == 3:
+                opt.param_groups[0].update(ns_steps=3, num_heads=2)
+            if again:  # as if there had been no step before
+                opt.__dict__.pop("stepper", None)
+            opt.step()
+        ends.append([p.detach() for p in params])
+    assert_same_bits(*ends)
+
+
 @pytest.mark.parametrize("scaler", [torch.amp.GradScaler, genopt_ext.GradScaler])
 def test_grad_scaler_skips_both(scaler, backend):
     for wrong in range(3):
@@ -633,11 +669,11 @@ def test_schedules_and_two_optimizers(lr, backend):
 
 
 def test_many_matrices_are_stepped_some_at_a_time(monkeypatch, backend):
-    from genopt_ext.optim import muon_stepper
+    from genopt_ext.optim import muon_matrices
 
     ends = []
     for elements in (1 << 24, 100):
-        monkeypatch.setattr(muon_stepper, "ELEMENTS", elements)
+        monkeypatch.setattr(muon_matrices, "ELEMENTS", elements)
         params = copies_of(parameters([(6, 8)] * 5 + [(9, 8)] * 2 + [(5,)]))
         train(muon(params, max_grad_norm=1.0, backend=backend), params)
         ends.append(params)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import functools
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,26 @@ def describe(groups: list[Group], place: Place) -> str:
     name = f"'{names[k]}', " if names else ""
     i, k = groups[i]["listed_as"][k] if "listed_as" in groups[i] else (i, k)
     return f"group {i} parameter {k} ({name}shape {list(p.shape)})"
+
+
+class InOrder(Mapping[Tensor, Tensor]):
+    """Gradients in the order of the groups' parameters: most steps need to look up none of them."""
+
+    def __init__(self, groups: list[Group], listed: list[Tensor]) -> None:
+        self.groups, self.listed = groups, listed
+
+    @functools.cached_property
+    def _by_parameter(self) -> dict[Tensor, Tensor]:
+        return dict(zip((p for _, _, p in places_of(self.groups)), self.listed, strict=True))
+
+    def __getitem__(self, p: Tensor) -> Tensor:
+        return self._by_parameter[p]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._by_parameter)
+
+    def __len__(self) -> int:
+        return len(self.listed)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from .options import NORM_CLIPS, clips_alone
 from .problems import Problem
 from .refusals import Pairs
 from .rule import Group, Rule
-from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
+from .step import NOTHING_ELSE, InOrder, Inputs, Place, Step, describe, places_of
 
 
 class Refusal(NamedTuple):
@@ -189,7 +189,11 @@ class Stepper:
         """Keyword arguments of the native ``step()``. ``device``: where results are; None: with the parameters."""
         arguments: dict[str, Any] = {}
         if inputs.sums is not None:
-            sums = [inputs.sums.get(p) for group in groups for p in group["params"]]
+            given = inputs.sums
+            if isinstance(given, InOrder):
+                sums: list[Tensor | None] = [*given.listed]
+            else:
+                sums = [given.get(p) for group in groups for p in group["params"]]
             arguments.update(grads=sums, scale=1.0 / inputs.micro_batches)
         if inputs.max_grad_norm is not None:
             arguments.update(max_norm=inputs.max_grad_norm)
