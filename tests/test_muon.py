@@ -119,10 +119,10 @@ def test_polar_express_coefficients_are_the_best_ones():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_product_for_all_and_one_for_each_agree(shape, monkeypatch):
+def test_products_of_all_and_of_each_agree(shape, monkeypatch):
     x = randn((3, *shape), 0).bfloat16()
     batched = orthogonalized(x.clone(), coefficients_of(NS, 5), 1e-7)
-    monkeypatch.setattr(orthogonal, "BATCHED_SIDE", 0)
+    monkeypatch.setattr(orthogonal, "AT_ONCE", 0)
     each = orthogonalized(x.clone(), coefficients_of(NS, 5), 1e-7)
     torch.testing.assert_close(batched, each, rtol=0, atol=ROUNDING)
 

@@ -29,8 +29,9 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 
-# Up to here a batched product beats one for each matrix, measured on an AMD Zen 4 with 2 threads and AVX-512 bfloat16.
-BATCHED_SIDE = 128
+# Elements that one batched product takes on a CPU: more leave its caches. Measured on an AMD Zen 4 with 2 threads, from
+# 32 x 32 on (bench/NOTES.md). A GPU takes all.
+AT_ONCE = 1 << 19
 
 
 def coefficients_of(given: Any, steps: int) -> Coefficients:
@@ -43,19 +44,19 @@ def coefficients_of(given: Any, steps: int) -> Coefficients:
 
 def orthogonalized(x: Tensor, coefficients: Coefficients, eps: float) -> Tensor:
     """``x``, of shape [matrices, rows, columns] and bfloat16, made orthogonal; its own memory is written to."""
-    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    x.div_(norms.clamp_(min=eps))
-    if min(x.shape[1:]) <= BATCHED_SIDE:
-        return _iterated(x, coefficients, torch.bmm, torch.baddbmm)
-    for each in x:
-        each.copy_(_iterated(each, coefficients, torch.mm, torch.addmm))
+    at_once = max(1, AT_ONCE // max(1, x[0].numel())) if x.is_cpu else len(x)
+    if at_once >= len(x):
+        return _iterated(x, coefficients, eps)
+    for some in x.split(at_once):
+        some.copy_(_iterated(some, coefficients, eps))
     return x
 
 
-def _iterated(x: Tensor, coefficients: Coefficients, product: Any, add_product: Any) -> Tensor:
-    is_tall = x.shape[-2] > x.shape[-1]  # then A is X^T X, the smaller one
+def _iterated(x: Tensor, coefficients: Coefficients, eps: float) -> Tensor:
+    x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=eps))
+    is_tall = x.shape[1] > x.shape[2]  # then A is X^T X, the smaller one
     for a, b, c in coefficients:
-        gram = product(x.mT, x) if is_tall else product(x, x.mT)
-        gram = add_product(gram, gram, gram, beta=b, alpha=c)
-        x = add_product(x, x, gram, beta=a) if is_tall else add_product(x, gram, x, beta=a)
+        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, gram, beta=a) if is_tall else torch.baddbmm(x, gram, x, beta=a)
     return x
