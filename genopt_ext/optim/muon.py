@@ -84,8 +84,8 @@ class Muon(FusedOptimizer, torch.optim.Muon):
     ``row_square_avg`` (float32, one for each row); of AdamW as of :class:`AdamW`. Checkpoints of
     :class:`torch.optim.Muon` load, and ours into it where all parameters are matrices.
 
-    Products are torch's, in bfloat16 whatever the parameters' dtype: the same bits on one device with the same
-    matrices, and not across devices.
+    Products are torch's, in bfloat16 whatever the parameters' dtype, on a CPU in float32 for sides up to 16: the same
+    bits on one device with the same matrices, and not across devices.
 
     Raises:
         TypeError: an argument or a parameter of the wrong type.

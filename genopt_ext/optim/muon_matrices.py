@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference import codecs
 from . import routing
 from . import state as states
-from .orthogonal import Coefficients, coefficients_of, orthogonalized
+from .orthogonal import Coefficients, coefficients_of, dtype_of, orthogonalized
 from .rule import Group
 from .step import Place
 
@@ -62,6 +62,7 @@ class Batch:
     Attributes:
         places: where they stand.
         updates: what is made orthogonal for each: ``[parameters, *shape]``.
+        dtype: of products.
         blocks: the rows of the matrices in each, and ``scales``, theirs.
         coefficients, eps: of the iteration.
         beta2: NorMuon's, or None.
@@ -69,6 +70,7 @@ class Batch:
 
     places: list[Place]
     updates: Tensor
+    dtype: torch.dtype
     blocks: tuple[int, ...]
     scales: list[float]
     coefficients: Coefficients
@@ -81,9 +83,11 @@ class Batch:
         blocks = routing.matrix_blocks(p, group)
         assert blocks is not None
         columns = p.numel() // max(p.shape[0], 1)
+        dtype = dtype_of(min(blocks), columns, p.device)
         return cls(
             places,
-            _room(len(places), p),
+            _room(len(places), p, torch.float64 if p.dtype == torch.float64 else dtype),
+            dtype,
             blocks,
             [shape_scale(group["adjust_lr_fn"], rows, columns) for rows in blocks],
             coefficients_of(group["ns_coefficients"], group["ns_steps"]),
@@ -93,7 +97,7 @@ class Batch:
 
     def orthogonal(self, state: MutableMapping[Tensor, Any], found_inf: Any) -> Sequence[Tensor]:
         """The updates, each block of rows made orthogonal, in the parameters' shape."""
-        x = self.updates.flatten(2).to(torch.bfloat16)
+        x = self.updates.flatten(2).to(self.dtype)
         if x.numel() == 0:
             made = x
         elif len(set(self.blocks)) == 1:
@@ -134,10 +138,9 @@ class Batch:
         torch._foreach_copy_(averages, list(new.unbind()))
 
 
-def _room(count: int, p: Tensor) -> Tensor:
+def _room(count: int, p: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for ``count`` matrices that lie as ``p`` does."""
     order = codecs.order_of(p)
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.bfloat16
     room = torch.empty([count, *(p.shape[d] for d in order)], dtype=dtype, device=p.device)
     return room if order == sorted(order) else room.permute([0, *(order.index(d) + 1 for d in range(p.dim()))])
 

@@ -1,4 +1,4 @@
-"""Matrices of one shape made orthogonal together, by the Newton-Schulz iteration that Muon has in bfloat16.
+"""Matrices of one shape made orthogonal together, by Muon's Newton-Schulz iteration in bfloat16.
 
 An iteration takes X to a X + (b A + c A^2) X, where A = X X^T. The singular vectors stay, and every singular value s
 goes to a s + b s^3 + c s^5, which moves it towards 1. The products are torch's: the same bits on one device with one
@@ -34,6 +34,16 @@ POLAR_EXPRESS = (
 AT_ONCE = 1 << 19
 
 
+# Up to this side, products of float32 take half the time on a CPU that those of bfloat16 do, and are more accurate.
+SMALL_SIDE = 16
+
+
+def dtype_of(rows: int, columns: int, device: torch.device) -> torch.dtype:
+    """In which matrices of that size are multiplied."""
+    is_small = min(rows, columns) <= SMALL_SIDE and device.type == "cpu"
+    return torch.float32 if is_small else torch.bfloat16
+
+
 def coefficients_of(given: Any, steps: int) -> Coefficients:
     """The coefficients of each of ``steps`` iterations, of a triple or ``"polar_express"``."""
     if given != "polar_express":
@@ -43,7 +53,7 @@ def coefficients_of(given: Any, steps: int) -> Coefficients:
 
 
 def orthogonalized(x: Tensor, coefficients: Coefficients, eps: float) -> Tensor:
-    """``x``, of shape [matrices, rows, columns] and bfloat16, made orthogonal; its own memory is written to."""
+    """``x``, of shape [matrices, rows, columns] and :func:`dtype_of`, made orthogonal; its own memory is written to."""
     at_once = max(1, AT_ONCE // max(1, x[0].numel())) if x.is_cpu else len(x)
     if at_once >= len(x):
         return _iterated(x, coefficients, eps)
