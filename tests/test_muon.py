@@ -1,6 +1,8 @@
 """Muon: its numbers against the polar factor and torch's class, what goes where, and what is refused."""
 
+import contextlib
 import copy
+import inspect
 import logging
 import math
 
@@ -25,10 +27,11 @@ from cases import (
     snapshot,
     train,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import genopt_ext
 from genopt_ext import optim
-from genopt_ext.optim import orthogonal, routing
+from genopt_ext.optim import muon_matrices, orthogonal, routing
 from genopt_ext.optim.orthogonal import POLAR_EXPRESS, coefficients_of, orthogonalized
 
 pytestmark = pytest.mark.filterwarnings("ignore:genopt_ext. Muon. without names:UserWarning")
@@ -158,8 +161,6 @@ def test_other_dtypes_are_stepped_as_torch_does(dtype, backend):
 
 
 def test_constructor_has_torchs_arguments():
-    import inspect
-
     own, theirs = (list(inspect.signature(c).parameters.values()) for c in (optim.Muon, torch.optim.Muon))
     assert [(p.name, p.default) for p in own[: len(theirs)]] == [(p.name, p.default) for p in theirs]
     assert all(p.kind is p.KEYWORD_ONLY for p in own[len(theirs) :])
@@ -466,6 +467,21 @@ def test_a_refused_step_changes_nothing(backend):
     refused(opt, "group 0: Invalid momentum", ValueError)
 
 
+def test_what_torch_refuses_is_refused_in_its_words():
+    for wrong, match in (
+        ([[1]], "can only optimize Tensors"),
+        ([], "empty parameter list"),
+        ({1}, "ordered collections|Tensors|order"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            optim.Muon(wrong)
+    (p,) = parameters([(4, 4)])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        opt = muon([p, p])
+    p.grad = torch.ones_like(p)
+    refused(opt, "listed twice")
+
+
 # Around the step
 
 
@@ -668,9 +684,25 @@ def test_schedules_and_two_optimizers(lr, backend):
     assert_same_bits(*ends)
 
 
-def test_many_matrices_are_stepped_some_at_a_time(monkeypatch, backend):
-    from genopt_ext.optim import muon_matrices
+@pytest.mark.parametrize("kind", ["meta", "fake", "compiled", "inference"])
+def test_steps_without_numbers_and_in_other_modes(kind):
+    """On meta, under FakeTensorMode, as one opaque call to Dynamo, and in inference mode and outside of it."""
+    with FakeTensorMode() if kind == "fake" else contextlib.nullcontext():
+        device = "meta" if kind == "meta" else DEVICE
+        params = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((6, 8), (5,))]
+        opt = muon(params, max_grad_norm=1.0, skip_nonfinite=True, normuon=True)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        step = torch.compile(opt.step, backend="eager") if kind == "compiled" else opt.step
+        with torch.inference_mode() if kind == "inference" else contextlib.nullcontext():
+            step()
+        step()
+        assert opt.state[params[0]]["momentum_buffer"].shape == (6, 8)
+        if kind in ("compiled", "inference"):
+            assert (params[0] != 1).all() and opt.state[params[1]]["step"] == 2
 
+
+def test_many_matrices_are_stepped_some_at_a_time(monkeypatch, backend):
     ends = []
     for elements in (1 << 24, 100):
         monkeypatch.setattr(muon_matrices, "ELEMENTS", elements)

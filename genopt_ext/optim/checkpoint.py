@@ -181,6 +181,11 @@ class _Reader:
 
     def complete(self, i: int, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Checks a group's options, of which those that the checkpoint knows nothing of stay as they are."""
+        if "algorithm" in old and new.get("algorithm", old["algorithm"]) != old["algorithm"]:
+            self.refuse(
+                f"group {i} was stepped by {new['algorithm']!r}, and is by {old['algorithm']!r} here",
+                "route its parameters as they were, by algorithm= in groups",
+            )
         clips = clips_alone(new)
         torchs = ("maximize", "foreach", "capturable", "fused", "initial_accumulator_value")
         for name in (*GROUP_OPTIONS, *torchs, *self.optimizer.own_options):

@@ -188,10 +188,12 @@ class Muon(FusedOptimizer, torch.optim.Muon):
     def _routed(self, given: dict[str, Any]) -> list[dict[str, Any]]:
         """A group's parameters by algorithm, each kind as a group."""
         params = given.get("params") if isinstance(given, dict) else None
-        listed = [params] if isinstance(params, Tensor) else list(params) if params is not None else []
-        items = [item if isinstance(item, tuple) else (None, item) for item in listed]
-        if isinstance(params, (set, str)) or not all(len(i) == 2 and isinstance(i[1], Tensor) for i in items):
+        if params is None or isinstance(params, (set, str)):
             return [given]  # torch says what is wrong with it
+        listed = [params] if isinstance(params, Tensor) else list(params)
+        items = [item if isinstance(item, tuple) else (None, item) for item in listed]
+        if not all(len(item) == 2 and isinstance(item[1], Tensor) for item in items):
+            return [{**given, "params": listed}]
         asked = given.get("algorithm")
         if asked is not None and asked not in routing.ALGORITHMS:
             muon_stepper.check(f"{type(self).__name__}: group {len(self.param_groups)}", given)
@@ -241,24 +243,10 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         for k, route in enumerate(routes):
             self._routes[names[k] if names else f"group {i} parameter {k}"] = route
 
-    # Checkpoints and copies
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class, or of torch's where all parameters are matrices.
-
-        Raises:
-            ValueError: as :meth:`FusedOptimizer.load_state_dict`; parameters that were routed otherwise.
-        """
-        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-        for i, (old, new) in enumerate(zip(self.param_groups, groups or (), strict=False)):
-            saved = new.get("algorithm", "muon") if isinstance(new, Mapping) else old["algorithm"]
-            if saved != old["algorithm"]:
-                raise ValueError(
-                    f"{type(self).__name__}.load_state_dict: group {i} was stepped by {saved!r}, and is by "
-                    f"{old['algorithm']!r} here; route its parameters as they were, by algorithm= in groups"
-                )
-        super().load_state_dict(state_dict)
-
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_routes": dict(self._routes), "_defaults_of_adamw": self._defaults_of_adamw, "_is_adamws": None}
+        own = {
+            "_routes": dict(self._routes),
+            "_defaults_of_adamw": self._defaults_of_adamw,
+            "_is_adamws": self._is_adamws,
+        }
         return {**super().__getstate__(), **own}

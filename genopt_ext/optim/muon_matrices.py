@@ -141,7 +141,8 @@ class Batch:
 def _room(count: int, p: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for ``count`` matrices that lie as ``p`` does."""
     order = codecs.order_of(p)
-    room = torch.empty([count, *(p.shape[d] for d in order)], dtype=dtype, device=p.device)
+    with torch.inference_mode(False):  # it is kept for steps outside of it
+        room = torch.empty([count, *(p.shape[d] for d in order)], dtype=dtype, device=p.device)
     return room if order == sorted(order) else room.permute([0, *(order.index(d) + 1 for d in range(p.dim()))])
 
 

@@ -149,6 +149,8 @@ class MuonStepper(Stepper):
             i, _, p = place
             if p.dim() < 2 or tracing.is_subclass(p) or routing.matrix_blocks(p, groups[i]) is None:
                 routing.refuse_no_matrix(f"{self.owner}.step: {describe(groups, place)}", p, groups[i])
+        if len({id(p) for _, _, p in places}) < len(places):
+            raise RuntimeError(f"{self.owner}.step: a parameter is listed twice; list each once")
         together = chunks(groups, places)
         # Of several, the memory of all would be kept.
         self._last = (now, together) if len(together) == 1 else (None, [])
@@ -171,6 +173,8 @@ class MuonStepper(Stepper):
             _, scales, found = apart.decide(
                 step, active, apart_, home, arguments, lambda device: self.results_on(groups, device)
             )
+        if isinstance(found, Tensor) and found.is_meta:
+            found = None  # there is no number to skip by
         return dataclasses.replace(
             inputs, max_grad_norm=None, skip_nonfinite=False, checks=False, found_inf=found, group_scales=scales
         )
