@@ -611,6 +611,40 @@ def test_max_grad_norm_is_clipping_first(bound, backend):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-3 * 2e-2)
 
 
+def test_groups_are_clipped_by_norms_of_their_own(backend):
+    ours, theirs = (parameters([(6, 8), (8, 6), (5,)]) for _ in range(2))
+
+    def made(params, *bounds):
+        of = zip(names(params), bounds, strict=True)
+        return optim.Muon([dict(params=[named], max_grad_norm=bound) for named, bound in of], backend=backend)
+
+    opt, other = made(ours, 0.5, None, 0.25), made(theirs, None, None, None)
+    for step in range(3):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        opt.step()
+        for p, bound in ((theirs[0], 0.5), (theirs[2], 0.25)):
+            torch.nn.utils.clip_grad_norm_([p], bound)
+        other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-3 * 2e-2)
+
+
+def test_scaler_leaves_gradients_unscaled(backend):
+    ours, theirs = parameters([(6, 8), (5,)]), parameters([(6, 8), (5,)])
+    opt, other = muon(ours, backend=backend), muon(theirs, backend=backend)
+    scaler = genopt_ext.GradScaler(DEVICE, init_scale=4.0, unscale_grads=True)
+    scaler.scale(torch.zeros((), device=DEVICE))
+    set_grads(ours, 0)
+    set_grads(theirs, 0)
+    for p in ours:
+        p.grad *= 4
+    scaler.step(opt)
+    other.step()
+    assert_same_bits([p.detach() for p in ours], [q.detach() for q in theirs])
+    assert_same_bits([p.grad for p in ours], [q.grad for q in theirs])
+
+
 def test_accumulate_takes_the_mean(backend):
     ours, theirs = parameters([(6, 8), (5,)]), parameters([(6, 8), (5,)])
     opt, other = muon(ours, backend=backend), muon(theirs, backend=backend)
