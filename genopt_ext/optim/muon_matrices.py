@@ -200,10 +200,10 @@ class Chunk:
             that the second takes.
     """
 
-    def __init__(self, groups: list[Group], batches: list[Batch]) -> None:
-        self.batches = batches
+    def __init__(self, groups: list[Group], batches: list[list[Place]]) -> None:
+        self.batches = [Batch.make(places, groups[places[0][0]]) for places in batches]
         self.momentum, self.update = Made(MOMENTUM_OPTIONS), Made(UPDATE_OPTIONS)
-        for b, batch in enumerate(batches):
+        for b, batch in enumerate(self.batches):
             for r, (place, u) in enumerate(zip(batch.places, batch.updates.unbind(), strict=True)):
                 self.momentum.add(groups, place, u, source=place[2])
                 self.update.add(groups, place, place[2], source=(b, r), shape_scale=batch.scales[0])
@@ -245,22 +245,22 @@ def _counts_twice(group: Group, p: Tensor) -> bool:
     return states.is_stochastic(group, p) and states.state_dtype(group, p) in (torch.int8, torch.bfloat16)
 
 
-def chunks(groups: list[Group], places: list[Place]) -> list[Chunk]:
-    """Parameters of one form and with the same options together, some of them at a time."""
+def split(groups: list[Group], places: list[Place]) -> list[list[list[Place]]]:
+    """Parameters of one form and with the same options together: lists for the batches of each chunk."""
     options = [tuple(str(group.get(name)) for name in PRODUCT_OPTIONS) for group in groups]
     alike: dict[Any, list[Place]] = {}
     for place in places:
         alike.setdefault((form_of(place[2]), options[place[0]]), []).append(place)
-    found: list[list[Batch]] = [[]]
+    found: list[list[list[Place]]] = [[]]
     elements = 0
     for some in alike.values():
         p = some[0][2]
         at_once = max(1, ELEMENTS // max(1, p.numel()))
         for first in range(0, len(some), at_once):
-            batch = Batch.make(some[first : first + at_once], groups[some[0][0]])
-            elements += batch.updates.numel()
-            if found[-1] and (elements > ELEMENTS or found[-1][0].updates.device != p.device):
+            batch = some[first : first + at_once]
+            elements += len(batch) * p.numel()
+            if found[-1] and (elements > ELEMENTS or found[-1][0][0][2].device != p.device):
                 found.append([])
-                elements = batch.updates.numel()
+                elements = len(batch) * p.numel()
             found[-1].append(batch)
-    return [Chunk(groups, batches) for batches in found if batches]
+    return [batches for batches in found if batches]

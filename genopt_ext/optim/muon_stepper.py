@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import clip, tracing
 from . import adam, apart, options, routing
-from .muon_matrices import PRODUCT_OPTIONS, UPDATE_OPTIONS, Chunk, Made, chunks, form_of
+from .muon_matrices import PRODUCT_OPTIONS, UPDATE_OPTIONS, Chunk, Made, form_of, split
 from .options import Range, clips_alone
 from .rule import Group, Rule
 from .step import NOTHING_ELSE, InOrder, Inputs, Place, describe, places_of
@@ -135,7 +135,7 @@ class MuonStepper(Stepper):
             self._step_chunk(chunk, state, inputs)
         self._average(of_muon, state, inputs)
 
-    def _chunks(self, groups: list[Group], inputs: Inputs) -> list[Chunk]:
+    def _chunks(self, groups: list[Group], inputs: Inputs) -> Iterable[Chunk]:
         """Muon's parameters that have a gradient: as at the last step, where only numbers have changed."""
         places = [place for place in places_of(groups) if _gradient(inputs, place[2]) is not None]
         now = (
@@ -151,10 +151,12 @@ class MuonStepper(Stepper):
                 routing.refuse_no_matrix(f"{self.owner}.step: {describe(groups, place)}", p, groups[i])
         if len({id(p) for _, _, p in places}) < len(places):
             raise RuntimeError(f"{self.owner}.step: a parameter is listed twice; list each once")
-        together = chunks(groups, places)
-        # Of several, the memory of all would be kept.
-        self._last = (now, together) if len(together) == 1 else (None, [])
-        return together
+        found = split(groups, places)
+        if len(found) > 1:  # each has its memory when its turn comes
+            self._last = None, []
+            return (Chunk(groups, batches) for batches in found)
+        self._last = now, [Chunk(groups, batches) for batches in found]
+        return self._last[1]
 
     def _decided(self, groups: list[Group], state: Any, inputs: Inputs) -> Inputs:
         """``inputs`` of both algorithms, after norms over all gradients were taken where they are asked for."""
