@@ -54,6 +54,8 @@ StepArguments arguments_of(const py::kwargs& given) {
       control.gradients = gradients_of(value.cast<std::string>());
     } else if (name == "only_measure") {
       control.only_measure = value.cast<bool>();
+    } else if (name == "only_check") {
+      arguments.only_check = value.cast<bool>();
     } else {
       throw py::type_error("step() got an unexpected keyword argument '" + name + "'");
     }

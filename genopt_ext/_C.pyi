@@ -31,6 +31,7 @@ class Stepper:
         guard: bool = False,
         gradients: Literal["zeroed", "unscaled"] | None = None,
         only_measure: bool = False,
+        only_check: bool = False,
         grad_scale: list[Any] | None = None,
         found_inf: list[Any] | None = None,
         group_scales: list[Any] | None = None,

@@ -91,7 +91,7 @@ def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
     for device, here in _by_device(tensors).items():
         total = torch.zeros((), dtype=torch.float64, device=device)
         if not _run(here, list(here), {}, norm=NORMS[norm], measure=True, only_measure=True, grad_norm=[total]):
-            if not all(_is_plain(t) for t in here):
+            if not all(is_plain(t) for t in here):
                 return None
             sums = torch.stack([reference.measure(t, t, norm) for t in here])
             total = sums.max() if norm == math.inf else reference.join(sums)
@@ -100,7 +100,7 @@ def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
     return found
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
     return not tracing.is_subclass(t) and t.layout == torch.strided
 
 

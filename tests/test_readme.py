@@ -32,7 +32,7 @@ def names() -> dict[str, object]:
     """What the pages use without defining it."""
     torch.manual_seed(0)
     model, generator, discriminator = nn.Linear(4, 1), nn.Linear(4, 4), nn.Linear(4, 1)
-    given = dict(torch=torch, genopt_ext=genopt_ext, optim=optim, softplus=softplus, evaluate=lambda model: None)
+    given = dict(torch=torch, nn=nn, genopt_ext=genopt_ext, optim=optim, softplus=softplus, evaluate=lambda model: None)
     given.update(model=model, generator=generator, discriminator=discriminator)
     given.update(opt=optim.SGD(model.parameters(), lr=0.1), batches=[torch.randn(8, 4) for _ in range(3)])
     return given

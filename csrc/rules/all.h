@@ -13,6 +13,8 @@
 #include "around.h"
 #include "asgd.h"
 #include "lion.h"
+#include "muon_momentum.h"
+#include "muon_update.h"
 #include "nadam.h"
 #include "radam.h"
 #include "rmsprop.h"
@@ -23,7 +25,7 @@
 namespace genopt {
 
 using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, NAdam, Asgd,
-                         Adopt, Adan, Transfer>;
+                         Adopt, Adan, MuonMomentum, MuonUpdate, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 4;

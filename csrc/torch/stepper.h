@@ -28,6 +28,7 @@ struct StepArguments {
   std::vector<int64_t> skipped;  // rows that are served elsewhere
   PyObject* grads = nullptr;     // a list with a gradient for each row, or None; without it: the parameters' .grad
   TensorLists tensors{};         // inputs that are read, and results that are written, as the step runs on their device
+  bool only_check = false;       // says why the step could not be taken, and takes none
 };
 
 class Stepper {
@@ -66,6 +67,7 @@ class Stepper {
     if (meets || tensors.size() < devices.size()) refusal.devices = devices;
     if (devices.empty() && arguments.tensors[kGradNorm]) refusal.devices = {kNoDevice};  // nothing to write it
     if (!refusal.is_empty()) return refusal;
+    if (arguments.only_check) return std::nullopt;
 
     Held held;
     for (size_t i = 0; i < devices.size(); ++i)

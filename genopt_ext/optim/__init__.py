@@ -26,6 +26,7 @@ from .asgd import ASGD as ASGD
 from .asgd import ASGD8bit as ASGD8bit
 from .lion import Lion as Lion
 from .lion import Lion8bit as Lion8bit
+from .muon import Muon as Muon
 from .nadam import NAdam as NAdam
 from .nadam import NAdam8bit as NAdam8bit
 from .radam import RAdam as RAdam
@@ -37,11 +38,16 @@ from .rprop import Rprop8bit as Rprop8bit
 from .sgd import SGD as SGD
 from .sgd import SGD8bit as SGD8bit
 
-_classes = {name: each for name, each in list(globals().items()) if isinstance(each, type) and hasattr(each, "rule")}
+# The elementwise ones: Muon is two rules, and products between them.
+_classes = {
+    name: each
+    for name, each in list(globals().items())
+    if isinstance(each, type) and hasattr(each, "rule") and each is not Muon
+}
 EIGHT_BIT = tuple(name for name in _classes if name.endswith("8bit"))  # the others with state_dtype=torch.int8
 OURS = tuple(name for name in _classes if name not in EIGHT_BIT)
 TORCHS = tuple(name for name in OURS if _classes[name].rule.torch_class is not None)  # of these, which torch has too
-__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *_classes})  # noqa: PLE0605
+__all__ = sorted({*getattr(_torch_optim, "__all__", ()), *_classes, "Muon"})  # noqa: PLE0605
 
 # So that `from genopt_ext.optim.lr_scheduler import StepLR` works as it does with torch.
 for _name in ("lr_scheduler", "swa_utils"):

@@ -47,7 +47,7 @@ def take(
         _must_step(step, native((), arguments_on(home) if active else {}))
         return
     arguments = {**arguments, **arguments_on(home)} if arguments else {}
-    scale, group_scales, found = _decide(step, active, apart, home, arguments, results_on)
+    scale, group_scales, found = decide(step, active, apart, home, arguments, results_on)
     if step.resolved != "reference" and len(apart) < len(places):
         shared = ("grads", "gradients", "scale")
         told: dict[str, Any] = {name: arguments[name] for name in shared if name in arguments}
@@ -113,7 +113,7 @@ def _clips_by_tensor(group: dict[str, Any]) -> bool:
     return group.get("clip_per_param") is not None or group.get("agc") is not None
 
 
-def _decide(
+def decide(
     step: Step,
     active: list[tuple[int, Tensor]],
     apart: set[int],
@@ -135,6 +135,8 @@ def _decide(
     whole = scale_tensor * arguments.get("scale", 1.0)
     params = [p for _, _, p in step.places]
     factors, found = torch.ones(len(step.groups), dtype=torch.float64, device=home), None
+    if "group_scales" in arguments:
+        factors = arguments["group_scales"][0].to(home)
     if "found_inf" in arguments:
         found = sharding.agree(arguments["found_inf"][0].to(home) != 0, params)
     if arguments.get("measure"):

@@ -101,6 +101,7 @@ class _Reader:
         self.optimizer = optimizer
         self.owner = type(optimizer).__name__
         self.where = f"{self.owner}.load_state_dict"
+        self.rule_of = optimizer.stepper.rule_of
 
     def refuse(self, problem: str, fix: str = _WHOLE) -> NoReturn:
         raise ValueError(f"{self.where}: {problem}; {fix}")
@@ -180,8 +181,14 @@ class _Reader:
 
     def complete(self, i: int, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Checks a group's options, of which those that the checkpoint knows nothing of stay as they are."""
+        if "algorithm" in old and new.get("algorithm", old["algorithm"]) != old["algorithm"]:
+            self.refuse(
+                f"group {i} was stepped by {new['algorithm']!r}, and is by {old['algorithm']!r} here",
+                "route its parameters as they were, by algorithm= in groups",
+            )
         clips = clips_alone(new)
-        for name in (*GROUP_OPTIONS, "maximize", "foreach", "capturable", "fused", "initial_accumulator_value"):
+        torchs = ("maximize", "foreach", "capturable", "fused", "initial_accumulator_value")
+        for name in (*GROUP_OPTIONS, *torchs, *self.optimizer.own_options):
             if name in old and name not in new and not (clips and name in NORM_CLIPS):
                 new[name] = old[name]
         # How it is stored is this optimizer's own choice, whatever was saved.
@@ -191,15 +198,15 @@ class _Reader:
                 new[name] = old[name]
         if "rounding_seed" in old:
             new.setdefault("rounding_seed", old["rounding_seed"])
-        if absent := [name for name in self.optimizer.rule.ranges if name in old and name not in new]:
+        if absent := [name for name in self.rule_of(old).ranges if name in old and name not in new]:
             self.refuse(f"group {i} has no '{absent[0]}'", f"add it, as {absent[0]}={old[absent[0]]!r}")
         with self.naming(lambda: f"group {i}"):
-            options.check(f"{self.where}: group {i}", self.optimizer.rule.ranges, new)
+            options.check(f"{self.where}: group {i}", self.rule_of(new).ranges, new)
         states.complete(new)
 
     def known_names(self, group: dict[str, Any]) -> frozenset[str]:
         """What this package or torch keeps for a parameter of ``group``."""
-        names = self.optimizer.rule.state_names(group)
+        names = self.rule_of(group).state_names(group)
         moments = (f"{name}{end}" for name in names for end in ("", "_codes", "_scales"))
         return frozenset((*moments, *self.optimizer.rule.running, "step", "ema", "master", "compensation"))
 
@@ -207,7 +214,7 @@ class _Reader:
         self, saved: Any, place: tuple[int, int, Tensor], group: dict[str, Any], known: frozenset[str]
     ) -> dict[Any, Any]:
         """The state of one parameter: copies on its device, stored as its group asks for it."""
-        owner, rule, p = self.owner, self.optimizer.rule, place[2]
+        owner, rule, p = self.owner, self.rule_of(group), place[2]
         name: Any = None  # of the state that is read
 
         def what() -> str:
@@ -285,7 +292,7 @@ class _Reader:
         # Here it may wait for a GPU, which a step does not; of the CPU's, ``entry`` finds it.
         counts = name == "step" and not value.is_cpu and tracing.has_number(value)
         if counts and not is_step_count(value.item()):
-            row = Row(self.owner, self.optimizer.rule, group, p, None, {"step": value})
+            row = Row(self.owner, self.rule_of(group), group, p, None, {"step": value})
             refuse(*refusals.words(row, "step", "count"))
         # A half would stop counting.
         dtype = torch.float64 if value.dtype == torch.float64 and not on_device else torch.float32

@@ -37,6 +37,8 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
 
     rule: ClassVar[Rule]
     default_state_dtype: ClassVar[torch.dtype | None] = None
+    own_options: ClassVar[tuple[str, ...]] = ()  # of groups, which torch's checkpoints do not have
+    steps_alone: ClassVar[bool] = True  # a parameter needs no other
 
     backend: str = "auto"
     skip_nonfinite: bool = False
@@ -108,8 +110,7 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
         given: dict[str, Any] = {**step_options, **more}
         self.max_grad_norm = given.pop("max_grad_norm", None)
         self.skip_nonfinite = bool(given.pop("skip_nonfinite", False))
-        unset = {name for name, value in given.items() if value is None or value is False or value == "nearest"}
-        self.defaults.update({name: value for name, value in given.items() if name not in unset})
+        self.defaults.update(options.given_options(given))
         for group in self.param_groups:
             options.set_defaults(group, self.defaults)
 

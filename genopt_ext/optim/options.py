@@ -236,6 +236,11 @@ def check(where: str, ranges: Mapping[str, Range], options: dict[str, Any]) -> N
         raise ValueError(f"{where}: Nesterov momentum requires a momentum and zero dampening")
 
 
+def given_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are set: others are no keys of groups."""
+    return {name: x for name, x in given.items() if not (x is None or x is False or x == "nearest")}
+
+
 def set_defaults(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Gives a group the options that it lacks."""
     alone = clips_alone(group)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import functools
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,32 @@ def places_of(groups: list[Group]) -> list[Place]:
 
 
 def describe(groups: list[Group], place: Place) -> str:
-    """The parameter's name in a message."""
+    """The parameter's name in a message. ``listed_as``: of groups made for a step, where their parameters stand."""
     i, k, p = place
     names = groups[i].get("param_names")
     name = f"'{names[k]}', " if names else ""
+    i, k = groups[i]["listed_as"][k] if "listed_as" in groups[i] else (i, k)
     return f"group {i} parameter {k} ({name}shape {list(p.shape)})"
+
+
+class InOrder(Mapping[Tensor, Tensor]):
+    """Gradients in the order of the groups' parameters: most steps need to look up none of them."""
+
+    def __init__(self, groups: list[Group], listed: list[Tensor]) -> None:
+        self.groups, self.listed = groups, listed
+
+    @functools.cached_property
+    def _by_parameter(self) -> dict[Tensor, Tensor]:
+        return dict(zip((p for _, _, p in places_of(self.groups)), self.listed, strict=True))
+
+    def __getitem__(self, p: Tensor) -> Tensor:
+        return self._by_parameter[p]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._by_parameter)
+
+    def __len__(self) -> int:
+        return len(self.listed)
 
 
 @dataclass
@@ -39,6 +61,7 @@ class Inputs:
         checks: whether they skip it, as a GradScaler asks.
         grad_scale, found_inf: a GradScaler's, numbers or 1-element tensors.
         gradients: what the step leaves in gradients, see ``gradients.py``; None: it does not write them.
+        group_scales: factors of the groups' gradients, where norms were measured and decided on before: float64.
     """
 
     sums: Mapping[Tensor, Tensor] | None = None
@@ -49,6 +72,7 @@ class Inputs:
     grad_scale: Any = None
     found_inf: Any = None
     gradients: str | None = None
+    group_scales: Tensor | None = None
 
 
 NOTHING_ELSE = Inputs()

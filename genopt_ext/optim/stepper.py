@@ -20,7 +20,7 @@ from .options import NORM_CLIPS, clips_alone
 from .problems import Problem
 from .refusals import Pairs
 from .rule import Group, Rule
-from .step import NOTHING_ELSE, Inputs, Place, Step, describe, places_of
+from .step import NOTHING_ELSE, InOrder, Inputs, Place, Step, describe, places_of
 
 
 class Refusal(NamedTuple):
@@ -56,6 +56,12 @@ class Results:
                 torch.zeros((), dtype=torch.float32, device=device),
                 torch.zeros((), dtype=torch.int64, device=device),
             )
+
+
+def _everything(step: Step) -> Refusal:
+    """That no kernel takes any row: for the reference."""
+    rows = {r: [("parameter", "no kernel")] for r, place in enumerate(step.places) if step.takes_part(place)}
+    return Refusal(rows, groups=list(dict.fromkeys(step.places[r][0] for r in rows)))
 
 
 class Stepper:
@@ -105,12 +111,7 @@ class Stepper:
         plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
         arguments = {} if plain else self.arguments(groups, inputs, None)
         if self.resolved != "reference":
-            if self.plan is None:
-                step = self._described(groups, state, inputs, only)
-                for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
-                    self.check_group(groups, i)
-                assert _backend.native is not None
-                self.plan = _backend.native.Stepper(self.rule.name, self.resolved)
+            self._make_plan(groups, state, inputs, only)
             if only is None:  # spelled out, as most steps end here
                 refused = self.plan.step(groups, state, (), **arguments)
                 refusal = None if refused is None else Refusal(**refused)
@@ -120,16 +121,47 @@ class Stepper:
                 unserved.resolve(self, refusal, self._described(groups, state, inputs, only), only, arguments)
             return
         step = self._described(groups, state, inputs, only)
-        rows = {r: [("parameter", "no kernel")] for r, place in enumerate(step.places) if step.takes_part(place)}
-        everything = Refusal(rows, groups=list(dict.fromkeys(step.places[r][0] for r in rows)))
-        unserved.resolve(self, everything, step, only, arguments)
+        unserved.resolve(self, _everything(step), step, only, arguments)
+
+    def prepare(self, groups: list[Group], state: MutableMapping[Tensor, Any], inputs: Inputs, makes: bool) -> None:
+        """Raises what a step would for its groups, parameters, gradients and state; takes none.
+
+        Args:
+            groups, state, inputs: as of :meth:`step`; norms and scales are not looked at.
+            makes: whether state that lacks is made.
+        """
+        arguments = {} if inputs is NOTHING_ELSE else self.arguments(groups, inputs, None)
+        step = self._described(groups, state, inputs, None)
+        if self.resolved == "reference":
+            refusal = _everything(step)
+        else:
+            self._make_plan(groups, state, inputs, None)
+            refused = self.plan.step(groups, state, (), only_check=True, **arguments)
+            if refused is None:
+                return
+            refusal = Refusal(**refused)
+        examined = unserved.examine(self, refusal, step, arguments)
+        if makes:
+            unserved.mend(step, examined.mendable, examined.torchs)
+
+    def _make_plan(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> None:
+        if self.plan is None:
+            step = self._described(groups, state, inputs, only)
+            for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
+                self.check_group(groups, i)
+            assert _backend.native is not None
+            self.plan = _backend.native.Stepper(self.rule.name, self.resolved)
 
     def _described(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> Step:
         places = places_of(groups) if only is None else [only]
         return Step(self.owner, self.rule, self.backend, self.resolved, groups, state, inputs, places)
 
+    def rule_of(self, group: Group) -> Rule:
+        """By which a group's parameters are stepped."""
+        return self.rule
+
     def check_group(self, groups: list[Group], i: int) -> None:
-        options.check(f"{self.owner}: group {i}", self.rule.ranges, groups[i])
+        options.check(f"{self.owner}: group {i}", self.rule_of(groups[i]).ranges, groups[i])
 
     def refuse_repeats(self, groups: list[Group], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Raises where a parameter that has a gradient is listed twice, which sums of gradients can not go with."""
@@ -157,7 +189,11 @@ class Stepper:
         """Keyword arguments of the native ``step()``. ``device``: where results are; None: with the parameters."""
         arguments: dict[str, Any] = {}
         if inputs.sums is not None:
-            sums = [inputs.sums.get(p) for group in groups for p in group["params"]]
+            given = inputs.sums
+            if isinstance(given, InOrder):
+                sums: list[Tensor | None] = [*given.listed]
+            else:
+                sums = [given.get(p) for group in groups for p in group["params"]]
             arguments.update(grads=sums, scale=1.0 / inputs.micro_batches)
         if inputs.max_grad_norm is not None:
             arguments.update(max_norm=inputs.max_grad_norm)
@@ -176,6 +212,8 @@ class Stepper:
             if given is not None:
                 t = self._number(name, given)
                 arguments[name] = [t if device is None else t.to(device)]
+        if (scales := inputs.group_scales) is not None:
+            arguments.update(group_scales=[scales if device is None else scales.to(device)])
         if writes_gradients and inputs.gradients is not None:
             arguments.update(gradients=inputs.gradients)
         return arguments

@@ -6,7 +6,7 @@ Rows that kernels do not serve are stepped by the reference (``apart.py``) or by
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from .stepper import Refusal, Results, Stepper
 
 
-@torch.no_grad()
-def resolve(stepper: Stepper, refusal: Refusal, step: Step, only: Place | None, arguments: dict[str, Any]) -> None:
-    """Raises for what is wrong; else makes missing state and steps, rows that kernels do not serve elsewhere."""
+class Examined(NamedTuple):
+    """What a step could be taken with: rows in turns, those that torch steps, and what others lack."""
+
+    turns: list[set[int]]
+    torchs: Mapping[int, Place]
+    mendable: Mapping[int, Sequence[Problem]]
+
+
+def examine(stepper: Stepper, refusal: Refusal, step: Step, arguments: dict[str, Any]) -> Examined:
+    """Raises for what is wrong, and changes no tensor."""
     places, rows = step.places, list(refusal.rows)
     for i in refusal.groups:
         stepper.check_group(step.groups, i)
@@ -36,7 +43,15 @@ def resolve(stepper: Stepper, refusal: Refusal, step: Step, only: Place | None, 
         by_torch.check_step(step, place, arguments)
     if step.resolved == "reference":
         refusals.refuse_overlaps(step, *refusals.find_overlaps(step, rows))
-    _mend(step, mendable, torchs)
+    return Examined(turns, torchs, mendable)
+
+
+@torch.no_grad()
+def resolve(stepper: Stepper, refusal: Refusal, step: Step, only: Place | None, arguments: dict[str, Any]) -> None:
+    """Raises for what is wrong; else makes missing state and steps, rows that kernels do not serve elsewhere."""
+    places, rows = step.places, list(refusal.rows)
+    turns, torchs, mendable = examine(stepper, refusal, step, arguments)
+    mend(step, mendable, torchs)
 
     kernels = [r for r in rows if r not in torchs]
     if not torchs and len(turns) == 1:
@@ -54,7 +69,8 @@ def resolve(stepper: Stepper, refusal: Refusal, step: Step, only: Place | None, 
     _leave_gradients(stepper, left, arguments, step)
 
 
-def _mend(step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Container[int]) -> None:
+@torch.no_grad()
+def mend(step: Step, mendable: Mapping[int, Sequence[Problem]], torchs: Container[int]) -> None:
     """Gives rows the state that they lack, stored as their groups ask for it."""
     missing, stored = states.Missing(), []
     away: list[tuple[Tensor, str]] = []

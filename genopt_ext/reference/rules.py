@@ -444,6 +444,21 @@ def adan(
     return p - u
 
 
+def muon_momentum(
+    p: Tensor, g: Tensor, state: dict[str, Tensor], *, t: Number, momentum: Number, nesterov: bool
+) -> Tensor:
+    """Muon's momentum, where ``p`` is the matrix that is made orthogonal next: ``csrc/rules/muon_momentum.h``."""
+    b = state["momentum_buffer"] = lerp(state["momentum_buffer"], g, rounded(1.0 - momentum, p))
+    return lerp(g, b, rounded(momentum, p)) if nesterov else b
+
+
+def muon_update(
+    p: Tensor, g: Tensor, state: dict[str, Tensor], *, t: Number, lr: Number, shape_scale: Number, weight_decay: Number
+) -> Tensor:
+    """Muon's update by an orthogonal ``g``: ``csrc/rules/muon_update.h``."""
+    return less(p, g * rounded(lr * shape_scale, p), rounded(lr * weight_decay, p))
+
+
 def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], end: Number) -> Number:
     """``at(t / steps)`` for the first ``steps``, ``end`` after them or without."""
     if steps is None:
@@ -455,5 +470,22 @@ def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], e
 
 RULES: dict[str, Callable[..., Tensor]] = {
     rule.__name__: rule
-    for rule in (adam, sgd, rmsprop, adagrad, lion, adamax, adadelta, radam, rprop, ademamix, nadam, asgd, adopt, adan)
+    for rule in (
+        adam,
+        sgd,
+        rmsprop,
+        adagrad,
+        lion,
+        adamax,
+        adadelta,
+        radam,
+        rprop,
+        ademamix,
+        nadam,
+        asgd,
+        adopt,
+        adan,
+        muon_momentum,
+        muon_update,
+    )
 }

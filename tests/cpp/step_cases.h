@@ -166,7 +166,8 @@ template <class Rule, unsigned kUsed>
 int test(const TestedBackend& backend, const Options& options, double sign, bool any_sign) {
   const RuleInfo& info = rule_info(Rule::kName);
   if (info.used_states(options) != kUsed) return 0;
-  if (std::is_same_v<Rule, Transfer> && options[0] == 0) return 1;  // there the parameter is the gradient itself
+  // There the parameter is the gradient itself.
+  if ((std::is_same_v<Rule, Transfer> || std::is_same_v<Rule, MuonMomentum>) && options[0] == 0) return 1;
   std::vector<Tensor> initial;
   int turn = 0;
   for (const auto& dtypes : kDTypes)
@@ -206,6 +207,7 @@ inline double value_of(const OptionName& option, bool on) {
   if (std::find(std::begin(kFlags), std::end(kFlags), key) != std::end(kFlags)) return on;
   if (key == "lr") return 0.25;
   if (key == "eps") return 1e-8;
+  if (key == "shape_scale") return on ? 2 : 1;
   if (key == "etas") return option.item ? 1.25 : 0.5;
   if (key == "step_sizes") return option.item ? 0.75 : on ? 0.25 : 0.125;
   if (option.is_optional) return on ? 8 : kUnset;  // a warmup

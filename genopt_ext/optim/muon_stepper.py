@@ -1,0 +1,237 @@
+"""A step of Muon: what is wrong, norms of all gradients together, AdamW's groups, and the matrices' three phases.
+
+Momentum is one fused pass from gradients into matrices of bfloat16 (``csrc/rules/muon_momentum.h``); they are made
+orthogonal by torch's products (``orthogonal.py``); decay, scaling and update are one fused pass more
+(``csrc/rules/muon_update.h``). Masters, rounding and the weights' average belong to the last, what is done to gradients
+to the first. Nothing is changed before everything was looked at, and nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import clip, tracing
+from . import adam, apart, options, routing
+from .muon_matrices import PRODUCT_OPTIONS, UPDATE_OPTIONS, Chunk, Made, form_of, split
+from .options import Range, clips_alone
+from .rule import Group, Rule
+from .step import NOTHING_ELSE, InOrder, Inputs, Place, describe, places_of
+from .stepper import Stepper
+
+MUON = Rule(
+    name="muon_momentum",
+    states={"momentum_buffer": None},
+    ranges={
+        "lr": Range("learning rate"),
+        "weight_decay": Range("weight decay"),
+        "momentum": Range("momentum"),
+        "eps": Range("epsilon value"),
+        "ns_steps": Range("ns_steps", below=100),
+        "normuon_beta2": Range("normuon_beta2", below=1.0),
+    },
+    counts_steps=False,
+    sparse_class="algorithm='adamw' and dense gradients",
+)
+UPDATE = Rule(name="muon_update", states={}, ranges={}, counts_steps=False)
+ADAMW = adam.RULE
+
+SCALINGS = (None, "original", "match_rms_adamw")
+
+
+def check(where: str, group: Group) -> None:
+    """Raises TypeError or ValueError for a group's options that are Muon's alone."""
+    algorithm = group.get("algorithm")
+    if algorithm not in routing.ALGORITHMS:
+        raise ValueError(f"{where}: Invalid algorithm: {algorithm!r}; it must be 'muon' or 'adamw'")
+    for name in ("agc", "clip_per_param"):
+        if group.get(name) is not None:
+            raise ValueError(
+                f"{where}: {name} is not served by Muon, whose update has the same size whatever the gradient's; use "
+                "max_grad_norm or clip_grad_value"
+            )
+    if algorithm == "adamw":
+        return
+    if (scaling := group.get("adjust_lr_fn")) not in SCALINGS:
+        raise ValueError(
+            f"{where}: Adjust learning rate function {scaling} is not supported; it must be 'original', "
+            "'match_rms_adamw' or None"
+        )
+    given: Any = group.get("ns_coefficients")
+    if given != "polar_express":
+        triple = isinstance(given, (tuple, list)) and len(given) == 3
+        if not (triple and all(isinstance(x, (int, float)) and math.isfinite(x) for x in given)):
+            raise ValueError(
+                f"{where}: Invalid ns_coefficients: {given!r}; Coefficients must be a tuple of exactly 3 values, or "
+                "'polar_express'"
+            )
+    if not isinstance(group.get("ns_steps"), int):
+        raise TypeError(f"{where}: ns_steps must be an integer, got {group.get('ns_steps')!r}")
+    if not isinstance(group.get("normuon"), (bool, int)):
+        raise TypeError(f"{where}: normuon must be True or False, got {group.get('normuon')!r}")
+    sizes, heads = group.get("split_sizes"), group.get("num_heads")
+    if sizes is not None and heads is not None:
+        raise ValueError(f"{where}: split_sizes and num_heads each say how a matrix is cut; give only one of them")
+    wrong = sizes is not None and not (
+        isinstance(sizes, (tuple, list)) and sizes and all(isinstance(n, int) and n > 0 for n in sizes)
+    )
+    if wrong:
+        raise ValueError(f"{where}: split_sizes must be numbers of rows, got {sizes!r}")
+    if heads is not None and not (isinstance(heads, int) and heads > 0):
+        raise ValueError(f"{where}: num_heads must be a number of heads, got {heads!r}")
+
+
+class MuonStepper(Stepper):
+    """Steps groups of both algorithms."""
+
+    def __init__(self, owner: str, backend: str) -> None:
+        super().__init__(owner, MUON, backend)
+        self.adamw = Stepper(owner, ADAMW, backend)
+        # The first looks at parameters, gradients and state as a whole, and steps none.
+        self.whole, self.momentum, self.update = (Stepper(owner, rule, backend) for rule in (MUON, MUON, UPDATE))
+        self._last: tuple[Any, list[Chunk]] = None, []  # what the last step was of, and how it was taken
+
+    def rule_of(self, group: Group) -> Rule:
+        return ADAMW if group.get("algorithm") == "adamw" else MUON
+
+    def check_group(self, groups: list[Group], i: int) -> None:
+        where = f"{self.owner}: group {i}"
+        options.check(where, self.rule_of(groups[i]).ranges, groups[i])
+        check(where, groups[i])
+
+    @torch.no_grad()
+    def step(
+        self,
+        groups: list[Group],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        inputs: Inputs,
+        only: Place | None = None,
+    ) -> None:
+        assert only is None
+        for each in (self.adamw, self.whole, self.momentum, self.update):
+            each.backend = self.backend
+        for i in range(len(groups)):
+            self.check_group(groups, i)
+        of_adamw, of_muon = ([_share(group, self.rule_of(group), rule) for group in groups] for rule in (ADAMW, MUON))
+        seen = dataclasses.replace(
+            inputs, max_grad_norm=None, skip_nonfinite=False, checks=False, grad_scale=None, found_inf=None
+        )
+        seen = NOTHING_ELSE if seen == NOTHING_ELSE else seen
+        has_adamw = any(group["params"] for group in of_adamw)
+        if has_adamw:
+            self.adamw.prepare(of_adamw, state, seen, makes=False)
+        together = self._chunks(of_muon, inputs)
+        self.whole.prepare(of_muon, state, seen, makes=True)
+        inputs = self._decided(groups, state, inputs)
+        if has_adamw:
+            self.adamw.step(of_adamw, state, inputs)
+        for chunk in together:
+            chunk.renew(of_muon)
+            self._step_chunk(chunk, state, inputs)
+        self._average(of_muon, state, inputs)
+
+    def _chunks(self, groups: list[Group], inputs: Inputs) -> Iterable[Chunk]:
+        """Muon's parameters that have a gradient: as at the last step, where only numbers have changed."""
+        places = [place for place in places_of(groups) if _gradient(inputs, place[2]) is not None]
+        now = (
+            [tuple(str(group.get(name)) for name in PRODUCT_OPTIONS) for group in groups],
+            [(i, k, id(p), form_of(p)) for i, k, p in places],
+        )
+        last, together = self._last
+        if last == now:
+            return together
+        for place in places:
+            i, _, p = place
+            if p.dim() < 2 or tracing.is_subclass(p) or routing.matrix_blocks(p, groups[i]) is None:
+                routing.refuse_no_matrix(f"{self.owner}.step: {describe(groups, place)}", p, groups[i])
+        if len({id(p) for _, _, p in places}) < len(places):
+            raise RuntimeError(f"{self.owner}.step: a parameter is listed twice; list each once")
+        found = split(groups, places)
+        if len(found) > 1:  # each has its memory when its turn comes
+            self._last = None, []
+            return (Chunk(groups, batches) for batches in found)
+        self._last = now, [Chunk(groups, batches) for batches in found]
+        return self._last[1]
+
+    def _decided(self, groups: list[Group], state: Any, inputs: Inputs) -> Inputs:
+        """``inputs`` of both algorithms, after norms over all gradients were taken where they are asked for."""
+        asked = inputs.max_grad_norm is not None or inputs.skip_nonfinite or inputs.checks
+        if not asked and not any(map(clips_alone, groups)):
+            return inputs
+        step = self._described(groups, state, inputs, None)
+        active = [(r, g) for r, (_, _, p) in enumerate(step.places) if (g := step.gradient(p)) is not None]
+        home = active[0][1].device if active else None
+        arguments = self.arguments(groups, inputs, home)
+        found, scales = inputs.found_inf, None
+        if home is None:
+            self.results_on(groups).grad_norm.zero_()
+        else:
+            apart_ = {r for r, g in active if not clip.is_plain(g)}
+            _, scales, found = apart.decide(
+                step, active, apart_, home, arguments, lambda device: self.results_on(groups, device)
+            )
+        if isinstance(found, Tensor) and found.is_meta:
+            found = None  # there is no number to skip by
+        return dataclasses.replace(
+            inputs, max_grad_norm=None, skip_nonfinite=False, checks=False, found_inf=found, group_scales=scales
+        )
+
+    def _step_chunk(self, chunk: Chunk, state: MutableMapping[Tensor, Any], inputs: Inputs) -> None:
+        """Momentum, products and update of some matrices."""
+        momentum, update, scales = chunk.momentum, chunk.update, inputs.group_scales
+        grads: list[Any] = [_gradient(inputs, p) for p in chunk.grads_of]
+        asked = dataclasses.replace(
+            inputs,
+            sums=InOrder(momentum.groups, grads),
+            micro_batches=max(inputs.micro_batches, 1),
+            group_scales=None if scales is None else torch.stack([scales.select(0, i) for i in momentum.origins]),
+        )
+        self.momentum.step(momentum.groups, chunk.momentum_state(state), asked)
+        made = [batch.orthogonal(state, inputs.found_inf) for batch in chunk.batches]
+        sums = InOrder(update.groups, [made[b][r] for b, r in chunk.made_at])
+        asked = Inputs(sums=sums, micro_batches=1, found_inf=inputs.found_inf)
+        self.update.step(update.groups, chunk.update_state(state), asked)
+
+    def _average(self, groups: list[Group], state: MutableMapping[Tensor, Any], inputs: Inputs) -> None:
+        """Moves the averages of weights without gradient."""
+        if all(group.get("ema_decay") is None for group in groups):
+            return
+        made = Made(UPDATE_OPTIONS)
+        for place in places_of([group if group.get("ema_decay") is not None else {"params": []} for group in groups]):
+            if _gradient(inputs, place[2]) is None:
+                made.add(groups, place, place[2], shape_scale=1.0)
+        if made.groups:
+            made.renew(groups)
+            self.update.step(made.groups, state, Inputs(sums={}, micro_batches=1, found_inf=inputs.found_inf))
+
+
+def _gradient(inputs: Inputs, p: Tensor) -> Tensor | None:
+    return p.grad if inputs.sums is None else inputs.sums.get(p)
+
+
+# What the rules read of a group that has no parameters.
+_NO_GROUP: dict[str, Group] = {
+    ADAMW.name: dict(
+        params=[],
+        lr=0.0,
+        betas=(0.0, 0.0),
+        eps=0.0,
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+        decoupled_weight_decay=True,
+    ),
+    MUON.name: dict(params=[], momentum=0.0, nesterov=False),
+}
+
+
+def _share(group: Group, own: Rule, rule: Rule) -> Group:
+    """A group as the steppers of ``rule`` see it: without parameters if its own is another; norms are taken before."""
+    if own is not rule:
+        return _NO_GROUP[rule.name]
+    return {**group, "max_grad_norm": None} if clips_alone(group) else group
