@@ -60,7 +60,8 @@ class Case:
     @property
     def moments(self) -> int:
         on = [name for name in ("momentum", "centered", "amsgrad") if self.kwargs.get(name)]
-        return {"SGD": 0, "RMSprop": 1, "Adagrad": 1, "AdEMAMix": 3}.get(self.optimizer, 2) + len(on)
+        of_class = {"SGD": 0, "RMSprop": 1, "Adagrad": 1, "ASGD": 1, "AdEMAMix": 3, "Adan": 4}
+        return of_class.get(self.optimizer, 2) + len(on)
 
     @property
     def stored(self) -> tuple[float, ...]:

@@ -73,7 +73,8 @@ class Case:
 
     def torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         """torch's for-loop, or its like for a class that torch has not."""
-        return getattr(oracles, self.name)(params, **self.kwargs, foreach=False, **more)
+        name = "CautiousAdamW" if self.name == "AdamW" and "cautious" in self.kwargs else self.name
+        return getattr(oracles, name)(params, **self.kwargs, foreach=False, **more)
 
 
 CASES = [
@@ -83,6 +84,7 @@ CASES = [
     Case("Adam", dict(betas=(0.0, 0.3), eps=1e-3)),
     Case("Adam", dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case("AdamW"),
+    Case("AdamW", dict(lr=0.01, weight_decay=0.1, cautious="weight_decay")),
     Case("AdamW", dict(lr=0.01, weight_decay=0.1, amsgrad=True, maximize=True), stateful=True),
     Case("SGD", dict(lr=0.1)),
     Case("SGD", dict(lr=0.1, momentum=0.9)),
@@ -120,6 +122,7 @@ CASES = [
     Case("Adan", dict(lr=0.01, betas=(0.9, 0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
     Case("Adan", dict(lr=0.01, weight_decay=0.1, no_prox=True)),
     Case("Lion"),
+    Case("Lion", dict(lr=0.013, weight_decay=0.1, cautious="weight_decay")),
     Case("Lion", dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True), stateful=True),
 ]
 FIRST = {case.name: case for case in CASES}

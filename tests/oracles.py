@@ -57,13 +57,56 @@ class _Oracle(torch.optim.Optimizer):
         return loss
 
 
+class CautiousAdamW(_Oracle):
+    """AdamW with the decay of arXiv 2510.12402."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        cautious: str | None = None,
+        **flags: Any,
+    ) -> None:
+        own = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, cautious=cautious)
+        own |= dict(amsgrad=False, differentiable=False, decoupled_weight_decay=True)
+        super().__init__(params, own, **flags)
+
+    def begin(self, state: dict[str, Any], group: dict[str, Any], p: Any) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def step_one(self, group: dict[str, Any], weight: Any, g: Any, state: dict[str, Any]) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        state["step"] += 1
+        t = state["step"].item()
+        state["exp_avg"].mul_(beta1).add_(g * (1 - beta1))
+        state["exp_avg_sq"].mul_(beta2).add_(g * g * (1 - beta2))
+        denominator = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
+        _decay_and_step(weight, lr * state["exp_avg"] / (1 - beta1**t) / denominator, lr * group["weight_decay"])
+
+
+def _decay_and_step(weight: Any, update: Any, decay: float) -> None:
+    weight.copy_(torch.where(update * weight < 0, weight, weight * (1 - decay))).sub_(update)
+
+
 class Lion(_Oracle):
     """Algorithm 2 of arXiv 2302.06675."""
 
     def __init__(
-        self, params: Any, lr: Any = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0, **flags: Any
+        self,
+        params: Any,
+        lr: Any = 1e-4,
+        betas: Any = (0.9, 0.99),
+        weight_decay: float = 0,
+        cautious: str | None = None,
+        **flags: Any,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), **flags)
+        own = dict(lr=lr, betas=betas, weight_decay=weight_decay)
+        super().__init__(params, own if cautious is None else dict(own, cautious=cautious), **flags)
 
     def begin(self, state: dict[str, Any], group: dict[str, Any], p: Any) -> None:
         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -71,8 +114,11 @@ class Lion(_Oracle):
     def step_one(self, group: dict[str, Any], weight: Any, g: Any, state: dict[str, Any]) -> None:
         lr, (beta1, beta2), m = float(group["lr"]), map(float, group["betas"]), state["exp_avg"]
         update = m * beta1 + g * (1 - beta1)
-        weight.mul_(1 - lr * group["weight_decay"])
-        weight.sub_(lr * torch.where(update.isnan(), update, update.sign()))
+        step = torch.where(update.isnan(), update, update.sign())
+        if "cautious" in group:
+            _decay_and_step(weight, lr * step, lr * group["weight_decay"])
+        else:
+            weight.mul_(1 - lr * group["weight_decay"]).sub_(lr * step)
         m.mul_(beta2).add_(g * (1 - beta2))
 
 

@@ -118,7 +118,7 @@ def test_every_rule_has_its_parts():
         group = cls(parameters([(1,)])).param_groups[0]
         everything = {**group, "amsgrad": True, "centered": True, "momentum": 0.9}
         assert cls.rule.state_names(everything) == list(cls.rule.states) and set(cls.rule.states) == set(states)
-        assert {key for key, _ in options} <= set(group)
+        assert {key for key, _ in options} <= {*group, *cls.own_options}
         assert len(cls.rule.options(group)) == len(options)
 
 

@@ -250,7 +250,9 @@ def same_outcome(ours, torchs, what):
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in optim.TORCHS], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in optim.TORCHS and "cautious" not in case.kwargs], ids=str
+)
 def test_gradients_flow_through_steps_as_through_torchs(case, backend, steps):
     p, *grads = (randn((4, 3), i, torch.float64).requires_grad_() for i in range(1 + steps))
 

@@ -406,3 +406,16 @@ def test_an_explicit_backend_makes_no_state_where_it_has_no_kernels():
     assert_same_bits(p.detach(), before)
     assert not opt.state.get(q)
     assert opt.state[p]["exp_avg"].dtype == torch.float32
+
+
+def test_cautious(backend):
+    for name in ("Adam", "AdamW", "Lion", "Muon"):
+        assert_option_refused(name, {"cautious": "update"}, "cautious", backend)
+    params = parameters([(4, 4)])
+    with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
+        optim.Adam(params, weight_decay=0.1, cautious="weight_decay", backend=backend)
+    opt = optim.Adam(params, weight_decay=0.1, decoupled_weight_decay=True, cautious="weight_decay", backend=backend)
+    train(opt, params, 1)
+    opt.param_groups[0]["cautious"] = "updates"
+    set_grads(params, 1)
+    refused(opt, "Invalid cautious: 'updates'", ValueError)

@@ -745,3 +745,19 @@ def test_many_matrices_are_stepped_some_at_a_time(monkeypatch, backend):
         ends.append(params)
     for p, q in zip(*ends, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=ROUNDING * 1e-3)
+
+
+def test_cautious_decay_spares_what_the_update_moves_away_from_zero(backend):
+    """Of matrices, and of what AdamW steps inside."""
+    ends = {}
+    for cautious in (None, "weight_decay"):
+        params = parameters([(16, 24), (24,)])
+        opt = muon(params, weight_decay=0.5, lr=0.1, cautious=cautious, backend=backend)
+        start = [p.detach().clone() for p in params]
+        train(opt, params, 1)
+        ends[cautious] = [p.detach() for p in params]
+    for p, plain, spared in zip(start, *ends.values(), strict=True):
+        update = p - (plain + 0.1 * 0.5 * p)
+        expected = torch.where(update * p < 0, p - update, plain)
+        torch.testing.assert_close(spared, expected, rtol=1e-5, atol=1e-6)
+        assert (spared != plain).any() and (spared == plain).any()

@@ -105,3 +105,33 @@ def test_adan_reads_and_writes_its_authors_checkpoints(backend):
     assert other.state[other.param_groups[0]["params"][0]]["step"] == 3
     assert list(other.state[other.param_groups[0]["params"][1]]) == ["ema"]
     assert "step" not in other.param_groups[0]
+
+
+def test_each_parameter_has_numbers_of_its_own(backend):
+    """Also where all have taken as many steps."""
+    ends = []
+    for make in (torch.optim.NAdam, lambda params: optim.NAdam(params, backend=backend)):
+        params = [torch.nn.Parameter(torch.ones(300)) for _ in range(3)]
+        opt = make(params)
+        for step in range(2):
+            for p in params:
+                p.grad = torch.full_like(p, 0.3 + step)
+            opt.step()
+            if step == 0:
+                opt.state[params[1]]["mu_product"].fill_(0.1)
+                opt.state[params[2]]["mu_product"] = torch.tensor(0.1, dtype=torch.float64)
+        ends.append([*(p.detach() for p in params), *(opt.state[p]["mu_product"].float() for p in params)])
+    torch.testing.assert_close(*ends)
+    assert ends[0][3] > 2 * ends[0][4]
+
+
+def test_numbers_of_a_skipped_step(backend):
+    for name, names, options in (("NAdam", ["mu_product"], {}), ("ASGD", ["eta", "mu"], dict(t0=0.0))):
+        p = torch.nn.Parameter(torch.ones(300))
+        opt = getattr(optim, name)([p], skip_nonfinite=True, backend=backend, **options)
+        stepped(opt, 0.3, 0.3)
+        before = [opt.state[p][each].clone() for each in names]
+        stepped(opt, NAN)
+        assert [opt.state[p][each] for each in names] == before
+        stepped(opt, 0.3)
+        assert all(opt.state[p][each] != old for each, old in zip(names, before, strict=True))

@@ -7,7 +7,7 @@
 //   p <- p - (lr w p  +  a m / (sqrt(v) + e))  the decay term in AdamW only
 //
 // where a = lr sqrt(1 - beta2^t) / (1 - beta1^t) and e = eps sqrt(1 - beta2^t) fold both bias
-// corrections. Decay and update leave p in one subtraction: p is rounded once a step.
+// corrections. Decay and update leave p in one subtraction: p is rounded once a step. Cautious decay: with_decay().
 #pragma once
 
 #include "rule.h"
@@ -23,7 +23,7 @@ struct Adam {
   static constexpr unsigned kSquares = 0b110;  // states that are never negative
 
   struct Options {
-    double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
+    double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay, cautious;
   };
   static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
                                                  {{"betas", 0}, &Options::beta1},
@@ -32,7 +32,8 @@ struct Adam {
                                                  {{"weight_decay"}, &Options::weight_decay},
                                                  {{"amsgrad"}, &Options::amsgrad},
                                                  {{"maximize"}, &Options::maximize},
-                                                 {{"decoupled_weight_decay"}, &Options::decoupled_weight_decay}};
+                                                 {{"decoupled_weight_decay"}, &Options::decoupled_weight_decay},
+                                                 {kCautious, &Options::cautious}};
 
   static GENOPT_INLINE unsigned used_states(const Options& o) {
     return o.amsgrad != 0 ? kWithMaximum : kMoments;
@@ -50,7 +51,7 @@ struct Adam {
       rate = static_cast<T>(o.lr * correction / (1.0 - power(o.beta1, t)));
       eps = static_cast<T>(o.eps * correction);
       l2 = static_cast<T>(o.decoupled_weight_decay != 0 ? 0.0 : o.weight_decay);
-      decay = static_cast<T>(o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0.0);
+      decay = static_cast<T>(o.decoupled_weight_decay != 0 ? decay_of(o.lr * o.weight_decay, o.cautious) : 0.0);
       sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
@@ -61,8 +62,7 @@ struct Adam {
       v = average_square(v, g, v_lerp);
       if constexpr (kUsed == kWithMaximum) v_max = maximum(v_max, v);
       V u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
-      u = is_set(decay) ? decay * p + u : u;
-      p = p - u;
+      p = p - with_decay(decay, p, u);
     }
   };
 };

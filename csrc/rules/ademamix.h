@@ -78,8 +78,7 @@ struct AdEMAMix {
       v = average_square(v, g, v_lerp);
       const V m = fast_rate * ((kUsed & kFast) != 0 ? m1 : g) + slow_rate * m2;
       V u = m / (square_root(v) + eps);
-      u = is_set(decay) ? decay * p + u : u;
-      p = p - u;
+      p = p - with_decay(decay, p, u);
     }
   };
 };

@@ -64,8 +64,7 @@ struct Adopt {
       m = m_lerp(m, larger(V(-limit), smaller(V(limit), n)));  // NaN stays NaN
       v = average_square(v, g, v_lerp);
       V u = rate * m;
-      u = is_set(decay) ? decay * p + u : u;
-      p = p - u;
+      p = p - with_decay(decay, p, u);
     }
   };
 };

@@ -56,7 +56,7 @@ struct Asgd {
     GENOPT_INLINE void apply(V& p, V g, V& a, auto&...) const {
       g = is_set(l2) ? g + l2 * p : g;
       const V u = eta * g;
-      p = p - (is_set(decay) ? decay * p + u : u);
+      p = p - with_decay(decay, p, u);
       a = is_set(is_whole) ? p : to_average(a, p);
     }
   };

@@ -19,13 +19,14 @@ struct Lion {
   static constexpr unsigned kSquares = 0;  // states that are never negative
 
   struct Options {
-    double lr, beta1, beta2, weight_decay, maximize;
+    double lr, beta1, beta2, weight_decay, maximize, cautious;
   };
   static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
                                                  {{"betas", 0}, &Options::beta1},
                                                  {{"betas", 1}, &Options::beta2},
                                                  {{"weight_decay"}, &Options::weight_decay},
-                                                 {{"maximize"}, &Options::maximize}};
+                                                 {{"maximize"}, &Options::maximize},
+                                                 {kCautious, &Options::cautious}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return kMomentum;
@@ -40,16 +41,15 @@ struct Lion {
       u_lerp = Lerp<T>(1.0 - o.beta1);
       m_lerp = Lerp<T>(1.0 - o.beta2);
       rate = static_cast<T>(o.lr);
-      decay = static_cast<T>(o.lr * o.weight_decay);
+      decay = static_cast<T>(decay_of(o.lr * o.weight_decay, o.cautious));
       sign = o.maximize != 0 ? T(-1) : T(1);
     }
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V& m, auto&...) const {
       const V u = u_lerp(m, g);
-      V step = choose(u > V(0), V(rate), choose(u < V(0), V(-rate), u));
-      step = is_set(decay) ? decay * p + step : step;
-      p = p - step;
+      const V step = choose(u > V(0), V(rate), choose(u < V(0), V(-rate), u));
+      p = p - with_decay(decay, p, step);
       m = m_lerp(m, g);
     }
   };

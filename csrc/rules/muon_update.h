@@ -18,10 +18,12 @@ struct MuonUpdate {
   static constexpr unsigned kSquares = 0;  // states that are never negative
 
   struct Options {
-    double lr, shape_scale, weight_decay;
+    double lr, shape_scale, weight_decay, cautious;
   };
-  static constexpr Option<Options> kOptions[] = {
-      {{"lr"}, &Options::lr}, {{"shape_scale"}, &Options::shape_scale}, {{"weight_decay"}, &Options::weight_decay}};
+  static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
+                                                 {{"shape_scale"}, &Options::shape_scale},
+                                                 {{"weight_decay"}, &Options::weight_decay},
+                                                 {kCautious, &Options::cautious}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return 0b0;
@@ -33,14 +35,14 @@ struct MuonUpdate {
 
     GENOPT_INLINE Update(const Options& o, double /*t*/) {
       rate = static_cast<T>(o.lr * o.shape_scale);
-      decay = static_cast<T>(o.lr * o.weight_decay);
+      decay = static_cast<T>(decay_of(o.lr * o.weight_decay, o.cautious));
       sign = T(1);
     }
 
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, auto&...) const {
       const V u = rate * g;
-      p = p - (is_set(decay) ? decay * p + u : u);
+      p = p - with_decay(decay, p, u);
     }
   };
 };

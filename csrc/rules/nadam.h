@@ -69,8 +69,7 @@ struct NAdam {
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);
       V u = (of_gradient * g + of_average * m) / (square_root(v) + eps);
-      u = is_set(decay) ? decay * p + u : u;
-      p = p - u;
+      p = p - with_decay(decay, p, u);
     }
   };
 };

@@ -68,8 +68,7 @@ struct RAdam {
       v = average_square(v, g, v_lerp);
       V u = rate * m;
       u = is_set(rectified) ? u / (square_root(v) + eps) : u;
-      u = is_set(decay) ? decay * p + u : u;
-      p = p - u;
+      p = p - with_decay(decay, p, u);
     }
   };
 };

@@ -24,12 +24,13 @@ namespace genopt {
 
 constexpr double kUnset = -1;  // of an option: None
 
-// A hyperparameter as param_groups has it: a number under `key`, or item `item` of a tuple there; or None, if it may
-// be.
+// A hyperparameter as param_groups has it: a number under `key`, or item `item` of a tuple there; or None or no key at
+// all, if it may be; or a word that stands for 1.
 struct OptionName {
   const char* key;
   int item = -1;
   bool is_optional = false;
+  const char* word = nullptr;
 };
 
 // One of a rule's: its name, and where the rule's struct Options holds it.
@@ -71,6 +72,19 @@ GENOPT_INLINE typename Rule::template Update<T> update_of(const double* options,
   } else {
     return {options_of<Rule>(options), t};
   }
+}
+
+// Decoupled decay of p, added to its update u. A negative one is cautious: it spares what the update moves away from 0
+// (Chen et al., arXiv 2510.12402).
+constexpr OptionName kCautious = {"cautious", -1, true, "weight_decay"};
+GENOPT_INLINE double decay_of(double decay, double cautious) {
+  return cautious > 0 ? -decay : decay;
+}
+template <class T, class V>
+GENOPT_INLINE V with_decay(T decay, V p, V u) {
+  if (!is_set(decay)) return u;
+  if (decay > 0) return decay * p + u;
+  return choose(u * p < V(0), u, V(-decay) * p + u);
 }
 
 // The sets of states, as bit masks, that a rule can be asked to run with; each is compiled on its own.

@@ -33,11 +33,17 @@ class OptionReader {
         value = PyTuple_Check(value) && item < PyTuple_GET_SIZE(value) ? PyTuple_GET_ITEM(value, item)
                 : PyList_Check(value) && item < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, item)
                                                                        : nullptr;
-      if (value == Py_None && rule_.options[i].is_optional) {
+      if (rule_.options[i].is_optional && (!value || value == Py_None)) {
         options[i] = kUnset;
         continue;
       }
-      if (!value || PyUnicode_Check(value)) return false;
+      if (!value) return false;
+      if (PyUnicode_Check(value)) {
+        const char* const word = rule_.options[i].word;
+        if (!word || PyUnicode_CompareWithASCIIString(value, word) != 0) return false;
+        options[i] = 1;
+        continue;
+      }
       if (PyFloat_CheckExact(value)) {
         options[i] = PyFloat_AS_DOUBLE(value);
       } else if (THPVariable_Check(value)) {

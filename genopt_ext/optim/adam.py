@@ -42,6 +42,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         foreach, fused: accepted: every step is fused and covers all tensors at once.
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
         differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
+        cautious: ``"weight_decay"``: decoupled decay spares what the update moves away from 0 (Chen et al., `arXiv
+            2510.12402 <https://arxiv.org/abs/2510.12402>`_).
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.
@@ -55,6 +57,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     rule = RULE
+    own_options = ("cautious",)
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        cautious: str | None = None,
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
@@ -87,7 +91,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._construct(params, backend, step_options, given)
+        self._construct(params, backend, step_options, given, cautious=cautious)
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -111,6 +115,7 @@ class AdamW(Adam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        cautious: str | None = None,
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
@@ -126,7 +131,7 @@ class AdamW(Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._construct(params, backend, step_options, given)
+        self._construct(params, backend, step_options, given, cautious=cautious)
 
 
 class Adam8bit(Adam):

@@ -61,6 +61,7 @@ class Adan(FusedOptimizer):
     """
 
     rule = RULE
+    own_options = ("no_prox",)
 
     def __init__(
         self,

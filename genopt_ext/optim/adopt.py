@@ -57,6 +57,7 @@ class ADOPT(FusedOptimizer):
     """
 
     rule = RULE
+    own_options = ("clip_exponent", "decouple")  # the first is not in its authors' checkpoints
 
     def __init__(
         self,

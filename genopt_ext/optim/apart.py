@@ -77,7 +77,7 @@ def _must_step(step: Step, refusal: Any) -> None:
 def _option(value: Any) -> Number | None:
     if isinstance(value, Tensor):
         return tracing.number(value)
-    return None if value is None else float(value)
+    return value if value is None or isinstance(value, str) else float(value)
 
 
 def _step_row(step: Step, place: Place, scale: Number) -> None:

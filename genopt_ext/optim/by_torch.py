@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Refuse = Callable[[str, str], None]
 
 # Options of a group that torch's code does not know.
-_UNKNOWN_TO_TORCH = ("max_grad_norm", "clip_per_param", "agc", "clip_grad_value")
+_UNKNOWN_TO_TORCH = ("max_grad_norm", "clip_per_param", "agc", "clip_grad_value", "cautious")
 
 # What a step was asked for besides, by the names of what the native plan is told.
 _ASKED = {

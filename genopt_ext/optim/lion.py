@@ -39,6 +39,7 @@ class Lion(FusedOptimizer):
         maximize: ascend instead of descending.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
+        cautious: ``"weight_decay"``: decay spares what the update moves away from 0, see :class:`AdamW`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.
@@ -52,6 +53,7 @@ class Lion(FusedOptimizer):
     """
 
     rule = RULE
+    own_options = ("cautious",)
 
     def __init__(
         self,
@@ -64,13 +66,14 @@ class Lion(FusedOptimizer):
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
+        cautious: str | None = None,
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
         own = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
         self._begin(backend, step_options, **own)
         super().__init__(params, {**own, "foreach": foreach, "fused": fused})
-        self._set_options(step_options)
+        self._set_options(step_options, cautious=cautious)
 
 
 class Lion8bit(Lion):

@@ -75,6 +75,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         normuon: divides each row by the root of its running mean square (NorMuon, Li et al., `arXiv 2510.05491
             <https://arxiv.org/abs/2510.05491>`_).
         normuon_beta2: decay rate of that mean.
+        cautious: ``"weight_decay"``: decay spares what the update moves away from 0, see :class:`AdamW`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`. Norms are over gradients of both kinds.
@@ -94,7 +95,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
     """
 
     rule = MUON
-    own_options = ("algorithm", "split_sizes", "num_heads", "normuon", "normuon_beta2")
+    own_options = ("cautious", "algorithm", "split_sizes", "num_heads", "normuon", "normuon_beta2")
     steps_alone = False
 
     def __init__(
@@ -118,6 +119,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         num_heads: int | None = None,
         normuon: bool = False,
         normuon_beta2: float = 0.95,
+        cautious: str | None = None,
         backend: str = "auto",
         **step_options: Unpack[StepOptions],
     ) -> None:
@@ -135,7 +137,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
             normuon=normuon,
             normuon_beta2=normuon_beta2,
         )
-        self._begin(backend, step_options, **given)
+        self._begin(backend, step_options, **given, cautious=cautious)
         muon_stepper.check(type(self).__name__, {**given, **step_options, "algorithm": "muon"})
         self.max_grad_norm = step_options.pop("max_grad_norm", None)
         self.skip_nonfinite = bool(step_options.pop("skip_nonfinite", False))
@@ -149,7 +151,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         )
         self._routes: dict[str, Route] = {}
         # torch's own constructor would refuse what is no matrix.
-        torch.optim.Optimizer.__init__(self, params, {**given, **given_options(step_options)})
+        torch.optim.Optimizer.__init__(self, params, {**given, **given_options({**step_options, "cautious": cautious})})
         self._tell()
 
     @functools.cached_property

@@ -35,6 +35,7 @@ MOMENTUM_OPTIONS = ("momentum", "nesterov", "clip_grad_value", *_STORAGE)
 UPDATE_OPTIONS = (
     "lr",
     "weight_decay",
+    "cautious",
     "ema_decay",
     "param_rounding",
     "rounding_seed",

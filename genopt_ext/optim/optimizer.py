@@ -106,7 +106,7 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
 
     def _set_options(self, step_options: StepOptions, **more: Any) -> None:
         """The end of every constructor: options that torch's lacks. Groups have a key only where it is set."""
-        options.check(type(self).__name__, self.rule.ranges, more)
+        options.check(type(self).__name__, self.rule.ranges, {**self.defaults, **more})
         given: dict[str, Any] = {**step_options, **more}
         self.max_grad_norm = given.pop("max_grad_norm", None)
         self.skip_nonfinite = bool(given.pop("skip_nonfinite", False))

@@ -228,6 +228,13 @@ def check(where: str, ranges: Mapping[str, Range], options: dict[str, Any]) -> N
     for name in FLAGS:
         if name in options and not (isinstance(options[name], (bool, int)) and options[name] in (0, 1)):
             raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
+    if (cautious := options.get("cautious")) is not None:
+        if cautious != "weight_decay":
+            raise ValueError(f"{where}: Invalid cautious: {cautious!r}; it must be 'weight_decay' or None")
+        if options.get("decoupled_weight_decay") is False:
+            raise ValueError(
+                f"{where}: cautious='weight_decay' is of decoupled decay; use it with decoupled_weight_decay=True"
+            )
     if (
         options.get("nesterov")
         and "dampening" in ranges

@@ -65,7 +65,7 @@ class Rule:
         for key, names in self.items.items():
             if name in names:
                 return group[key][names.index(name)]
-        return group[name]
+        return group.get(name) if name == "cautious" else group[name]
 
     def initial_number(self, group: Group, name: str) -> float:
         """With what the running number ``name`` begins."""

@@ -36,9 +36,12 @@ def with_penalty(g: Tensor, p: Tensor, l2: Number, maximize: bool) -> Tensor:
     return g + p * l2 if may_count(l2) else g
 
 
-def less(p: Tensor, u: Tensor, decay: Number) -> Tensor:
+def less(p: Tensor, u: Tensor, decay: Number, cautious: str | None = None) -> Tensor:
     """The parameter less its update and decoupled decay, in one subtraction."""
-    return p - (p * decay + u if may_count(decay) else u)
+    if not may_count(decay):
+        return p - u
+    decayed = p * decay + u
+    return p - (decayed if cautious is None else torch.where(u * p < 0, u, decayed))
 
 
 def adam(
@@ -55,6 +58,7 @@ def adam(
     amsgrad: bool,
     maximize: bool,
     decoupled_weight_decay: bool,
+    cautious: str | None,
 ) -> Tensor:
     """Adam, AdamW and AMSGrad: ``csrc/rules/adam.h``."""
     correction = root(1.0 - power(beta2, t))
@@ -67,7 +71,7 @@ def adam(
     if amsgrad:
         v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
     u = m * rate / (sqrt(v) + rounded(eps * correction, p))
-    return less(p, u, decay)
+    return less(p, u, decay, cautious)
 
 
 def sgd(
@@ -155,6 +159,7 @@ def lion(
     beta2: Number,
     weight_decay: Number,
     maximize: bool,
+    cautious: str | None,
 ) -> Tensor:
     """Lion: ``csrc/rules/lion.h``."""
     rate, decay = rounded(lr, p), rounded(lr * weight_decay, p)
@@ -162,7 +167,7 @@ def lion(
         g = -g
     u = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
     step = torch.where(u > 0, rate, torch.where(u < 0, -rate, u))
-    p = less(p, step, decay)
+    p = less(p, step, decay, cautious)
     state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta2, p))
     return p
 
@@ -453,10 +458,18 @@ def muon_momentum(
 
 
 def muon_update(
-    p: Tensor, g: Tensor, state: dict[str, Tensor], *, t: Number, lr: Number, shape_scale: Number, weight_decay: Number
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    t: Number,
+    lr: Number,
+    shape_scale: Number,
+    weight_decay: Number,
+    cautious: str | None,
 ) -> Tensor:
     """Muon's update by an orthogonal ``g``: ``csrc/rules/muon_update.h``."""
-    return less(p, g * rounded(lr * shape_scale, p), rounded(lr * weight_decay, p))
+    return less(p, g * rounded(lr * shape_scale, p), rounded(lr * weight_decay, p), cautious)
 
 
 def warmed_up(t: Number, steps: Number | None, at: Callable[[Number], Number], end: Number) -> Number:
