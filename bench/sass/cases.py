@@ -32,6 +32,8 @@ SIGNATURES = {
     "AdamW fp32": f"kind=step {_ADAMW}",
     "AdamW fp32, zeros": f"kind=step {_ADAMW} zeros=1",  # but for the weights, as in unused rows of an embedding
     "AdamW bf16, fp32 state": f"kind=step {_ADAMW} {_HALVES}",
+    "AdamW fp32, cautious": f"kind=step {_ADAMW},1",
+    "AdamW fp32, int8 state, cautious": f"kind=step {_ADAMW},1 states=int8",
     "AdamW bf16 stochastic, fp32 state": f"kind=step {_ADAMW} {_HALVES} unbiased=weights",
     "AdamW bf16 with masters": f"kind=step {_ADAMW} {_HALVES} extra=master",
     "AdamW bf16 with Kahan sums": f"kind=step {_ADAMW} {_HALVES} extra=compensation",

@@ -45,17 +45,19 @@ void DevicePlan::put(int64_t at, const void* words, int count) {
   }
 }
 
-int DevicePlan::kind_of(const Row& row, const Control& control) const {
+int DevicePlan::kind_of(const Row& row, const Options& options, const Control& control) const {
+  const bool cautious = rule_.cautious >= 0 && options[rule_.cautious] > 0;
   if (const Way* const way = way_of(row, control))
     for (size_t i = 0; i < kernels_.lean.size(); ++i) {
       const LeanKernel& each = kernels_.lean[i];
-      if (each.used == row.used % kWithAverage && each.way == way - kWays) return kFirstLean + static_cast<int>(i);
+      if (each.used == row.used % kWithAverage && each.way == way - kWays && each.cautious == cautious)
+        return kFirstLean + static_cast<int>(i);
     }
   return row.dtype[kParam] == DType::kFloat64 ? kDouble : kFloat;
 }
 
 void DevicePlan::put_row(int r, const Row& row, const Options& options, const Control& control) {
-  DeviceRow made = device_row(row, options, kind_of(row, control));
+  DeviceRow made = device_row(row, options, kind_of(row, options, control));
   if (row.layout) {
     const std::vector<uint64_t> words = words_of(*row.layout);
     made.layout = layout_end_;

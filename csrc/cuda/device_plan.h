@@ -57,7 +57,7 @@ class DevicePlan {
     put(at, &word, 1);
   }
   void put_row(int r, const Row& row, const Options& options, const Control& control);
-  int kind_of(const Row& row, const Control& control) const;
+  int kind_of(const Row& row, const Options& options, const Control& control) const;
   void flush(int rows, const Queue& queue);
   void send(Range range, int rows, const Queue& queue);
   template <class... Parameters, class... Arguments>

@@ -40,6 +40,7 @@ using UpdateKernel = void (*)(Table, TileRange);
 struct LeanKernel {
   unsigned used;  // states, as a mask
   int way;        // of kWays
+  bool cautious;  // decays so
   UpdateKernel update;
 };
 

@@ -22,14 +22,14 @@ __device__ void with_block_of(int i, float scale, Visit visit) {
 // computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
 // registers let five, with four four.
 template <class Rule>
-constexpr int lean_blocks(unsigned used, const Way& way) {
+constexpr int lean_blocks(unsigned used, const Way& way, bool cautious) {
   constexpr bool kFewScalars = sizeof(typename Rule::template Update<float>) <= 9 * sizeof(float);
-  return used == 0b1111 ? 4 : used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars ? 7 : 6;
+  return used == 0b1111 ? 4 : used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars && !cautious ? 7 : 6;
 }
 
 // kUsed: a set of the rule's states, as in Rule::Masks.
-template <class Rule, unsigned kUsed, int kWay>
-__global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]))
+template <class Rule, unsigned kUsed, int kWay, bool kCautious>
+__global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay], kCautious))
     lean_update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
   constexpr Way kStored = kWays[kWay];
   constexpr bool kHasMaster = kStored.extra == Extra::kMaster, kHasRest = kStored.extra == Extra::kCompensation;
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   }
 #pragma unroll
   for (int j = 0; j < kElements; ++j)
-    scalars.update.template apply<kUsed>(values[kParam][j], scalars.around.gradient(values[kGrad][j]),
-                                         values[kState][j], values[kState + 1][j], values[kState + 2][j],
-                                         values[kState + 3][j]);
+    scalars.update.template apply<kUsed | (kCautious ? kMayBeCautious : 0u)>(
+        values[kParam][j], scalars.around.gradient(values[kGrad][j]), values[kState][j], values[kState + 1][j],
+        values[kState + 2][j], values[kState + 3][j]);
 
   // To one of the neighbours that a 16-bit dtype has. `bits(i)`: 32 for element i of the tile.
   const auto round = [&](float (&x)[kElements], auto bits) {
@@ -143,13 +143,16 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   if (zeroes) leave_zeros();
 }
 
-// All lean kernels of an optimizer's rule: one for each of its sets of states and each way that these can be stored.
+// All lean kernels of an optimizer's rule: one for each of its sets of states and each way that these can be stored,
+// and of these again for cautious decay, if the rule has it.
 template <class Rule>
 std::vector<LeanKernel> lean_kernels() {
   std::vector<LeanKernel> kernels;
   const auto add = [&]<unsigned kUsed, int kWay>() {
     if constexpr (!std::is_same_v<Rule, Transfer> && (kUsed || kWays[kWay].state == Form::kFloat))
-      kernels.push_back({kUsed, kWay, lean_update<Rule, kUsed, kWay>});
+      kernels.push_back({kUsed, kWay, false, lean_update<Rule, kUsed, kWay, false>});
+    if constexpr (kAnyDecay<Rule> && (kUsed || kWays[kWay].state == Form::kFloat))
+      kernels.push_back({kUsed, kWay, true, lean_update<Rule, kUsed, kWay, true>});
   };
   [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
     const auto add_ways = [&]<unsigned kUsed, int... kWay>(std::integer_sequence<int, kWay...>) {

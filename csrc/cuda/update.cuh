@@ -14,9 +14,9 @@ __device__ void apply(const Scalars<Rule, T>& scalars, unsigned used, LaneOperan
   const auto apply_with = [&]<unsigned kUsed>() {
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
-      scalars.update.template apply<kUsed>(x[kParam].values[j], scalars.around.gradient(x[kGrad].values[j]),
-                                           x[kState].values[j], x[kState + 1].values[j], x[kState + 2].values[j],
-                                           x[kState + 3].values[j]);
+      scalars.update.template apply<kUsed | kAnyDecay<Rule>>(
+          x[kParam].values[j], scalars.around.gradient(x[kGrad].values[j]), x[kState].values[j],
+          x[kState + 1].values[j], x[kState + 2].values[j], x[kState + 3].values[j]);
   };
   [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
     ((used % kWithAverage == kMasks ? apply_with.template operator()<kMasks>() : void()), ...);

@@ -26,12 +26,14 @@ RuleInfo describe(int index) {
   static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates &&
                 kRunningOf<Rule> <= kMaxRunning);
   unsigned structural = 0;
+  int cautious = -1;
   std::vector<OptionName> options;
   for (size_t i = 0; i < std::size(Rule::kOptions); ++i) {
     Options values{};
     values[i] = 1;
     if (used_states<Rule>(values) != used_states<Rule>({})) structural |= 1u << i;
     options.push_back(Rule::kOptions[i].name);
+    if (options.back().word) cautious = static_cast<int>(i);
   }
   std::vector<const char*> running;
   if constexpr (kRunningOf<Rule> > 0) running = {std::begin(Rule::kRunning), std::end(Rule::kRunning)};
@@ -44,6 +46,7 @@ RuleInfo describe(int index) {
           options,
           Rule::kSquares,
           structural,
+          cautious,
           used_states<Rule>,
           [](const Options& values, double t, double* running, bool in_double, void* storage) {
             (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, running, storage);

@@ -34,6 +34,7 @@ struct RuleInfo {
   std::vector<OptionName> options;
   unsigned squares;     // states that are never negative, as a mask
   unsigned structural;  // options that used_states depends on, as a mask
+  int cautious;         // the option of that name; -1: there is none
   unsigned (*used_states)(const Options&);
   // Builds the rule's Scalars for step count t in `storage`, and advances its running numbers.
   void (*make_scalars)(const Options&, double t, double* running, bool in_double, void* storage);

@@ -60,9 +60,10 @@ struct Adam {
       g = is_set(l2) ? g + l2 * p : g;
       m = m_lerp(m, g);
       v = average_square(v, g, v_lerp);
-      if constexpr (kUsed == kWithMaximum) v_max = maximum(v_max, v);
-      V u = rate * m / (square_root(kUsed == kWithMaximum ? v_max : v) + eps);
-      p = p - with_decay(decay, p, u);
+      constexpr bool kHasMaximum = (kUsed & kWithMaximum) == kWithMaximum;
+      if constexpr (kHasMaximum) v_max = maximum(v_max, v);
+      V u = rate * m / (square_root(kHasMaximum ? v_max : v) + eps);
+      p = p - with_decay<(kUsed & kMayBeCautious) != 0>(decay, p, u);
     }
   };
 };

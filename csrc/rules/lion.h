@@ -49,7 +49,7 @@ struct Lion {
     GENOPT_INLINE void apply(V& p, V g, V& m, auto&...) const {
       const V u = u_lerp(m, g);
       const V step = choose(u > V(0), V(rate), choose(u < V(0), V(-rate), u));
-      p = p - with_decay(decay, p, step);
+      p = p - with_decay<(kUsed & kMayBeCautious) != 0>(decay, p, step);
       m = m_lerp(m, g);
     }
   };

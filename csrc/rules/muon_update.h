@@ -42,7 +42,7 @@ struct MuonUpdate {
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, auto&...) const {
       const V u = rate * g;
-      p = p - with_decay(decay, p, u);
+      p = p - with_decay<(kUsed & kMayBeCautious) != 0>(decay, p, u);
     }
   };
 };

@@ -80,12 +80,21 @@ constexpr OptionName kCautious = {"cautious", -1, true, "weight_decay"};
 GENOPT_INLINE double decay_of(double decay, double cautious) {
   return cautious > 0 ? -decay : decay;
 }
-template <class T, class V>
+template <bool kMayBeCautious = false, class T, class V>
 GENOPT_INLINE V with_decay(T decay, V p, V u) {
-  if (!is_set(decay)) return u;
-  if (decay > 0) return decay * p + u;
-  return choose(u * p < V(0), u, V(-decay) * p + u);
+  if constexpr (kMayBeCautious)
+    if (decay < 0) return choose(u * p < V(0), u, V(-decay) * p + u);
+  return is_set(decay) ? decay * p + u : u;
 }
+// Beside states in a rule's kUsed: its decay may be cautious. Kernels that never see one are spared the question.
+constexpr unsigned kMayBeCautious = 1u << 31;
+// Of a rule that has the option, with which kernels that take any row ask for it.
+template <class Rule>
+constexpr unsigned kAnyDecay = [] {
+  for (const auto& option : Rule::kOptions)
+    if (option.name.word) return kMayBeCautious;
+  return 0u;
+}();
 
 // The sets of states, as bit masks, that a rule can be asked to run with; each is compiled on its own.
 template <unsigned... kMasks>

@@ -74,7 +74,7 @@ def _must_step(step: Step, refusal: Any) -> None:
         raise RuntimeError(f"{step.owner}.step: the kernels refused {refusal}; please report this")
 
 
-def _option(value: Any) -> Number | None:
+def _option(value: Any) -> Number | str | None:
     if isinstance(value, Tensor):
         return tracing.number(value)
     return value if value is None or isinstance(value, str) else float(value)

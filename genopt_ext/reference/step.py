@@ -31,7 +31,7 @@ def step(
     unbiased: bool = False,
     counts: bool = True,
     running: Iterable[str] = (),
-    **options: Number | None,
+    **options: Number | str | None,
 ) -> None:
     """One step of one parameter: load, rule, store.
 

@@ -125,8 +125,8 @@ struct Tensor {
         if (!operands[k].bytes.empty()) x[k] = operands[k].template get<T>(at[k]);
       }
       const T before = x[kParam], g = x[kGrad];
-      scalars.update.template apply<kUsed % kWithAverage>(x[kParam], scalars.around.gradient(g), x[kState],
-                                                          x[kState + 1], x[kState + 2], x[kState + 3]);
+      scalars.update.template apply<kUsed % kWithAverage | kAnyDecay<Rule>>(
+          x[kParam], scalars.around.gradient(g), x[kState], x[kState + 1], x[kState + 2], x[kState + 3]);
       for (int k = 0; k < kOperands; ++k)
         if (k != kGrad && !operands[k].bytes.empty()) operands[k].set(at[k], x[k]);
       still += !only_measures && g != 0 && operands[kParam].template get<T>(at[kParam]) == before;
