@@ -120,19 +120,21 @@ void Plan::prepare() {
     int prepared = 0;
   };
   std::vector<Last> last(groups.size() * 2);
+  const bool has_running = !rule.running.empty();
   static const RuleInfo& averaging = rule_info(Transfer::kName);  // the average is no rule's matter
   for (Row& row : rows) {
     if (!row.active || row.device != kHost) continue;
     const double t = row.step && !row.only_average ? advance_step(row) : 0;
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
     Last& memo = last[row.group * 2 + in_double];
-    const bool runs = !rule.running.empty() && !row.only_average;
-    const Running before = runs ? running_of(row) : Running{};
-    if (memo.t != t || memo.used != row.used || memo.only_average != row.only_average || memo.before != before) {
+    const bool runs = has_running && !row.only_average;
+    if (memo.t != t || memo.used != row.used || memo.only_average != row.only_average ||
+        (runs && memo.before != running_of(row))) {
       Prepared& made = prepared_.emplace_back();
       made.used = row.used;
       made.only_average = row.only_average;
       made.in_double = in_double;
+      const Running before = runs ? running_of(row) : Running{};
       Running after = before;
       (row.only_average ? averaging : rule).make_scalars(groups[row.group], t, after.data(), in_double, made.scalars);
       memo = {t, row.used, row.only_average, before, after, static_cast<int>(prepared_.size()) - 1};

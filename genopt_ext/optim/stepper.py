@@ -111,7 +111,8 @@ class Stepper:
         plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
         arguments = {} if plain else self.arguments(groups, inputs, None)
         if self.resolved != "reference":
-            self._make_plan(groups, state, inputs, only)
+            if self.plan is None:
+                self._make_plan(groups, state, inputs, only)
             if only is None:  # spelled out, as most steps end here
                 refused = self.plan.step(groups, state, (), **arguments)
                 refusal = None if refused is None else Refusal(**refused)
@@ -135,7 +136,8 @@ class Stepper:
         if self.resolved == "reference":
             refusal = _everything(step)
         else:
-            self._make_plan(groups, state, inputs, None)
+            if self.plan is None:
+                self._make_plan(groups, state, inputs, None)
             refused = self.plan.step(groups, state, (), only_check=True, **arguments)
             if refused is None:
                 return
@@ -145,12 +147,11 @@ class Stepper:
             unserved.mend(step, examined.mendable, examined.torchs)
 
     def _make_plan(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> None:
-        if self.plan is None:
-            step = self._described(groups, state, inputs, only)
-            for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
-                self.check_group(groups, i)
-            assert _backend.native is not None
-            self.plan = _backend.native.Stepper(self.rule.name, self.resolved)
+        step = self._described(groups, state, inputs, only)
+        for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
+            self.check_group(groups, i)
+        assert _backend.native is not None
+        self.plan = _backend.native.Stepper(self.rule.name, self.resolved)
 
     def _described(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> Step:
         places = places_of(groups) if only is None else [only]
