@@ -50,7 +50,8 @@ __device__ inline double advance(const DeviceRow& row, float by) {
 __device__ inline void take_back(const Table& table, int r, const DeviceRow& row) {
   advance(row, -1);
   for (int i = 0; i < kMaxRunning; ++i)
-    write_running(row.running[i], row.running_dtype[i], as_double(table.words[table.running_before(r, i)]));
+    if (row.running[i])  // else nothing was written there
+      write_running(row.running[i], row.running_dtype[i], as_double(table.words[table.running_before(r, i)]));
 }
 
 // Writes `payload` into the table; then, for the first `rows` rows, advances the step counters and derives their
