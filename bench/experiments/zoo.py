@@ -185,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     page = ROOT / "docs" / "optimizers" / "README.md"
     parser.add_argument("--docs", action="store_true", help=f"also put the tables into {page.relative_to(ROOT)}")
     args = parser.parse_args(arguments)
+    if args.docs and not ({*TASKS} <= {*args.tasks} and {*optim.OURS} <= {*args.only}):
+        parser.error("--docs writes the tables of all classes and tasks: leave out --only and --tasks")
     console = Console(width=None if sys.stdout.isatty() else 130)
     records, threads = load(args.json), torch.get_num_threads()
     steps = {task: args.steps or STEPS[task] for task in args.tasks}

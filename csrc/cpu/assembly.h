@@ -85,8 +85,7 @@ class Assembly {
     if (kHasExtra && rest_) p = p + load_values<Param>(rest_ + i);
     V g = load_values<Param>(g_ + i);
     if (!plain_) g = scalars_.around.gradient(g);
-    scalars_.update.template apply<kUsed&((kWithAverage - 1) | kMayBeCautious)>(p, g, states[0], states[1], states[2],
-                                                                                states[3]);
+    scalars_.update.template apply<kOfRule>(p, g, states[0], states[1], states[2], states[3]);
     if (kHasExtra && master_) store_values<Wide>(master_ + i, p);
     const V rounded = store_param(i, p);
     if (kHasExtra && rest_) store_values<Param>(rest_ + i, rest_of(p, rounded));
@@ -98,6 +97,7 @@ class Assembly {
  private:
   using Wide = Values<T>;
   static constexpr bool kIsBuffered = std::is_same_v<Param, Buffered<T>>;
+  static constexpr unsigned kOfRule = kUsed & ((kWithAverage - 1) | kMayBeCautious);
 
   static GENOPT_INLINE Scalars<Rule, T> scaled(Scalars<Rule, T> scalars, const Row& row) {
     scalars.around.factor *= static_cast<T>(row.factor);

@@ -86,9 +86,7 @@ class ADOPT(FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        self._begin(backend, step_options, **own)
-        super().__init__(params, {**own, "foreach": foreach, "fused": fused})
-        self._set_options(step_options)
+        self._construct_own(params, backend, step_options, own, foreach=foreach, fused=fused)
 
 
 class ADOPT8bit(ADOPT):

@@ -71,9 +71,7 @@ class Lion(FusedOptimizer):
         **step_options: Unpack[StepOptions],
     ) -> None:
         own = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
-        self._begin(backend, step_options, **own)
-        super().__init__(params, {**own, "foreach": foreach, "fused": fused})
-        self._set_options(step_options, cautious=cautious)
+        self._construct_own(params, backend, step_options, own, foreach=foreach, fused=fused, cautious=cautious)
 
 
 class Lion8bit(Lion):

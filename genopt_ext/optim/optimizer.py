@@ -93,6 +93,22 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
         super().__init__(params, **given)  # torch's class: it follows in the order of bases
         self._set_options(step_options, **more)
 
+    def _construct_own(
+        self,
+        params: ParamsT,
+        backend: str,
+        step_options: StepOptions,
+        own: dict[str, Any],
+        *,
+        foreach: bool | None,
+        fused: bool | None,
+        **more: Any,
+    ) -> None:
+        """The constructor of a class that torch lacks. ``own``: its arguments."""
+        self._begin(backend, step_options, **own)
+        super().__init__(params, {**own, "foreach": foreach, "fused": fused})
+        self._set_options(step_options, **more)
+
     def _begin(self, backend: str, step_options: StepOptions, **given: Any) -> None:
         """The start of every constructor: checks before torch's constructor changes anything."""
         where = type(self).__name__

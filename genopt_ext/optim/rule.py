@@ -58,14 +58,16 @@ class Rule:
     def options(self, group: Group) -> dict[str, Any]:
         """``group`` as keyword arguments of the rule's function: ``beta1`` is the first of its ``betas``."""
         given = inspect.signature(reference.RULES[self.name]).parameters.values()
-        wanted = [each.name for each in given if each.kind is each.KEYWORD_ONLY and each.name not in ("t", "running")]
-        return {name: self._value(group, name) for name in wanted}
+        wanted = [each for each in given if each.kind is each.KEYWORD_ONLY and each.name not in ("t", "running")]
+        # A group has an option with a default only where it is set.
+        lacking = [each.name for each in wanted if each.default is not each.empty and each.name not in group]
+        return {each.name: self._value(group, each.name) for each in wanted if each.name not in lacking}
 
     def _value(self, group: Group, name: str) -> Any:
         for key, names in self.items.items():
             if name in names:
                 return group[key][names.index(name)]
-        return group.get(name) if name == "cautious" else group[name]
+        return group[name]
 
     def initial_number(self, group: Group, name: str) -> float:
         """With what the running number ``name`` begins."""

@@ -24,6 +24,18 @@ from ..math import (
 from .shared import less, with_penalty
 
 
+def moments(p: Tensor, g: Tensor, state: dict[str, Tensor], beta1: Number, beta2: Number) -> tuple[Tensor, Tensor]:
+    """The averages of the gradient and of its square, with ``g`` in them."""
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
+    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    return m, v
+
+
+def decays(p: Tensor, lr: Number, weight_decay: Number, decoupled: bool) -> tuple[Number, Number]:
+    """Weight decay as an L2 penalty, and as decoupled decay: one of both is 0."""
+    return rounded(0.0 if decoupled else weight_decay, p), rounded(lr * weight_decay if decoupled else 0.0, p)
+
+
 def adam(
     p: Tensor,
     g: Tensor,
@@ -38,16 +50,14 @@ def adam(
     amsgrad: bool,
     maximize: bool,
     decoupled_weight_decay: bool,
-    cautious: str | None,
+    cautious: str | None = None,
 ) -> Tensor:
     """Adam, AdamW and AMSGrad: ``csrc/rules/adam.h``."""
     correction = root(1.0 - power(beta2, t))
     rate = rounded(lr * correction / (1.0 - power(beta1, t)), p)
-    l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
-    decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
+    l2, decay = decays(p, lr, weight_decay, decoupled_weight_decay)
     g = with_penalty(g, p, l2, maximize)
-    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
-    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    m, v = moments(p, g, state, beta1, beta2)
     if amsgrad:
         v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
     u = m * rate / (sqrt(v) + rounded(eps * correction, p))
@@ -95,11 +105,9 @@ def radam(
     longest = 2.0 / (1.0 - beta2) - 1.0
     length = longest - 2.0 * t * beta2_t / correction2
     plain = lr / (1.0 - power(beta1, t))
-    l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
-    decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
+    l2, decay = decays(p, lr, weight_decay, decoupled_weight_decay)
     g = with_penalty(g, p, l2, maximize)
-    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
-    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    m, v = moments(p, g, state, beta1, beta2)
 
     def rectified() -> Tensor:
         ratio = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
@@ -138,11 +146,9 @@ def nadam(
     product = running["mu_product"] = running["mu_product"] * mu
     of_gradient = rounded(lr * correction * (1.0 - mu) / (1.0 - product), p)
     of_average = rounded(lr * correction * following / (1.0 - product * following), p)
-    l2 = rounded(0.0 if decoupled_weight_decay else weight_decay, p)
-    decay = rounded(lr * weight_decay if decoupled_weight_decay else 0.0, p)
+    l2, decay = decays(p, lr, weight_decay, decoupled_weight_decay)
     g = with_penalty(g, p, l2, maximize)
-    m = state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
-    v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
+    m, v = moments(p, g, state, beta1, beta2)
     u = (g * of_gradient + m * of_average) / (sqrt(v) + rounded(eps * correction, p))
     return less(p, u, decay)
 
@@ -222,12 +228,13 @@ def adopt(
 
     limit = by_step(0.0, lambda: math.inf if clip_exponent is None else exponential(clip_exponent * logarithm(t - 1.0)))
     limit = torch.as_tensor(rounded(limit, p), dtype=p.dtype, device=p.device)
-    g = with_penalty(g, p, rounded(0.0 if decouple else weight_decay, p), maximize)
+    l2, decay = decays(p, lr, weight_decay, decouple)
+    g = with_penalty(g, p, l2, maximize)
     v = state["exp_avg_sq"]
     n = g / torch.maximum(sqrt(v), torch.as_tensor(rounded(eps, p), dtype=p.dtype, device=p.device))
     m = state["exp_avg"] = lerp(state["exp_avg"], n.clamp(-limit, limit), rounded(1.0 - beta1, p))
     state["exp_avg_sq"] = average_square(v, g, rounded(by_step(1.0, lambda: 1.0 - beta2), p))
-    return less(p, m * rounded(lr, p), rounded(by_step(0.0, lambda: lr * weight_decay if decouple else 0.0), p))
+    return less(p, m * rounded(lr, p), by_step(0.0, lambda: decay))
 
 
 def adan(

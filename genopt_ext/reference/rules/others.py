@@ -181,7 +181,7 @@ def lion(
     beta2: Number,
     weight_decay: Number,
     maximize: bool,
-    cautious: str | None,
+    cautious: str | None = None,
 ) -> Tensor:
     """Lion: ``csrc/rules/lion.h``."""
     rate, decay = rounded(lr, p), rounded(lr * weight_decay, p)
@@ -211,7 +211,7 @@ def muon_update(
     lr: Number,
     shape_scale: Number,
     weight_decay: Number,
-    cautious: str | None,
+    cautious: str | None = None,
 ) -> Tensor:
     """Muon's update by an orthogonal ``g``: ``csrc/rules/muon_update.h``."""
     return less(p, g * rounded(lr * shape_scale, p), rounded(lr * weight_decay, p), cautious)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tracing import Number
-from ..math import (
-    may_count,
-)
+from ..math import may_count
 
 
 def with_penalty(g: Tensor, p: Tensor, l2: Number, maximize: bool) -> Tensor:
