@@ -89,6 +89,11 @@ def test_report_says_seeds_edges_differences_and_what_is_missing() -> None:
     assert "no seed's loss is further than 0.005 % from torch's, but SGD by 10 %." in text
 
 
-def test_the_page_has_the_markers() -> None:
+def test_the_page_has_a_row_of_each_class_and_task() -> None:
     text = (Path(__file__).parent.parent / "docs" / "optimizers" / "README.md").read_text()
-    assert readme.between(text, zoo_report.BEGIN)
+    gpt, rosenbrock = readme.between(text, zoo_report.BEGIN).split("distance in fp64")
+    for name, (of_rosenbrock, of_gpt) in zoo.MIDDLE.items():
+        assert of_gpt is None or f"| {name} |" in gpt, name
+        assert of_rosenbrock is None or f"| {name} |" in rosenbrock, name
+    with pytest.raises(SystemExit):
+        zoo.main(["--docs", "--only", "Adam"])

@@ -60,8 +60,8 @@ class Rule:
         given = inspect.signature(reference.RULES[self.name]).parameters.values()
         wanted = [each for each in given if each.kind is each.KEYWORD_ONLY and each.name not in ("t", "running")]
         # A group has an option with a default only where it is set.
-        lacking = [each.name for each in wanted if each.default is not each.empty and each.name not in group]
-        return {each.name: self._value(group, each.name) for each in wanted if each.name not in lacking}
+        known = {each.name: each.default for each in wanted if each.default is not each.empty} | group
+        return {each.name: self._value(known, each.name) for each in wanted}
 
     def _value(self, group: Group, name: str) -> Any:
         for key, names in self.items.items():
