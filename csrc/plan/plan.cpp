@@ -111,10 +111,10 @@ bool Plan::decide() {
 
 void Plan::prepare() {
   prepared_.clear();
-  // Rows mostly share their group's step count: the last one made for a group and a compute type is tried first.
+  // Rows mostly share their group's step count: the last one made for a group and a compute type is tried first. Rows
+  // of a group have the same states, but for those of which only the average moves.
   struct Last {
     double t = -1;
-    unsigned used = 0;
     bool only_average = false;
     Running before{}, after{};
     int prepared = 0;
@@ -128,8 +128,7 @@ void Plan::prepare() {
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
     Last& memo = last[row.group * 2 + in_double];
     const bool runs = has_running && !row.only_average;
-    if (memo.t != t || memo.used != row.used || memo.only_average != row.only_average ||
-        (runs && memo.before != running_of(row))) {
+    if (memo.t != t || memo.only_average != row.only_average || (runs && memo.before != running_of(row))) {
       Prepared& made = prepared_.emplace_back();
       made.used = row.used;
       made.only_average = row.only_average;
@@ -137,7 +136,7 @@ void Plan::prepare() {
       const Running before = runs ? running_of(row) : Running{};
       Running after = before;
       (row.only_average ? averaging : rule).make_scalars(groups[row.group], t, after.data(), in_double, made.scalars);
-      memo = {t, row.used, row.only_average, before, after, static_cast<int>(prepared_.size()) - 1};
+      memo = {t, row.only_average, before, after, static_cast<int>(prepared_.size()) - 1};
     }
     if (runs) keep_running(row, memo.after);
     row.prepared = memo.prepared;
