@@ -47,6 +47,7 @@ struct Tensor {
   int64_t numel;
   Kind kind;
   bool active, unset, double_step;
+  unsigned used;
   std::array<int64_t, 2> sizes;
   std::array<Buffer, kOperands> operands;
   Layout layout;
@@ -58,7 +59,7 @@ struct Tensor {
   // `turn` varies what need not be combined with all else. Gradients have the sign under which no term of an
   // update can cancel another, unless `any_sign`; every 17th is zero.
   Tensor(const DType (&dtypes)[3], int64_t numel, Kind kind, int turn, unsigned used, double sign, bool any_sign)
-      : numel(numel), kind(kind), active(turn % 4 != 3), unset(turn % 3 == 1), double_step(turn % 5 == 2) {
+      : numel(numel), kind(kind), active(turn % 4 != 3), unset(turn % 3 == 1), double_step(turn % 5 == 2), used(used) {
     static std::minstd_rand random(1);
     step64 = step = static_cast<float>(turn % 2 + (turn % 7 == 0 ? 0 : 4));
     int64_t rows = static_cast<int64_t>(std::sqrt(static_cast<double>(numel)));
@@ -95,7 +96,7 @@ struct Tensor {
     Row row;
     row.numel = numel;
     row.active = active;
-    for (int k = kState; k < kOperands; ++k) row.used |= (operands[k].bytes.empty() ? 0u : 1u) << (k - kState);
+    row.used = used;
     row.group = group;
     row.step = double_step ? static_cast<void*>(&step64) : &step;
     row.step_dtype = double_step ? k64 : k32;
