@@ -60,7 +60,8 @@ class Case:
     @property
     def moments(self) -> int:
         on = [name for name in ("momentum", "centered", "amsgrad") if self.kwargs.get(name)]
-        of_class = {"SGD": 0, "RMSprop": 1, "Adagrad": 1, "ASGD": 1, "AdEMAMix": 3, "Adan": 4}
+        of_class = {"SGD": 0, "LARS": 0, "RMSprop": 1, "Adagrad": 1, "ASGD": 1, "SGDScheduleFree": 1}
+        of_class |= {"AdEMAMix": 3, "Adan": 4, "Prodigy": 4}
         return of_class.get(self.optimizer, 2) + len(on)
 
     @property
@@ -86,7 +87,16 @@ class Case:
         if self.kind == "step":
             # The norm, and the search for infinities, must be through with all gradients before the first update.
             gradient = Move(width, 1 + (self.clip is not None or self.amp), 0)
-            return Move(width, int(not self.master), 1), gradient, *(Move(kept, 1, 1) for kept in self.stored)
+            # So must what a rule needs to know of a whole tensor.
+            moments = self.stored[: self.moments]
+            totaled = {"LARS": (width, width), "LAMB": (width, width, *moments), "StableAdamW": (width, *moments[1:])}
+            totaled["Prodigy"] = (width, width, *moments[:2])
+            if self.kwargs.get("cautious") == "update":
+                totaled[self.optimizer] = width, moments[0]
+            before = (Move(each, 1, 0) for each in totaled.get(self.optimizer, ()))
+            read_only = 1 if self.optimizer == "Prodigy" else None  # where weights began
+            kept = (Move(each, 1, int(i != read_only)) for i, each in enumerate(self.stored))
+            return Move(width, int(not self.master), 1), gradient, *before, *kept
         return {
             "clip": (Move(width, 1, 0),),
             "quantize": (Move(width, 1, 0), Move(coded, 0, 1)),
@@ -194,8 +204,23 @@ def cases(scale: float, memory: float) -> list[Case]:
         Case(f"Adagrad {m}", "Adagrad", large, main=True),
         *(
             Case(f"{name} {m}", name, large)
-            for name in ("Adadelta", "Adamax", "RAdam", "Rprop", "NAdam", "ASGD", "AdEMAMix", "ADOPT", "Adan")
+            for name in (
+                "Adadelta",
+                "Adamax",
+                "RAdam",
+                "Rprop",
+                "NAdam",
+                "ASGD",
+                "AdEMAMix",
+                "ADOPT",
+                "Adan",
+                "AdamWScheduleFree",
+            )
         ),
+        *(Case(f"{name} {m}", name, large) for name in ("LAMB", "StableAdamW", "Prodigy")),
+        Case(f"LARS {m}", "LARS", large, kwargs={**momentum, "weight_decay": 0.01}),
+        Case(f"AdamW cautious update {m}", "AdamW", large, kwargs={"cautious": "update"}),
+        Case(f"AdamW cautious update {small_name}", "AdamW", small, kwargs={"cautious": "update"}),
         Case(f"AdamW {gpt2_name}", "AdamW", gpt2, main=True),
         Case(f"AdamW Llama 1B{_fraction(share)}", "AdamW", shrunk(llama, share), main=True),
         Case(f"AdamW LoRA{_fraction(scale)} ({len(lora)})", "AdamW", lora, main=True),

@@ -42,7 +42,8 @@ def passes(moves: tuple[Move, ...]) -> list[Pass]:
         return [*first, Pass(unit, together, bool(fresh))]
     widths = sorted({int(move.width) for move in moves}, reverse=True)
     flags = {w: tuple(bool(move.written) for move in moves if int(move.width) == w) for w in widths}
-    return first + [Pass(w, flags[w], bool(fresh)) for w in widths]
+    parts = [(w, flags[w][i : i + ARRAYS]) for w in widths for i in range(0, len(flags[w]), ARRAYS)]
+    return first + [Pass(w, part, bool(fresh)) for w, part in parts]
 
 
 def limit(case: Case, device: str) -> tuple[Run, float]:

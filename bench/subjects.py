@@ -55,7 +55,10 @@ def torch_class(case: Case) -> type[torch.optim.Optimizer] | None:
 
 
 def ours(case: Case, params: Params, **more: Any) -> torch.optim.Optimizer:
-    return getattr(optim, case.optimizer)(params, **case.kwargs, **(case.ours | more))
+    made = getattr(optim, case.optimizer)(params, **case.kwargs, **(case.ours | more))
+    if hasattr(made, "train"):  # it begins in evaluation
+        made.train()
+    return made
 
 
 def ours_int8(case: Case, params: Params) -> torch.optim.Optimizer:
@@ -78,7 +81,7 @@ def torchs(**variant: Any) -> Make:
             raise Absent(f"too slow with {len(params)} tensors")
         try:
             options = variant | ({"capturable": True} if case.graph and params[0].is_cuda else {})
-            return theirs(params, **case.kwargs, **options)
+            return theirs(params, **{name: x for name, x in case.kwargs.items() if name != "cautious"}, **options)
         except (RuntimeError, TypeError) as error:  # not every torch has fused Adagrad on CUDA
             raise Absent(str(error).splitlines()[0]) from None
 
@@ -97,7 +100,9 @@ def compiled(case: Case, params: Params) -> torch.optim.Optimizer | None:
 
 
 def differs(case: Case) -> str:
-    """How torch's state differs from what the case asks for; empty where it does not."""
+    """How torch's step differs from what the case asks for; empty where it does not."""
+    if "cautious" in case.kwargs:
+        return "not cautious"
     if case.rounding == "kahan":
         return "no compensation"
     if case.master:
@@ -128,7 +133,7 @@ def optimi(case: Case, params: Params) -> torch.optim.Optimizer | None:
     """Its moments have the parameter's dtype; compensated it is in bf16 unless told."""
     if case.optimizer not in ("Adam", "AdamW", "SGD") or case.state is not None or case.master:
         return None
-    if case.rounding == "stochastic":
+    if case.rounding == "stochastic" or "cautious" in case.kwargs:
         return None
     options: dict[str, Any] = {"torch_init": True} if case.optimizer == "SGD" else {"betas": (0.9, 0.999), "eps": 1e-8}
     if case.optimizer == "AdamW":
@@ -153,7 +158,7 @@ def deepspeed(case: Case, params: Params) -> torch.optim.Optimizer | None:
     """Compiles itself when it is first used, which takes a minute."""
     if case.optimizer not in ("Adam", "AdamW") or case.state not in (None, torch.float32) or case.master:
         return None
-    if case.rounding != "nearest" or params[0].device.type != "cpu":
+    if case.rounding != "nearest" or params[0].device.type != "cpu" or "cautious" in case.kwargs:
         return None
     module = package("deepspeed.ops.adam")
     try:

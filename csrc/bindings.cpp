@@ -25,8 +25,8 @@ Gradients gradients_of(const std::string& left) {
 }
 
 // The names that Python has for the kinds in DeviceTensorKind, in its order: each a list with a tensor a device.
-constexpr const char* kTensorNames[] = {"grad_scale", "found_inf", "group_scales",
-                                        "grad_norm",  "nonfinite", "skipped_steps"};
+constexpr const char* kTensorNames[] = {"grad_scale", "found_inf",     "group_scales", "grad_norm",
+                                        "nonfinite",  "skipped_steps", "shared",       "row_sums"};
 static_assert(std::size(kTensorNames) == kDeviceTensors);
 
 StepArguments arguments_of(const py::kwargs& given) {
@@ -93,7 +93,7 @@ py::object step(Stepper& stepper, const py::object& param_groups, const py::obje
   using namespace py::literals;
   return py::dict("rows"_a = rows, "groups"_a = refusal->groups, "overlaps"_a = refusal->overlaps,
                   "grad_overlaps"_a = refusal->grad_overlaps, "devices"_a = refusal->devices,
-                  "gradients_overlap"_a = refusal->gradients_overlap);
+                  "of_processes"_a = refusal->of_processes, "gradients_overlap"_a = refusal->gradients_overlap);
 }
 
 void register_stepper(py::module_& m) {

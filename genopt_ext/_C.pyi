@@ -11,6 +11,7 @@ class _Refusal(TypedDict):
     overlaps: _Pairs
     grad_overlaps: _Pairs
     devices: list[int]
+    of_processes: bool
     gradients_overlap: bool
 
 class Stepper:
@@ -38,6 +39,8 @@ class Stepper:
         grad_norm: list[Any] | None = None,
         nonfinite: list[Any] | None = None,
         skipped_steps: list[Any] | None = None,
+        shared: list[Any] | None = None,
+        row_sums: list[Any] | None = None,
     ) -> _Refusal | None: ...
 
 has_cuda: bool

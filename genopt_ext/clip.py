@@ -2,8 +2,9 @@
 
 Gradients are read once, and written only where clipping really changes them. The norm is summed in double in a fixed
 order: the same bits for every number of threads and run after run. Nothing waits for a GPU, except with
-``error_if_nonfinite=True``. Tensor subclasses such as DTensor go through torch's own functions, which refuse sparse
-gradients, and p-norms other than 1, 2 and infinity through torch operations in float64.
+``error_if_nonfinite=True``. Of DTensors each process measures its own part, and the parts of all are joined at once,
+whatever their meshes, also beside plain tensors. Other tensor subclasses go through torch's own functions, which refuse
+sparse gradients, and p-norms other than 1, 2 and infinity through torch operations in float64.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def is_plain(t: Tensor) -> bool:
 
 def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
     """In float64, on the first tensor's device; None where only torch serves the tensors."""
+    if norm in NORMS and any(map(sharding.is_spread, tensors)):
+        return _norm_over_processes([sharding.summed(t) for t in tensors], norm)
     # The kernels take a complex number as two: right for squares alone.
     real = [t.abs() if t.is_complex() and norm != 2 else t for t in tensors]
     norms = _norms(real, norm if norm in NORMS else math.inf)
@@ -129,6 +132,17 @@ def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
     return scale * torch.stack(parts).sum().pow(1 / norm)
 
 
+def _norm_over_processes(tensors: list[Tensor], norm: float) -> Tensor:
+    """As :func:`_total_norm`, where DTensors are among the tensors: each process measures what it has."""
+    local = [sharding.local(t) for t in tensors]
+    real = [t.abs() if t.is_complex() and norm != 2 else t for t in local]
+    rows, joining = measure_rows(real, real, norm), sharding.Joining(tensors)
+    if norm == math.inf:
+        return joining.largest(rows).max()
+    total = reference.join(joining(rows))
+    return total.sqrt() if norm == 2 else total
+
+
 def _norm_in_full(tensors: list[Tensor], norm: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
     """What :func:`get_total_norm` rounds: in float64, but where only torch serves the tensors."""
     if not tensors:
@@ -137,7 +151,7 @@ def _norm_in_full(tensors: list[Tensor], norm: float, error_if_nonfinite: bool, 
     if total is None:
         total = _torch.get_total_norm([t.float() if t.dtype in _NARROW else t for t in tensors], norm, False, foreach)
     if error_if_nonfinite and not math.isfinite(_rounded(total, tensors)):
-        where = next((i for i, t in enumerate(tensors) if not torch.isfinite(t).all()), None)
+        where = next((i for i, t in enumerate(map(sharding.local, tensors)) if not torch.isfinite(t).all()), None)
         first = "all are finite, but not their norm" if where is None else f"the first is parameter {where}"
         raise RuntimeError(
             f"The total norm of order {norm} for gradients from `parameters` is non-finite, so it cannot be "
@@ -156,11 +170,26 @@ def is_precise(tensors: Iterable[Tensor]) -> bool:
     return any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
 
 
-def sum_of_squares(grads: list[Tensor], home: torch.device) -> Tensor:
-    """Of strided tensors on any devices, as a 0-dim float64 tensor on ``home``."""
-    norms = _norms(grads, 2.0)
-    assert norms is not None
-    return torch.stack([n.to(home) for n in norms]).square().sum()
+def measure_rows(targets: Sequence[Tensor], rows: Sequence[Tensor | None], norm: float = 2.0) -> Tensor:
+    """What each row's norm (of :data:`NORMS`) is made of; float64, on the first target's device; 0 of None.
+
+    Args:
+        targets: parameters, in whose order in memory elements are taken. Of DTensors, here and in ``rows``, the local
+            tensors are measured.
+        rows: for each target a tensor of its shape, or None.
+    """
+    targets, rows = ([sharding.local(t) for t in each] for each in (targets, rows))
+    devices = _by_device(t for t in rows if t is not None)
+    found = {device: torch.zeros(2 * len(rows), dtype=torch.float64, device=device) for device in devices}
+    given = [*found.values()]
+    if not _run(targets, rows, {}, norm=NORMS[norm], measure=True, only_measure=True, row_sums=given):
+        for i, (t, row) in enumerate(zip(targets, rows, strict=True)):
+            if row is not None:
+                found[row.device].select(0, i).copy_(reference.measure(row, t, norm))
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=targets[0].device)
+    for each in given:
+        sums += each.narrow(0, 0, len(rows)).to(sums.device)
+    return sums
 
 
 def add_(targets: list[Tensor], grads: list[Any]) -> None:

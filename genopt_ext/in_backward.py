@@ -84,10 +84,10 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
             f"step_in_backward: expected an optimizer of genopt_ext.optim, got {kind}; take the class of the same name "
             f"from there, or follow torch's recipe with one optimizer for each parameter: {TUTORIAL}"
         )
-    if not optimizer.steps_alone:
+    if optimizer.together is not None:
         raise TypeError(
-            f"step_in_backward: {type(optimizer).__name__} steps matrices of one shape together, so their gradients "
-            "have to be there at once; call step() instead"
+            f"step_in_backward: {type(optimizer).__name__} {optimizer.together}, so their gradients have to be there "
+            "at once; call step() instead"
         )
     if optimizer.in_backward is not None:
         raise RuntimeError(

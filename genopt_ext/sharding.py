@@ -7,7 +7,11 @@ skipped is agreed on by all processes of every mesh.
 
 from __future__ import annotations
 
+import math
+import operator
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,21 +37,185 @@ def is_piece(p: Tensor) -> bool:
     return whole is None or whole.numel() != p.numel()
 
 
-def agree(found: Tensor, params: Iterable[Tensor]) -> Tensor:
-    """Whether any process of the parameters' meshes has ``found`` (0-dim, bool): the same answer in all of them."""
+def _dtensor() -> type[Tensor] | None:
+    """DTensor, where a program has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def is_spread(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor."""
+    return type(t) is _dtensor()
+
+
+def local(t: Any) -> Any:
+    """What this process has of a DTensor; others as they are."""
+    return t._local_tensor if is_spread(t) else t
+
+
+def are_cut_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two DTensors are spread over the same processes in the same way."""
+    x, y = (t._spec for t in (a, b))  # type: ignore[attr-defined]
+    return x is y or bool(x.mesh == y.mesh and x.placements == y.placements and x.shape == y.shape)
+
+
+def cut_as(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` spread as ``like`` is, where both are over the same processes; else as it was."""
+    if t.device_mesh != like.device_mesh:  # type: ignore[attr-defined]
+        return t
+    return t.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+
+
+def summed(t: Tensor) -> Tensor:
+    """``t``; of a DTensor that is yet to be added up over processes: its sum, in all of them."""
+    if not is_spread(t) or not any(each.is_partial() for each in t.placements):  # type: ignore[attr-defined]
+        return t
+    from torch.distributed.tensor import Replicate
+
+    return t.redistribute(  # type: ignore[attr-defined]
+        placements=[Replicate() if each.is_partial() else each for each in t.placements]  # type: ignore[attr-defined]
+    )
+
+
+def is_first(p: Tensor) -> bool:
+    """Whether this process comes first in the mesh of a DTensor, or has ``p`` alone."""
+    return not is_spread(p) or not any(p.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]
+
+
+def _corner(p: Tensor) -> tuple[int, ...] | None:
+    """Where the local tensor of a DTensor begins in the whole, by dimension; None where it is no box of it."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec = p._spec  # type: ignore[attr-defined]
+    if any(type(each) not in (Replicate, Shard) for each in spec.placements):
+        return None
+    shape, corner = compute_local_shape_and_global_offset(spec.shape, spec.mesh, spec.placements)
+    return tuple(corner) if tuple(shape) == tuple(local(p).shape) else None
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Of a contiguous tensor."""
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 1, 0, -1):
+        strides[d - 1] = strides[d] * shape[d]
+    return strides
+
+
+def origin(p: Tensor) -> int | None:
+    """The place of the first element of a DTensor's local tensor in the whole; None where others lie between them."""
+    corner, here = _corner(p), local(p).shape
+    if corner is None:
+        return None
+    cut = [d for d in range(p.dim()) if here[d] != p.shape[d]]
+    if cut and any(here[d] != 1 for d in range(cut[-1])):
+        return None
+    return sum(first * stride for first, stride in zip(corner, _strides(p.shape), strict=True)) if here.numel() else 0
+
+
+def knows_places(p: Tensor) -> bool:
+    """Whether :func:`places` knows where elements are."""
+    return is_spread(p) and _corner(p) is not None
+
+
+def places(p: Tensor) -> Tensor | None:
+    """The place in the whole of each element of a DTensor's local tensor (int64, of its shape); None: not known."""
+    if (corner := _corner(p)) is None:
+        return None
+    here = local(p)
+    found = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
+    for d, (first, stride) in enumerate(zip(corner, _strides(p.shape), strict=True)):
+        along = (torch.arange(here.shape[d], device=here.device) + first) * stride
+        found += along.view([-1 if k == d else 1 for k in range(p.dim())])
+    return found
+
+
+class _Line(NamedTuple):
+    """Processes that differ in one coordinate of a mesh; ``number``: of this one."""
+
+    group: Any
+    device: str
+    number: int
+
+
+def _lines(params: Iterable[Tensor]) -> dict[tuple[int, ...], _Line]:
+    """Those of the parameters' meshes that this process is one of, by their ranks: in the same order in all of them."""
     meshes = dict.fromkeys(mesh for p in params if (mesh := getattr(p, "device_mesh", None)) is not None)
-    groups = {}
+    lines = {}
     for mesh in meshes:
         for dim in range(mesh.ndim if mesh.get_coordinate() is not None else 0):
             if mesh.size(dim) > 1:
                 group = mesh.get_group(dim)
-                groups[tuple(dist.get_process_group_ranks(group))] = group, mesh.device_type
+                lines[tuple(dist.get_process_group_ranks(group))] = _Line(
+                    group, mesh.device_type, mesh.get_local_rank(dim)
+                )
+    return lines
+
+
+def agree(found: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """Whether any process of the parameters' meshes has ``found`` (0-dim, bool): the same answer in all of them."""
     # Along one dimension after the other, it comes round in a mesh.
-    for group, device in groups.values():
+    for group, device, _ in _lines(params).values():
         flag = found.to(device, torch.float32)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
         found = flag.to(found.device) != 0
     return found
+
+
+class Joining:
+    """Joins what each process has added up of its part of each parameter: of DTensors, over their meshes.
+
+    What several processes have alike counts once, and where one of them has NaN or infinity, all get NaN.
+
+    Args:
+        params: DTensors and others, in an order that all processes share.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params, self._specs = list(params), [getattr(p, "_spec", None) for p in params]
+        self._turns: list[tuple[_Line, Tensor]] = []
+        for ranks, line in _lines(params).items():
+            counts = [float(line.number == 0 or _is_cut_along(p, ranks)) for p in params]
+            self._turns.append((line, torch.tensor(counts, dtype=torch.float64, device="cpu")))
+
+    def serves(self, params: Sequence[Tensor]) -> bool:
+        """Whether it was made for these, spread as they are."""
+        was = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        return was and all(getattr(p, "_spec", None) is spec for p, spec in zip(params, self._specs, strict=True))
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """
+        Args:
+            sums: float64, a column for each parameter.
+        """
+        for turn, (line, counts) in enumerate(self._turns):
+            if counts.device != sums.device:
+                counts = counts.to(sums.device)
+                self._turns[turn] = line, counts
+            given = (sums * counts).to(line.device)
+            dist.all_reduce(given, group=line.group)
+            sums = given.to(sums.device)
+        return sums
+
+    def largest(self, numbers: Tensor) -> Tensor:
+        """As calling it, for the largest of each column (float64, at least 0) in the place of sums; NaN stays NaN."""
+        for line, _ in self._turns:
+            given = torch.stack([numbers.nan_to_num(nan=math.inf, posinf=math.inf), numbers.isnan().double()])
+            given = given.to(line.device)
+            dist.all_reduce(given, dist.ReduceOp.MAX, group=line.group)
+            largest, unknown = given.to(numbers.device).unbind()
+            numbers = torch.where(unknown != 0, math.nan, largest)
+        return numbers
+
+
+def _is_cut_along(p: Tensor, ranks: tuple[int, ...]) -> bool:
+    mesh = getattr(p, "device_mesh", None)
+    if mesh is None or mesh.get_coordinate() is None:
+        return False
+    return any(
+        not placement.is_replicate() and tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == ranks
+        for dim, placement in enumerate(p.placements)  # type: ignore[attr-defined]
+    )
 
 
 def refuse_piece(where: str, options: Sequence[str]) -> None:

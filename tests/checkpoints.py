@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 
 import torch
-from cases import DTYPES, INF, NAN, assert_same_bits, parameters, set_grads
+from cases import DTYPES, INF, NAN, assert_same_bits, made, parameters, set_grads
 
 from genopt_ext import optim
 
@@ -31,7 +31,8 @@ def make(name, options, backend):
     own = HALF if "half" in options else options
     params = parameters(SHAPES, torch.bfloat16 if "half" in options or "master_weights" in options else torch.float32)
     more = dict(momentum=0.9) if name in ("SGD", "RMSprop") else {}
-    opt = getattr(optim, name)([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, backend=backend, **more, **own)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    opt = made(name, groups, lr=0.1, backend=backend, **more, **own)
     set_grads(params, 0)
     opt.step()
     set_grads(params, 1)

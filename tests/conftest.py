@@ -19,6 +19,13 @@ import torch
 
 pytest.register_assert_rewrite("cases", "low_precision", "recipe")
 
+# Each worker of pytest-xdist has its share of the cores, and so have processes that it starts: with as many threads as
+# cores in each, they mostly wait for one another.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 # Before anything imports genopt_ext.
 if path := os.environ.get("GENOPT_TEST_CUDA_ON_CPU"):
     spec = importlib.util.spec_from_file_location("genopt_ext._C", path)
@@ -30,9 +37,23 @@ if device := os.environ.get("GENOPT_TEST_DEVICE"):
     torch.set_default_device(device)
 
 
-@pytest.fixture(params=["auto", "reference"])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the CPU stand-in for CUDA, of each class the cases with the most states: C++ tests try its options there."""
+    if not path:
+        return
+    from cases import CASES, Case
+
+    def is_left_out(item: pytest.Item) -> bool:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return isinstance(case, Case) and case in CASES and not case.stateful
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
+
+
+@pytest.fixture(params=["auto"] if path else ["auto", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """For tests that hold for kernels and reference alike."""
+    """For tests that hold for kernels and reference alike, as ``cases.BACKENDS``."""
     return str(request.param)
 
 

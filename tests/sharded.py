@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import re
 import sys
@@ -12,11 +14,12 @@ from datetime import timedelta
 from itertools import product
 
 import cases
+import pytest
 import torch
 import torch.distributed as dist
 from cases import NAN, assert_same_bits, randn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import genopt_ext
 from genopt_ext import optim, step_in_backward
@@ -110,6 +113,10 @@ def fsdp1(rank):
                 opt.accumulate()
                 backward(net)
                 refused(opt.step, [*where, name], opt)
+            net = wrapped(use_orig_params)
+            opt = optim.Prodigy(net.parameters(), backend=backend)
+            backward(net)
+            refused(opt.step, ["Prodigy.step: group 0 parameter 0 ", "FSDP1", "the estimate of Prodigy"], opt)
             # Element by element all is served, and FSDP clips.
             net, plain = wrapped(use_orig_params), model()
             opts = [
@@ -255,6 +262,200 @@ def dtensors(rank):
             assert opts[0].skipped_steps == opts[1].skipped_steps == 2 * ("skip_nonfinite" in options), what
 
 
+def clips(rank):
+    """Functions that clip see all of a DTensor, whatever its mesh and what stands beside it."""
+    for (name, at), norm in product(placements(*meshes()), (2.0, 1.0, math.inf)):
+        what = f"{name}, norm {norm}"
+        for spoiled in (False, True):
+            whole = [torch.nn.Parameter(randn(shape, i)) for i, shape in enumerate(SHAPES)]
+            parts = [torch.nn.Parameter(spread(p.detach(), to)) for p, to in zip(whole, at, strict=True)]
+            for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+                p.grad = randn(p.shape, 10 + i)
+                q.grad = spread(p.grad, at[i])
+            if spoiled:
+                whole[0].grad.view(-1)[-1] = NAN
+                spoil(parts[0].grad)
+                for call in (genopt_ext.clip_grad_norm_, genopt_ext.get_total_norm):
+                    given = [q.grad for q in parts] if call is genopt_ext.get_total_norm else parts
+                    more = {"max_norm": 0.5} if call is genopt_ext.clip_grad_norm_ else {}
+                    with pytest.raises(RuntimeError, match="non-finite"):
+                        call(given, norm_type=norm, error_if_nonfinite=True, **more)
+            norms = [genopt_ext.get_total_norm([p.grad for p in ps], norm) for ps in (whole, parts)]
+            norms += [genopt_ext.clip_grad_norm_(ps, 0.5, norm) for ps in (whole, parts)]
+            if spoiled:
+                assert torch.stack(norms).isnan().all(), what
+                continue
+            for found in norms[1:]:
+                assert_close(found, norms[0], what)
+            for p, q in zip(whole, parts, strict=True):
+                assert_close(full(q.grad), p.grad, what)
+    # Gradients that are yet to be added up.
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    q = torch.nn.Parameter(spread(randn((6, 4), 0), (mesh, [Replicate()])))
+    q.grad = DTensor.from_local(randn((6, 4), rank), mesh, [Partial()], run_check=False)
+    whole = sum(randn((6, 4), k) for k in range(dist.get_world_size()))
+    assert_close(genopt_ext.clip_grad_norm_([q], 0.5), whole.norm(), "partial")
+    assert_close(full(q.grad).norm(), torch.tensor(0.5), "partial")
+
+
+# Rows that processes share unevenly, or of which some have none; less and more than a tile.
+CUT = [(5, 3), (7,), (600, 2), (3, 2, 90), (), (1, 300), (0, 4)]
+# What rules know of a parameter as a whole is added up in another order.
+WHOLES = ("LARS", "LAMB", "StableAdamW", "Prodigy")
+ASKED = [{}, dict(ema_decay=0.9), dict(clip_grad_value=0.5)]
+
+
+def cuts():
+    """Each a name, where each of CUT lies, and whether what one process has follows one another in the whole."""
+    line, *grids = meshes()
+    yield "FSDP2", [(line, [Shard(0)]) if shape else (line, [Replicate()]) for shape in CUT], True
+    yield "TP", [(line, [Shard(len(shape) - 1)]) if shape else (line, [Replicate()]) for shape in CUT], False
+    for grid in grids:
+        yield "HSDP", [(grid, [Replicate(), Shard(0)]) if shape else (grid, [Replicate()] * 2) for shape in CUT], True
+        both = [(grid, [Shard(0), Shard(1)]) if len(shape) > 1 else (grid, [Replicate()] * 2) for shape in CUT]
+        yield "2-D", both, False
+
+
+def same_bits(rank):
+    """Steps have the bits of one process that has all, states too."""
+    size = dist.get_world_size()
+    whole_kinds = [each for each in cases.STORAGE if "int8" not in each.name]
+    rows = cases.stored(cases.STATEFUL, list(cuts()), storages=whole_kinds)
+    for n, (case, (name, at, follows), storage, dtype) in enumerate(rows):
+        if n % 4 != size % 4:
+            continue
+        asked, way = ASKED[n % len(ASKED)], ("step", "accumulate", "step_and_zero_")[n // 3 % 3]
+        adds_up = case.name in WHOLES
+        rounds = storage.options.get("state_dtype") == torch.bfloat16 or "param_rounding" in storage.options
+        native = not adds_up and (follows or not rounds)
+        what = f"{name}, {case}, {storage}, {dtype}, {asked}, {way}"
+        whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(CUT)]
+        parts = [torch.nn.Parameter(spread(p.detach(), to)) for p, to in zip(whole, at, strict=True)]
+        opts = [
+            case.ours(ps, backend=backend, **asked, **storage.options)
+            for ps, backend in ((whole, "auto"), (parts, cases.NATIVE if native else "auto"))
+        ]
+        for group in (group for opt in opts for group in opt.param_groups if "rounding_seed" in group):
+            group["rounding_seed"] = 5
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+                p.grad = None if (i + step) % 4 == 3 else randn(p.shape, 100 * (step + 1) + i, dtype)
+                q.grad = None if p.grad is None else spread(p.grad, at[i])
+            for opt in opts:
+                if way == "accumulate":
+                    opt.accumulate()
+                opt.step_and_zero_() if way == "step_and_zero_" else opt.step()
+        same = assert_close if adds_up else assert_same_bits
+        for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+            if adds_up and dtype in cases.SIXTEEN:
+                continue  # where a sum has another last bit, another weight is rounded up
+            same(full(q).detach(), p.detach(), f"{what}, parameter {i}")
+            of_whole, of_part = opts[0].state[p], opts[1].state[q]
+            assert of_whole.keys() == of_part.keys(), what
+            for key, t in of_whole.items():
+                same(full(of_part[key]), t, f"{what}, parameter {i}, {key}")
+
+
+def parts_change(rank):
+    """What is done to a DTensor between steps is seen, and autograd sees what a step does."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cut = mesh, [Shard(0)]
+
+    def made(seed, shapes=((6, 4), (5,), (2, 3))):
+        whole = [torch.nn.Parameter(randn(shape, seed + i)) for i, shape in enumerate(shapes)]
+        return whole, [torch.nn.Parameter(spread(p.detach(), cut)) for p in whole]
+
+    def backward(whole, parts, step, to=cut):
+        for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+            p.grad = randn(p.shape, 100 * step + i)
+            q.grad = spread(p.grad, to)
+
+    def check(whole, parts, opts, what):
+        for opt in opts:
+            opt.step()
+        for p, q in zip(whole, parts, strict=True):
+            assert_same_bits(full(q).detach(), p.detach(), what)
+            assert_same_bits(full(opts[1].state[q]["exp_avg"]), opts[0].state[p]["exp_avg"], what)
+
+    whole, parts = made(0)
+    opts = [optim.AdamW(whole, lr=0.1), optim.AdamW(parts, lr=0.1, backend=cases.NATIVE)]
+    for step in range(3):
+        backward(whole, parts, step)
+        before = [(q._version, local(q)._version) for q in parts]
+        grads = [q.grad._version for q in parts]
+        check(whole, parts, opts, "at first")
+        for q, old, of_grad in zip(parts, before, grads, strict=True):
+            assert q._version > old[0] and local(q)._version > old[1] and q.grad._version == of_grad
+    # Other local tensors, as after a checkpoint was loaded with assign=True.
+    for p, q in zip(whole, parts, strict=True):
+        p.data = p.data.clone() + 1
+        q._local_tensor = local(q).detach().clone() + 1
+        opts[0].state[p]["exp_avg"].mul_(2)
+        opts[1].state[q]["exp_avg"]._local_tensor = local(opts[1].state[q]["exp_avg"]) * 2
+    backward(whole, parts, 4)
+    check(whole, parts, opts, "other local tensors")
+    # A gradient with another spec object that says the same.
+    backward(whole, parts, 5)
+    for q in parts:
+        q.grad = DTensor.from_local(local(q.grad), mesh, [Shard(0)], run_check=False, shape=q.shape, stride=q.stride())
+    check(whole, parts, opts, "other specs")
+    # Of another cut: not served by kernels.
+    backward(whole, parts, 6, (mesh, [Replicate()]))
+    if dist.get_world_size() > 1:
+        refused(opts[1].step, ["AdamW.step: ", "no kernels for DTensor", "group 0 parameter 0"], opts[1])
+    opts[1].backend = "auto"
+    if dist.get_world_size() > 1:
+        check(whole, parts, opts, "whole gradients")
+    # Sums of all processes yet to be taken.
+    backward(whole, parts, 7)
+    for q in parts:
+        q.grad = DTensor.from_local(
+            full(q.grad) / dist.get_world_size(), mesh, [Partial()], run_check=False, shape=q.shape, stride=q.stride()
+        )
+    for opt in opts:
+        opt.step()
+    for p, q in zip(whole, parts, strict=True):
+        assert_close(full(q).detach(), p.detach(), "partial gradients")
+    # No DTensor beside one.
+    for ours in ("auto", "reference"):
+        whole, parts = made(1)
+        opt = optim.AdamW(parts, lr=0.1, backend=ours)
+        backward(whole, parts, 8)
+        opt.step()
+        state = opt.state[parts[1]]
+        good = state["exp_avg"]
+        state["exp_avg"] = full(good)
+        refused(opt.step, ["AdamW.step: group 0 parameter 1", "exp_avg", "DTensor"], opt)
+        state["exp_avg"] = good
+        opt.step()
+    # Where no process has all, memory is shared as elsewhere.
+    whole, parts = made(2)
+    parts[1]._local_tensor = local(parts[0]).view(-1)[: local(parts[1]).numel()]
+    opt = optim.AdamW(parts)
+    backward(whole, parts, 9)
+    if local(parts[1]).numel():
+        refused(opt.step, ["shares memory"], opt)
+
+
+def estimates(rank):
+    """Prodigy's is of all shards of all parameters: the same as that of one process."""
+    for name, places in placements(*meshes()):
+        whole = [torch.nn.Parameter(randn(shape, i)) for i, shape in enumerate(SHAPES)]
+        parts = [torch.nn.Parameter(spread(p.detach(), at)) for p, at in zip(whole, places, strict=True)]
+        opts = [optim.Prodigy(ps, d0=1e-3, weight_decay=0.1) for ps in (whole, parts)]
+        for step in range(6):
+            for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+                p.grad = (2 + i) * (p.detach() - 1)
+                q.grad = spread(p.grad, places[i])
+            for opt in opts:
+                opt.step()
+            d, expected = (opt.param_groups[0]["d"] for opt in reversed(opts))
+            assert_close(d, expected, f"{name}, step {step}")
+            assert step < 5 or expected > 1e-2
+            for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+                assert_close(full(q).detach(), p.detach(), f"{name}, step {step}, parameter {i}")
+
+
 def scalers(rank):
     """One process finds an infinity: all skip, and our scaler's scale stays the same in all.
 
@@ -282,7 +483,167 @@ def scalers(rank):
                     assert torch.equal(local(p), old) == (step == 1 or not old.numel()), what
 
 
+# torch's own ways to use several processes
+
+
+def zero1(rank):
+    """ZeroRedundancyOptimizer, under DDP: each process steps some parameters, and saving gathers all state."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Tanh(), torch.nn.Linear(80, 70))
+
+    for options in ({}, dict(fused=True, ema_decay=0.9), dict(state_dtype=torch.int8, min_int8_size=0)):
+        nets = [DistributedDataParallel(net(), gradient_as_bucket_view=True) for _ in range(2)]
+        spread_out = ZeroRedundancyOptimizer(nets[0].parameters(), optimizer_class=optim.AdamW, lr=0.01, **options)
+        plain = optim.AdamW(nets[1].parameters(), lr=0.01, **options)
+
+        def train(first, nets=nets, opts=(spread_out, plain)):
+            for step in range(first, first + 3):
+                for model_, opt in zip(nets, opts, strict=True):
+                    model_(randn((4, 64), 10 * step + rank)).square().mean().backward()
+                    genopt_ext.clip_grad_norm_(model_.parameters(), 0.01)
+                    opt.step()
+                    opt.zero_grad()
+            assert_same_bits([p.detach() for p in nets[0].parameters()], [p.detach() for p in nets[1].parameters()])
+
+        train(0)
+        spread_out.consolidate_state_dict(0)
+        saved = [spread_out.state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(saved, 0)
+        fresh = net()
+        opt = optim.AdamW(fresh.parameters(), lr=0.01, **options)
+        opt.load_state_dict(saved[0])
+        for p, q in zip(fresh.parameters(), nets[1].parameters(), strict=True):
+            assert_same_bits(opt.state[p], plain.state[q])
+        spread_out.load_state_dict(saved[0])
+        train(3)
+
+
+def tensor_parallel(rank):
+    """A module cut by parallelize_module has DTensors of two cuts beside plain tensors, and one norm of all."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    nets = [
+        torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 4), torch.nn.LayerNorm(4))
+        for _ in range(2)
+    ]
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        p.data.copy_(randn(p.shape, p.numel()))
+        q.data.copy_(p.data)
+    parallelize_module(nets[1], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    assert {type(p.data) for p in nets[1].parameters()} == {torch.Tensor, DTensor}
+    opts = [
+        optim.AdamW(net.parameters(), lr=0.1, max_grad_norm=0.5, skip_nonfinite=True, ema_decay=0.9) for net in nets
+    ]
+    for step in range(4):
+        for net, opt in zip(nets, opts, strict=True):
+            (net(randn((3, 8), step)).square().sum() * (NAN if step == 2 else 1.0)).backward()
+            opt.step()
+            opt.zero_grad()
+        if step != 2:
+            assert_close(opts[1].grad_norm, opts[0].grad_norm, f"step {step}")
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert_close(full(q).detach(), p.detach(), f"step {step}")
+    assert opts[0].skipped_steps == opts[1].skipped_steps == 1
+    assert opts[1].stepper.plan is not None
+
+
+def no_leaks(rank):
+    """Steps make nothing that stays: no object, and no memory."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [torch.nn.Parameter(spread(randn((6, 4), i), (mesh, [Shard(0)]))) for i in range(20)]
+    opt = optim.AdamW(params, max_grad_norm=0.5)
+
+    def some(steps):
+        for _ in range(steps):
+            for p in params:
+                p.grad = spread(torch.ones(6, 4), (mesh, [Shard(0)]))
+            opt.step()
+        gc.collect()
+        return len(gc.get_objects())
+
+    some(3)
+    before = some(3)
+    assert some(200) <= before + 20  # a leak would be of one for each step at least
+
+
 # Checkpoints
+
+KEPT = [
+    ("AdamW", dict(ema_decay=0.9)),
+    ("AdamW", dict(state_dtype=torch.bfloat16)),
+    ("NAdam", dict(max_grad_norm=0.5)),
+    ("SGD", dict(lr=0.1, momentum=0.9, skip_nonfinite=True)),
+]
+folder = ""  # that worlds share
+
+
+def resharded(path):
+    """Saved by two processes before and after a first step, loaded by three and then by one, they go on as one did."""
+    global folder
+    folder = path
+    for size, name in ((2, "first"), (3, "second"), (1, "third")):
+        world(size, name)
+
+
+def _stages(stages):
+    """Each stage loads what the one before saved, but for the first; takes two steps; and saves."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for n, (name, options) in enumerate(KEPT):
+        whole = model()
+        expected = getattr(optim, name)(whole.parameters(), **options)
+        for stage in range(stages + 1):
+            net = fully_shard(model(1), mesh=mesh)
+            opt = getattr(optim, name)(net.parameters(), **options)
+            last = stage == stages
+            if last:
+                opt.init_state()
+                assert all(t.numel() != 1 or t == 0 for s in opt.state.values() for k, t in s.items() if k == "step")
+                state = dict(zip(("model", "optimizer"), get_state_dict(net, opt), strict=True))
+                at = f"{folder}/{n}-{stage}"
+                if stage:
+                    dcp.load(state, checkpoint_id=at)
+                else:
+                    for p, q in zip(whole.parameters(), net.parameters(), strict=True):
+                        q.data.copy_(spread(p.detach(), (mesh, [Shard(0)])))
+                    state = dict(zip(("model", "optimizer"), get_state_dict(net, opt), strict=True))
+                    dcp.async_save(state, checkpoint_id=f"{folder}/{n}").result()
+                    dcp.load(state, checkpoint_id=f"{folder}/{n}")
+                set_state_dict(net, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            for step in (2 * stage, 2 * stage + 1):
+                for i, (p, q) in enumerate(zip(whole.parameters(), net.parameters(), strict=True)):
+                    p.grad = randn(p.shape, 10 * step + i)
+                    q.grad = spread(p.grad, (mesh, [Shard(0)])) if last else None
+                expected.step()
+                if last:
+                    opt.step()
+        same = assert_close if "max_grad_norm" in options else assert_same_bits
+        for p, q in zip(whole.parameters(), net.parameters(), strict=True):
+            same(full(q).detach(), p.detach(), f"{name}, {options}, stage {stages}")
+            for key, t in expected.state[p].items():
+                same(full(opt.state[q][key]), t, f"{name}, {options}, stage {stages}, {key}")
+        state = dict(zip(("model", "optimizer"), get_state_dict(net, opt), strict=True))
+        dcp.save(state, checkpoint_id=f"{folder}/{n}-{stages + 1}")
+
+
+def first(rank):
+    _stages(0)
+
+
+def second(rank):
+    _stages(1)
+
+
+def third(rank):
+    _stages(2)
 
 
 def alone(name, folder, **options):

@@ -16,6 +16,7 @@ import oracles
 import pytest
 import torch
 from cases import (
+    ALONE,
     CASES,
     FIRST,
     NUMBERS,
@@ -24,6 +25,7 @@ from cases import (
     Odd,
     assert_same_bits,
     assert_same_state,
+    made,
     pairs,
     parameters,
     places,
@@ -82,10 +84,16 @@ def test_every_other_name_is_torchs():
         _ = optim.no_such_name
 
 
+def moments(cls):
+    """The states of a class that codes are for."""
+    return cls.rule.states.keys() - cls.rule.weights
+
+
 def test_classes_are_torchs_subclasses():
     for name in optim.OURS:
         own, theirs = getattr(optim, name), getattr(torch.optim, name, torch.optim.Optimizer)
-        assert issubclass(own, theirs) and issubclass(getattr(optim, f"{name}8bit"), own)
+        assert issubclass(own, theirs)
+        assert not moments(own) or issubclass(getattr(optim, f"{name}8bit"), own)
     assert issubclass(optim.AdamW, optim.Adam)
 
 
@@ -107,7 +115,7 @@ def test_every_rule_has_its_parts():
     phases = {"muon_momentum", "muon_update"}  # of Muon, which is no elementwise class: test_muon.py
     assert {c.rule.name for c in classes} == set(reference.RULES) - phases
     assert {case.name for case in CASES} == {case.name for case in STATEFUL} == set(optim.OURS)
-    assert set(optim.EIGHT_BIT) == {f"{name}8bit" for name in optim.OURS}
+    assert set(optim.EIGHT_BIT) == {f"{name}8bit" for name in optim.OURS if moments(getattr(optim, name))}
     if _backend.native is None:
         return
     rules = _backend.native.rules()
@@ -279,7 +287,7 @@ def test_frozen_quantized_weights_change_nothing(name, options, backend):
 
     def run(frozen):
         params = parameters([(300,), (5, 7)], torch.bfloat16 if "master_weights" in options else torch.float32)
-        opt = getattr(optim, name)([*frozen[:3], *params], lr=0.01, backend=backend, **options)
+        opt = made(name, [*frozen[:3], *params], lr=0.01, backend=backend, **options)
         opt.add_param_group({"params": [*frozen[3:], *(last := parameters([(3,)]))]})
         train(opt, params, 2)
         set_grads(params + last, 2)
@@ -291,7 +299,7 @@ def test_frozen_quantized_weights_change_nothing(name, options, backend):
         opt = copy.deepcopy(opt)
         trained = [p for p in places(opt) if p.requires_grad]
         train(opt, trained, 1, first=4)
-        if "max_grad_norm" not in options:
+        if "max_grad_norm" not in options and name in ALONE:
             opt.zero_grad()
             step_in_backward(opt)
             sum((p.float() * p).sum() for p in trained).backward()
@@ -330,7 +338,8 @@ def test_schedulers_and_averages(case):
         optim.swa_utils.update_bn(data, average)
         rate = torch.tensor(opt.param_groups[0]["lr"])
         runs.append([*model.parameters(), *average.parameters(), *average.buffers(), rate])
-    torch.testing.assert_close(*runs)
+    # Centered RMSprop divides by a small difference of two averages.
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
 
 
 SCHEDULERS = {
@@ -490,7 +499,7 @@ def test_importing_costs_no_compiler_stack():
     assert out.stdout.strip() == "False", out
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ALONE], ids=str)
 def test_a_parameter_listed_twice_is_stepped_twice_as_by_torchs_loop(case, backend):
     runs = []
     for make in (lambda ps: case.ours(ps, backend=backend), case.torch):
@@ -531,13 +540,13 @@ def test_other_overlaps_are_refused_beside_a_parameter_listed_twice(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by torch.distributed.optim's import
-@pytest.mark.parametrize("name", list(FIRST))
+@pytest.mark.parametrize("name", ALONE)
 def test_apply_optimizer_in_backward_with_shared_parameters(name):
     """torch's own, which makes an optimizer for each of them, and compares with one that lists them twice."""
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     results = []
-    for make in (getattr(optim, name), getattr(oracles, name)):
+    for make in (partial(made, name), getattr(oracles, name)):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
         net[0].weight = net[1].weight

@@ -7,7 +7,19 @@ import pickle
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, DEVICE, FIRST, Case, assert_same_bits, assert_same_state, parameters, randn, refused
+from cases import (
+    BACKENDS,
+    CASES,
+    DEVICE,
+    FIRST,
+    Case,
+    assert_same_bits,
+    assert_same_state,
+    in_training,
+    parameters,
+    randn,
+    refused,
+)
 from torch.autograd import gradcheck
 
 import genopt_ext
@@ -333,7 +345,8 @@ def test_classes_that_torch_has_not_refuse_differentiable(name, backend):
     make_ = getattr(optim, name)
     with pytest.raises(TypeError, match="unexpected keyword argument 'differentiable'"):
         make_(params, differentiable=True)
-    opt = make_([{"params": params[:1]}, {"params": params[1:], "differentiable": True}], backend=backend)
+    groups = [{"params": params[:1]}, {"params": params[1:], "differentiable": True}]
+    opt = in_training(make_(groups, backend=backend))
     params[0].grad, params[1].grad = randn((4, 3), 1), randn((5,), 1)
     fix = f"torch's own code steps differentiable=True, and there is none of {name}; use differentiable=False"
     refused(opt, f"{name}.step: group 1 parameter 0 .*: {fix}")

@@ -23,6 +23,7 @@ from cases import (
     assert_same_bits,
     assert_same_state,
     copies_of,
+    in_training,
     parameters,
     places,
     train,
@@ -260,7 +261,7 @@ def test_hooks_and_setstate_run_as_torchs(case):
                 super().__setstate__(state)
 
         params = parameters([(3,), (5,)])
-        opt = Mine(params, **case.kwargs)
+        opt = in_training(Mine(params, **case.kwargs))
         train(opt, params, 1)
 
         def before(opt, saved, calls=calls):
@@ -333,7 +334,9 @@ def test_groups_hold_no_dtypes(case, dtype, backend):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("name, options", [("AdamW", {}), ("AdamW8bit", {}), ("SGD8bit", dict(momentum=0.9))])
+@pytest.mark.parametrize(
+    "name, options", [("AdamW", {}), ("AdamW8bit", {}), ("SGD8bit", dict(momentum=0.9)), ("Prodigy", {})]
+)
 def test_distributed_checkpoints(name, options, tmp_path, succeeds):
     """Saved at once, in the background and offloaded, by torch's own functions, in a world of one process."""
     succeeds(f"import sharded; sharded.alone({name!r}, {str(tmp_path)!r}, **{options})")

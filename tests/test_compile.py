@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICE, FIRST, assert_same_bits, assert_same_state, randn
+from cases import DEVICE, FIRST, assert_same_bits, assert_same_state, in_training, randn
 from torch._dynamo.utils import counters
 
 import genopt_ext
@@ -55,7 +55,7 @@ def run(module, name, kind, compiles=True, tensor_lr=False, **options):
     counters.clear()
     net, x = net_and_input()
     options = {**FIRST[name].kwargs, **options, "lr": torch.tensor(0.1) if tensor_lr else 0.1}
-    opt = getattr(module, name)(net.parameters(), **options)
+    opt = in_training(getattr(module, name)(net.parameters(), **options))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
     step, before = kinds(net, x, opt)[kind]
     step = torch.compile(step, backend="eager") if compiles else step

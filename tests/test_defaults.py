@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, FIRST, INT8, assert_same_bits, copies_of, pairs, saved
+from cases import BACKENDS, DEVICE, FIRST, INT8, assert_same_bits, copies_of, made, pairs, saved
 from low_precision import assert_same, seeded
 
 import genopt_ext
-from genopt_ext import optim, quant
+from genopt_ext import quant
 
 OPTIONS = [
     {},
@@ -56,7 +56,7 @@ def trained(name, backend, options):
     """An optimizer and one that goes on from its checkpoint."""
     more = dict(momentum=0.9) if name in ("SGD", "RMSprop") else {}
     params = [torch.nn.Parameter(full(1.0, dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    opt = seeded(lambda: getattr(optim, name)(params, backend=backend, **more, **options))
+    opt = seeded(lambda: made(name, params, backend=backend, **more, **options))
     for step in range(4):
         for p in params:
             p.grad = full(0.5, p.dtype)
@@ -68,7 +68,7 @@ def trained(name, backend, options):
         opt.step()
     del opt.grad_scale, opt.found_inf
     resumed = copies_of(params)
-    other = getattr(optim, name)(resumed, backend=backend, **more, **options)
+    other = made(name, resumed, backend=backend, **more, **options)
     other.load_state_dict(saved(opt.state_dict()))
     for p in resumed:
         p.grad = full(-0.3, p.dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import in_training
 
 from genopt_ext import optim
 from genopt_ext.optim.options import StepOptions
@@ -53,10 +55,14 @@ def options(text: str) -> dict[str, Any]:
     return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
 
 
+def literal(text: str) -> Any:
+    return math.inf if text == "inf" else ast.literal_eval(text)
+
+
 def stepped(name: str, dtype: torch.dtype, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state of a parameter after two steps."""
     p = torch.nn.Parameter(torch.ones(64, 256))
-    opt = getattr(optim, name)([p], state_dtype=dtype, **given)
+    opt = in_training(getattr(optim, name)([p], state_dtype=dtype, **given))
     for _ in range(2):
         p.grad = torch.ones_like(p)
         opt.step()
@@ -82,7 +88,7 @@ def wrong(text: str, names: list[str]) -> list[str]:
         cls = getattr(optim, name)
         own = {k: v.default for k, v in inspect.signature(cls).parameters.items() if k not in COMMON}
         said = {option: row[name] for option, row in defaults.items() if row.get(name)}
-        if (read := {option: ast.literal_eval(value) for option, value in said.items()}) != own:
+        if (read := {option: literal(value) for option, value in said.items()}) != own:
             found.append(f"defaults of {name}: the page has {read}, the constructor {own}")
         states = set()
         for row in table(text, "options"):
@@ -95,7 +101,8 @@ def wrong(text: str, names: list[str]) -> list[str]:
                     found.append(f"{column} bytes of {name} with {given}: the page has {row[column]}, a step {size}")
         if unsaid := set(cls.rule.states) - states:
             found.append(f"states of {name} that the page does not have: {unsaid}")
-        wanted = [f"`{name}8bit`", *([f"`torch.optim.{name}`"] if name in optim.TORCHS else [])]
+        wanted = [f"`{name}8bit`"] if f"{name}8bit" in optim.EIGHT_BIT else []
+        wanted += [f"`torch.optim.{name}`"] if name in optim.TORCHS else []
         found += [f"the page of {name} does not say {each}" for each in wanted if each not in text]
         header = ROOT / "csrc" / "rules" / f"{cls.rule.name}.h"
         if header.exists() and formula(text) != formula(header.read_text().split("#pragma once")[0]):

@@ -19,6 +19,7 @@ from cases import (
     assert_option_refused,
     assert_same_bits,
     assert_same_state,
+    made,
     parameters,
     randn,
     refused,
@@ -151,7 +152,7 @@ def test_refused_steps_change_nothing(case, backend, trained):
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_a_gradient_of_a_parameter_that_takes_no_step(name, dtype, backend):
     params = [torch.nn.Parameter(randn((5,), 0)), torch.zeros(3, dtype=dtype)]
-    opt = getattr(optim, name)(params, backend=backend)
+    opt = made(name, params, backend=backend)
     params[0].grad = randn((5,), 1)
     opt.step()
     params[1].grad = torch.ones(3, dtype=dtype)
@@ -410,12 +411,15 @@ def test_an_explicit_backend_makes_no_state_where_it_has_no_kernels():
 
 def test_cautious(backend):
     for name in ("Adam", "AdamW", "Lion", "Muon"):
-        assert_option_refused(name, {"cautious": "update"}, "cautious", backend)
+        assert_option_refused(name, {"cautious": "both"}, "cautious", backend)
     params = parameters([(4, 4)])
-    with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
-        optim.Adam(params, weight_decay=0.1, cautious="weight_decay", backend=backend)
+    for cautious in ("weight_decay", "update"):
+        with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
+            optim.Adam(params, weight_decay=0.1, cautious=cautious, backend=backend)
     opt = optim.Adam(params, weight_decay=0.1, decoupled_weight_decay=True, cautious="weight_decay", backend=backend)
     train(opt, params, 1)
     opt.param_groups[0]["cautious"] = "updates"
     set_grads(params, 1)
     refused(opt, "Invalid cautious: 'updates'", ValueError)
+    opt.param_groups[0].update(cautious="update", decoupled_weight_decay=False)
+    refused(opt, "use it with decoupled_weight_decay=True", ValueError)

@@ -17,6 +17,7 @@ from cases import (
     NATIVE,
     SIXTEEN,
     assert_same_bits,
+    made,
     pairs,
     parameters,
     places,
@@ -80,8 +81,9 @@ def test_300_small_steps(dtype, state):
 def test_small_steps_of_every_class(name, kept, dtype):
     ends = []
     lr = 1e-2 if name == "Adadelta" else 1e-4
+    more = dict(d0=1.0, growth_rate=1.0) if name == "Prodigy" else {}
     for run, options in ((torch.float32, {}), (dtype, kept)):
-        opt = seeded(lambda: getattr(optim, name)([full(1.0, run)], lr=lr, **options))  # noqa: B023
+        opt = seeded(lambda: made(name, [full(1.0, run)], lr=lr, **more, **options))  # noqa: B023
         p = stepped(opt, *[1.0] * 100)
         whole = opt.state[p].get("master", p).double() + opt.state[p].get("compensation", torch.zeros(())).double()
         ends.append(whole.mean().item())
@@ -378,21 +380,21 @@ def mesh():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.skipif(NATIVE != "cpu", reason="one device is enough: the reference serves them")
-@pytest.mark.parametrize(("options", "like"), [(INT8, STATES[1]), (KAHAN, KAHAN), (MASTER, MASTER), (STOCHASTIC, None)])
+@pytest.mark.parametrize(
+    ("options", "like"), [(INT8, STATES[1]), (KAHAN, KAHAN), (MASTER, MASTER), (STOCHASTIC, STOCHASTIC)]
+)
 def test_dtensors(options, like, mesh):
-    """Steps of a DTensor are those of the tensor; what depends on an element's place is refused."""
+    """Steps of a DTensor are those of the tensor, but that 8-bit state is float32."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     (q,) = parameters([(30, 7)], torch.bfloat16)
     p = torch.nn.Parameter(distribute_tensor(q.detach().clone(), mesh, [Shard(0)]))
-    opts = [optim.AdamW([p], lr=0.01, **options), optim.AdamW([q], lr=0.01, **(like or {}))]
+    opts = [optim.AdamW([p], lr=0.01, **options), optim.AdamW([q], lr=0.01, **like)]
+    for opt in opts:
+        opt.param_groups[0]["rounding_seed"] = 5
     for step in range(3):
         q.grad = randn((30, 7), step + 1, torch.bfloat16)
         p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
-        if like is None:
-            with pytest.raises(RuntimeError, match="group 0 parameter 0 .*param_rounding is 'stochastic'"):
-                opts[0].step()
-            return
         for opt in opts:
             opt.step()
     assert_same_bits(p.full_tensor().detach(), q.detach(), options)

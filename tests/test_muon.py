@@ -190,10 +190,10 @@ def test_checkpoints_go_both_ways():
 @pytest.mark.parametrize("options", [{}, dict(normuon=True), dict(state_dtype=torch.int8, min_int8_size=1)], ids=str)
 def test_checkpoints_and_copies_go_on_as_if_nothing_had_been(options):
     model = mixed()
-    opt = optim.Muon(model.named_parameters(), lr=0.05, **options)
+    opt = optim.Muon(model.named_parameters(), lr=0.05, stacked=False, **options)
     train(opt, list(model.parameters()))
     twin = copy.deepcopy(model)
-    other = optim.Muon(twin.named_parameters(), **options)
+    other = optim.Muon(twin.named_parameters(), stacked=False, **options)
     other.load_state_dict(saved(opt.state_dict()))
     train(opt, list(model.parameters()), first=3)
     train(other, list(twin.parameters()), first=3)
@@ -265,6 +265,124 @@ def test_blocks_are_matrices_of_their_own(options, scaling, backend):
     torch.testing.assert_close(torch.cat([p.detach() for p in whole]), torch.cat(parts).detach(), rtol=0, atol=2e-3)
 
 
+def transposed(t):
+    """The same numbers, with memory of columns below one another."""
+    return t.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 10), (2, 3, 10, 24), (1, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("memory", [torch.Tensor.contiguous, transposed])
+def test_matrices_of_a_stack_are_made_orthogonal_each_on_its_own(shape, dtype, memory, backend):
+    """Each against the polar factor of its own gradient."""
+    *count, rows, columns = shape
+    n = math.prod(count)
+    least = min(rows, columns)
+    each = [with_singular_values(rows, columns, torch.linspace(0.3, 1, least) * 10.0**i, seed=i) for i in range(n)]
+    g = memory(torch.stack(each).reshape(shape).to(dtype))
+    p = torch.nn.Parameter(memory(torch.zeros_like(g)))
+    options = dict(lr=1.0, momentum=0.0, weight_decay=0.0, ns_coefficients="polar_express", ns_steps=8)
+    opt = muon([p], **options, stacked=True, backend=backend)
+    p.grad = g
+    opt.step()
+    assert opt.routing()["layers.0.weight"].why == f"{n} matrices of [{rows}, {columns}]"
+    for made, of in zip(p.detach().reshape(n, rows, columns), each, strict=True):
+        u, _, vh = torch.linalg.svd(of, full_matrices=False)
+        polar = u @ vh * max(1, math.sqrt(rows / columns))
+        torch.testing.assert_close(-made.double(), polar, rtol=0, atol=2 * ROUNDING)
+
+
+@pytest.mark.parametrize("memory", [torch.Tensor.contiguous, transposed])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(adjust_lr_fn="match_rms_adamw", normuon=True),
+        dict(split_sizes=(16, 8), normuon=True),
+        dict(num_heads=2, adjust_lr_fn="match_rms_adamw"),
+    ],
+    ids=str,
+)
+def test_a_stack_is_stepped_as_its_matrices_are(options, memory, backend):
+    """Scalings, and where they are cut, are each matrix' own."""
+    whole = [torch.nn.Parameter(memory(randn((3, 24, 10), seed))) for seed in (0, 1)]
+    each = [torch.nn.Parameter(matrix.clone()) for p in whole for matrix in p.detach()]
+    common = dict(lr=0.1, **options, backend=backend)
+    opt, apart = muon(whole, stacked=True, **common), muon(each, **common)
+    for step in range(3):
+        set_grads(whole, step)
+        for q, g in zip(each, (matrix for p in whole for matrix in p.grad), strict=True):
+            q.grad = g.clone()
+        opt.step()
+        apart.step()
+    torch.testing.assert_close(torch.cat([p.detach() for p in whole]), torch.stack(each).detach(), rtol=0, atol=2e-3)
+
+
+def test_what_may_be_a_stack_or_a_convolution_is_asked_for(backend):
+    """Of three dimensions; more are a convolution, and two are one matrix, whatever is said."""
+    expected = r"'layers.0.weight' of shape \[4, 6, 8\] may be 4 matrices of \[6, 8\].*one of \[4, 48\].*stacked=True"
+    with pytest.raises(ValueError, match=expected):
+        muon(parameters([(4, 6, 8)]))
+    params = parameters([(4, 6, 8), (6, 8), (2, 4, 6, 8)])
+    groups = [
+        dict(params=names(params)[:1], stacked=True),
+        dict(params=names(params)[1:2], stacked=True),
+        dict(params=names(params)[2:]),
+    ]
+    opt = optim.Muon(groups, backend=backend)
+    assert [route.why for route in opt.routing().values()] == [
+        "4 matrices of [6, 8]",
+        "a matrix",
+        "flattened to [2, 192]",
+    ]
+    train(opt, params)
+    twin = optim.Muon([dict(group) for group in groups], stacked=None)
+    twin.load_state_dict(saved(opt.state_dict()))
+    assert [group["stacked"] for group in twin.param_groups] == [True, True, None]
+    opt.param_groups[0]["stacked"] = None
+    set_grads(params, 3)
+    refused(opt, "layers.0.weight.*stacked=True", ValueError)
+    opt.param_groups[0]["stacked"] = False
+    opt.step()
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 8), (4, 0, 8), (4, 6, 0)], ids=str)
+def test_empty_stacks(shape, backend):
+    params = parameters([shape, (6, 8)])
+    opt = muon(params, stacked=True, normuon=True, backend=backend)
+    train(opt, params, 2)
+    assert opt.state[params[0]]["momentum_buffer"].shape == shape
+
+
+@pytest.mark.parametrize("options", [dict(split_sizes=(8, 16)), dict(num_heads=2), {}], ids=str)
+def test_normuon_keeps_the_norm_of_each_matrix(options, backend):
+    """Those of one parameter move as far as without, each."""
+    sizes = options.get("split_sizes", (24 // options.get("num_heads", 1),) * options.get("num_heads", 1))
+    ends = []
+    for normuon in (False, True):
+        (p,) = parameters([(24, 40)])
+        opt = muon([p], lr=1.0, weight_decay=0.0, normuon=normuon, **options, backend=backend)
+        before = p.detach().clone()
+        train(opt, [p], 1)
+        ends.append([part.norm().item() for part in (p.detach() - before).split(sizes)])
+    assert ends[0] == pytest.approx(ends[1], rel=0.01)
+
+
+def test_mean_squares_of_other_rows_are_refused(backend):
+    params = parameters([(4, 6, 8), (5,)])
+    opt = muon(params, stacked=True, normuon=True, backend=backend)
+    train(opt, params)
+    assert opt.state[params[0]]["row_square_avg"].shape == (24,)
+    set_grads(params, 3)
+    right = opt.state[params[0]]["row_square_avg"]
+    for wrong in (right[1:], right.double(), right.to("meta"), 1.0):
+        opt.state[params[0]]["row_square_avg"] = wrong
+        refused(opt, r"'layers.0.weight', shape .*state 'row_square_avg' is .*expected torch.float32 of shape .24.")
+    opt.state[params[0]]["row_square_avg"] = right
+    opt.param_groups[0]["stacked"] = False
+    refused(opt, r"expected torch.float32 of shape .4.")
+
+
 def test_normuon_evens_rows_out(backend):
     """Each row then moves as far as any other, and the whole as far as without."""
     g = randn((16, 64), 0)
@@ -297,7 +415,7 @@ def mixed():
 def test_routing(caplog):
     model = mixed()
     with caplog.at_level(logging.WARNING, logger="genopt_ext.optim.muon"):
-        opt = optim.Muon(model.named_parameters(), lr=0.02, adamw_lr=1e-3, adamw_betas=(0.8, 0.95))
+        opt = optim.Muon(model.named_parameters(), lr=0.02, adamw_lr=1e-3, adamw_betas=(0.8, 0.95), stacked=False)
     assert len(caplog.records) == 1 and "AdamW, named as an embedding: wte.weight" in caplog.text
     found = opt.routing()
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -336,7 +454,7 @@ def test_names_of_embeddings_and_heads(name, expected):
 
 def test_routing_can_be_said():
     model = mixed()
-    opt = optim.Muon(model.named_parameters(), adamw=lambda name, p: "attn" in name)
+    opt = optim.Muon(model.named_parameters(), adamw=lambda name, p: "attn" in name, stacked=False)
     by_muon = [name for name, route in opt.routing().items() if route.algorithm == "muon"]
     assert by_muon == ["wte.weight", "layers.0.conv.weight", "layers.1.conv.weight", "lm_head.weight"]
     groups = [
@@ -348,7 +466,7 @@ def test_routing_can_be_said():
         "wte.weight": "muon",
         "lm_head.weight": "adamw",
     }
-    opt.add_param_group(dict(params=list(model["layers"].named_parameters(prefix="layers"))))
+    opt.add_param_group(dict(params=list(model["layers"].named_parameters(prefix="layers")), stacked=False))
     assert [group["algorithm"] for group in opt.param_groups] == ["muon", "adamw", "muon", "adamw"]
 
 
@@ -356,18 +474,22 @@ def test_without_names_only_dimensions_tell(monkeypatch):
     monkeypatch.setattr(genopt_ext._backend, "_told", set())
     model = mixed()
     with pytest.warns(UserWarning, match="embeddings and heads can not be told apart") as told:
-        opt = optim.Muon(model.parameters())
+        opt = optim.Muon(model.parameters(), stacked=False)
     assert len(told) == 1
     assert {route.algorithm for name, route in opt.routing().items() if name.startswith("group 0")} == {"muon"}
     assert len(opt.param_groups[0]["params"]) == 6
 
 
-def test_adamws_groups_are_stepped_as_adamw_does(backend):
+@pytest.mark.parametrize("cautious", [None, "update"])
+def test_adamws_groups_are_stepped_as_adamw_does(cautious, backend):
     model = mixed()
     twin = copy.deepcopy(model)
-    opt = optim.Muon(model.named_parameters(), adamw_lr=0.01, adamw_weight_decay=0.1, backend=backend)
+    options = dict(adamw_lr=0.01, adamw_weight_decay=0.1, stacked=False, cautious=cautious, backend=backend)
+    opt = optim.Muon(model.named_parameters(), **options)
     own = opt.param_groups[1]["param_names"]
-    other = optim.AdamW([dict(twin.named_parameters())[name] for name in own], lr=0.01, weight_decay=0.1)
+    other = optim.AdamW(
+        [dict(twin.named_parameters())[name] for name in own], lr=0.01, weight_decay=0.1, cautious=cautious
+    )
     for step in range(3):
         set_grads(list(model.parameters()), step)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -394,6 +516,7 @@ def test_adamws_groups_are_stepped_as_adamw_does(backend):
         (dict(num_heads=3), "4 rows, which num_heads=3 does not divide"),
         (dict(split_sizes=(3, 3)), r"4 rows, which split_sizes=\(3, 3\) do not add up to"),
         (dict(split_sizes=(2, 2), num_heads=2), "give only one of them"),
+        (dict(stacked=2), "stacked must be True, False or None"),
         (dict(agc=0.1), "agc is not served by Muon"),
         (dict(clip_per_param=1.0), "clip_per_param is not served by Muon"),
         (dict(state_dtype=torch.float16), "Invalid state_dtype"),
@@ -415,6 +538,9 @@ def test_options_are_refused(options, match):
         (dict(params=[("a", torch.zeros(4, 4))], algorithm="adamw", momentum=0.9), "momentum is no option of"),
         (dict(params=[("a", torch.zeros(4, 4))], betas=(0.9, 0.9)), "betas is no option of algorithm='muon'"),
         (dict(params=[("a", torch.zeros(4, 4, dtype=torch.cfloat))], algorithm="muon"), "needs real matrices"),
+        (dict(params=[("a", torch.zeros(2, 4, 3))]), "may be 2 matrices of .4, 3., as of experts, or a convolution"),
+        (dict(params=[("a", torch.zeros(2, 4, 3))], stacked=True, num_heads=3), "4 rows, which num_heads=3 does not"),
+        (dict(params=[("a", torch.zeros(4, 3))], stacked=True, algorithm="adamw"), "stacked is no option of"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -495,6 +621,7 @@ def test_what_torch_refuses_is_refused_in_its_words():
         dict(param_rounding="stochastic", state_dtype=torch.bfloat16),
         dict(master_weights=True, ema_decay=0.9),
         dict(param_rounding="kahan", max_grad_norm=1.0, clip_grad_value=0.5, normuon=True),
+        dict(cautious="update", max_grad_norm=1.0),
     ],
     ids=str,
 )
@@ -761,3 +888,108 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero(backend):
         expected = torch.where(update * p < 0, p - update, plain)
         torch.testing.assert_close(spared, expected, rtol=1e-5, atol=1e-6)
         assert (spared != plain).any() and (spared == plain).any()
+
+
+CAUTIOUS = [
+    ((16, 24), {}),
+    ((24, 10), dict(split_sizes=(16, 8), normuon=True, adjust_lr_fn="match_rms_adamw")),
+    ((3, 24, 10), dict(stacked=True, num_heads=2)),
+    ((8, 4, 3, 3), dict(nesterov=False)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("shape", "options"), CAUTIOUS, ids=str)
+def test_cautious_updates_have_the_gradients_sign(shape, options, dtype, backend):
+    """Of each matrix, the share of elements that agree divides those."""
+    options = dict(options, lr=0.1, weight_decay=0.0, backend=backend)
+    params, plain = parameters([shape] * 2, dtype), parameters([shape] * 2, dtype)
+    opt, other = muon(params, cautious="update", **options), muon(plain, **options)
+    for step in range(3):
+        set_grads(params, step)
+        set_grads(plain, step)
+        before = [[p.detach().clone() for p in of] for of in (params, plain)]
+        opt.step()
+        other.step()
+        for p, q, *old in zip(params, plain, *before, strict=True):
+            update, whole = old[0] - p.detach(), old[1] - q.detach()
+            group = opt.param_groups[0]
+            rows = routing.matrix_blocks(p, group)
+            _, _, columns = routing.matrices(p, group)
+            parts = (t.reshape(sum(rows), columns).split(rows) for t in (update, whole, p.grad))
+            for made, of, g in zip(*parts, strict=True):
+                agrees = of * g > 0
+                assert 0.1 < agrees.double().mean() < 0.99 or step == 0
+                expected = of * agrees / agrees.double().mean()
+                torch.testing.assert_close(made, expected.to(dtype), rtol=2**-7, atol=1e-6)
+
+
+def test_the_share_that_agrees_counts_as_a_thousandth_at_least(backend):
+    ends = {}
+    g = randn((64, 64), 0)
+    for agreeing in (None, 0, 1):
+        p = torch.nn.Parameter(torch.zeros(64, 64))
+        opt = muon([p], lr=1.0, weight_decay=0.0, cautious=None if agreeing is None else "update", backend=backend)
+        p.grad = g.clone()
+        opt.step()
+        before = p.detach().clone()
+        sign = ends[None].sign() if agreeing is not None else torch.zeros_like(g)
+        p.grad = 1e-30 * sign  # too small to change the update
+        if agreeing:
+            p.grad[3, 5] *= -1
+        opt.step()
+        ends[agreeing] = p.detach() - before
+    assert ends[None][3, 5] != 0 and (ends[0] == 0).all()
+    assert (ends[1] != 0).sum() == 1
+    assert ends[1][3, 5].item() == pytest.approx(1000 * ends[None][3, 5].item(), rel=2**-7)
+
+
+@pytest.mark.parametrize("way", ["zeroed", "accumulated", "scaled", "missing"])
+def test_cautious_updates_see_gradients_before_they_are_left(way, backend):
+    """Zeroed ones too, and where another parameter has none."""
+    ends = []
+    for again in (False, True):
+        params = parameters([(6, 8), (6, 8), (8, 6)])
+        opt = muon(params, lr=0.1, cautious="update", normuon=True, backend=backend)
+        scaler = genopt_ext.GradScaler(DEVICE, init_scale=4.0, unscale_grads=True)
+        scaler.scale(torch.zeros((), device=DEVICE))
+        for step in range(3):
+            set_grads(params, step, (lambda i: i == 1) if way == "missing" else lambda i: False)
+            if not again or way == "missing":
+                opt.step()
+            elif way == "zeroed":
+                opt.step_and_zero_()
+                assert all((p.grad == 0).all() for p in params)
+            elif way == "accumulated":
+                opt.accumulate()
+                opt.step()
+            else:
+                before = [p.grad.clone() for p in params]
+                for p in params:
+                    p.grad *= 4
+                scaler.step(opt)
+                scaler.update()
+                assert_same_bits([p.grad for p in params], before)
+        ends.append([p.detach() for p in params])
+    assert_same_bits(*ends)
+
+
+def test_cautious_updates_are_nan_where_others_are(backend):
+    (p,) = parameters([(6, 8)])
+    opt = muon([p], cautious="update", backend=backend)
+    p.grad = randn((6, 8), 0)
+    p.grad[2, 3] = NAN
+    opt.step()
+    assert p.isnan().all()
+
+
+def test_init_state():
+    """Of both algorithms, before the first step."""
+    params = [torch.nn.Parameter(randn(shape, i)) for i, shape in enumerate([(4, 3), (5,)])]
+    opt = optim.Muon([("hidden", params[0]), ("bias", params[1])], normuon=True)
+    before = [p.detach().clone() for p in params]
+    opt.init_state()
+    assert_same_bits([p.detach() for p in params], before)
+    assert set(opt.state[params[0]]) == {"momentum_buffer", "row_square_avg"}
+    assert set(opt.state[params[1]]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert opt.state[params[1]]["step"] == 0

@@ -112,7 +112,10 @@ def test_kernels_and_reference_find_the_same_problems(case, kept):
         inputs = Inputs(gradients=draw.choice([None, "zeroed"]))
         groups, state = trial.param_groups, dict(trial.state)
         step = Step(case.name, rule, "auto", "auto", groups, state, inputs, places_of(groups))
-        refused = _backend.native.Stepper(rule.name, "auto").step(groups, state, (), gradients=inputs.gradients) or {}
+        told = {"gradients": inputs.gradients}
+        if rule.shared:
+            told["shared"] = [torch.ones(len(rule.shared), dtype=torch.float64, device="cpu")]
+        refused = _backend.native.Stepper(rule.name, "auto").step(groups, state, (), **told) or {}
         native = refused.get("rows", {}).get(0, [])
         if native and native[0][1] in problems.OF_KERNELS:
             seen.add(native[0][1])

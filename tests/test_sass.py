@@ -15,7 +15,7 @@ sass = pytest.importorskip("bench.sass.__main__", reason="run from the repositor
 from bench.sass import cases, launches, run, scheduler, timing, toolchain  # noqa: E402
 from bench.sass.disassembly import Program, UnknownInstruction, parse, parse_operand  # noqa: E402
 from bench.sass.memory import BadAddress, Memory  # noqa: E402
-from bench.sass.warp import LANES, Warp  # noqa: E402
+from bench.sass.warp import LANES, Stuck, Warp  # noqa: E402
 
 INPUT, OUTPUT = 0x7F1000000000, 0x7F1000001000
 
@@ -95,6 +95,25 @@ def test_lanes_part_and_meet() -> None:
     assert warp.trace[-2].active == LANES
 
 
+def test_lanes_that_leave_a_region_are_not_waited_for() -> None:
+    # Even lanes leave it for a place before its end, where they wait for the others in a region around it.
+    code = """MOV R7, 0x1
+    BSSY B1, `(outer)
+    BSSY B0, `(inner)
+    LOP3.LUT P0, RZ, R0, 0x1, RZ, 0xc0, !PT
+    @!P0 BREAK B0
+    @!P0 BRA `(left)
+    BSYNC B0
+    MOV R7, 0x2
+    BSYNC B1
+    STG.E desc[UR4][R4.64], R7"""
+    warp = warp_of(code, labels={"left": 13})
+    np.testing.assert_array_equal(output_of(warp, np.uint32), 1 + np.arange(LANES) % 2)
+    assert warp.trace[-2].active == LANES
+    with pytest.raises(Stuck):
+        warp_of(code.replace("@!P0 BREAK B0", "NOP"), labels={"left": 13}).run()
+
+
 def test_accesses_are_checked() -> None:
     with pytest.raises(BadAddress, match="no memory"):
         warp_of("LDG.E R6, desc[UR4][R2.64+0x100000]").run()
@@ -117,6 +136,34 @@ def test_fused_products_round_once() -> None:
             error = abs(Fraction(float(x)) - exact)
             beside = [abs(Fraction(float(np.nextafter(x, np.float32(to)))) - exact) for to in (-np.inf, np.inf)]
             assert error <= min(beside) if holds is None else holds(Fraction(float(x)), exact) and error < max(beside)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("S64", np.int64), ("U64", np.uint64)])
+def test_integers_of_64_bits_round_once(kind: str, dtype: type) -> None:
+    # Beside powers of two, and halfway or nearly so between two doubles and between two float32.
+    wanted = [(1 << at) + more for at in (24, 31, 32, 52, 53, 54, 61, 62) for more in (-1, 0, 1)]
+    wanted += [(1 << 53) + 3, (1 << 54) + 6, (1 << 60) + (1 << 36) + 1, (1 << 60) + 3 * (1 << 36) - 1, (1 << 63) - 513]
+    wanted += [(1 << 63) - 1, 0, 999] if kind == "S64" else [(1 << 64) - 1, (1 << 64) - 1025, 999]
+    given = [-x if kind == "S64" and at % 2 else x for at, x in enumerate(wanted)]
+    numbers = np.zeros(2 * LANES, dtype)
+    numbers[::2] = given
+    code = """LDG.E.64 R8, desc[UR4][R2.64]
+    I2F.{} R12, R8
+    STG.E desc[UR4][R4.64], {}"""
+
+    def converted(how: str, register: str = "R12", dtype: type = np.float32) -> np.ndarray:
+        return output_of(warp_of(code.format(how, register), numbers.view(np.float32)), dtype)
+
+    words = [converted(f"F64.{kind}", register, np.uint32) for register in ("R12", "R13")]
+    # Python and NumPy round to the nearest, and ties to even.
+    assert np.stack(words, axis=1).ravel().view(np.float64).tolist() == [float(x) for x in given]
+    np.testing.assert_array_equal(converted(kind), numbers[::2].astype(np.float32))
+    for exact, up, down in zip(given, converted(f"{kind}.RP"), converted(f"{kind}.RM"), strict=True):
+        below, above = np.nextafter(up, np.float32(-np.inf)), np.nextafter(down, np.float32(np.inf))
+        below, down, up, above = (Fraction(float(x)) for x in (below, down, up, above))
+        assert below < exact <= up and down <= exact < above
+    with pytest.raises(UnknownInstruction):
+        converted(f"F64.{kind}.RP")
 
 
 def test_spilled_registers_come_back() -> None:

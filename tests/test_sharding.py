@@ -12,7 +12,26 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size"), [("fsdp1", 2), ("dtensors", 2), ("dtensors", 4), ("scalers", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("fsdp1", 2),
+        *(("dtensors", size) for size in (2, 4)),
+        *(("clips", size) for size in (2, 4)),
+        ("scalers", 4),
+        ("zero1", 2),
+        ("tensor_parallel", 2),
+        ("no_leaks", 2),
+        ("estimates", 4),
+        *(("same_bits", size) for size in (1, 2, 3, 4)),
+        *(("parts_change", size) for size in (1, 2, 3)),
+    ],
+)
 def test_world(name, size, succeeds):
     """What each process looks at is in sharded.py."""
     succeeds(f"import sharded; sharded.world({size}, {name!r})")
+
+
+def test_resharded(tmp_path, succeeds):
+    """A checkpoint of torch.distributed.checkpoint goes on in a world of another size, to the bit."""
+    succeeds(f"import sharded; sharded.resharded({str(tmp_path)!r})")

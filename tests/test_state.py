@@ -22,6 +22,7 @@ from cases import (
     SHAPES,
     STATEFUL,
     STORED,
+    WAYS,
     assert_same_bits,
     assert_same_state,
     copies_of,
@@ -41,6 +42,7 @@ from low_precision import (
     ADAMW,
     CODED,
     MIXED,
+    WEIGHTS,
     assert_same,
     load_own,
     name_of,
@@ -54,6 +56,42 @@ from low_precision import (
 from genopt_ext import optim
 
 # What changes no number
+
+
+@pytest.mark.parametrize(("case", "way"), in_turn(STATEFUL, WAYS))
+def test_init_state(case, way, backend):
+    """It makes what the first step would, changes no weight, and training goes on as without it."""
+    storage, dtype = way
+    opts = [case.ours(parameters(SHAPES, dtype), backend=backend, ema_decay=0.9, **storage.options) for _ in range(2)]
+    params = [opt.param_groups[0]["params"] for opt in opts]
+    for opt in opts:
+        opt.param_groups[0]["rounding_seed"] = 3
+    before = [p.detach().clone() for p in params[0]]
+    opts[0].init_state()
+    assert_same_bits([p.detach() for p in params[0]], before)
+    assert all(p.grad is None for p in params[0])
+    made = {i: set(opts[0].state[p]) for i, p in enumerate(params[0])}
+    assert all(state["step"] == 0 for state in opts[0].state.values() if "step" in state)
+    first = copy.deepcopy(opts[0].state_dict()["state"])
+    opts[0].init_state()
+    assert_same_bits(opts[0].state_dict()["state"], first)
+    for opt, ps in zip(opts, params, strict=True):
+        train(opt, ps)
+    assert made == {i: set(opts[1].state[p]) for i, p in enumerate(params[1])}
+    assert_same_state(*opts)
+    assert_same_bits([p.detach() for p in params[0]], [p.detach() for p in params[1]])
+
+
+def test_init_state_refused():
+    """A parameter that can not be stepped leaves all as they were; one without requires_grad has no state."""
+    p, q = parameters([(3,), (4,)])
+    opt = optim.AdamW([p, q.requires_grad_(False)])
+    opt.init_state()
+    assert set(opt.state) == {p}
+    opt = optim.AdamW([torch.nn.Parameter(randn((3,), 0)), torch.nn.Parameter(torch.zeros(2).to_sparse())])
+    with pytest.raises(RuntimeError, match="parameter 1"):
+        opt.init_state()
+    assert not opt.state
 
 
 def clone_state(opt, params):
@@ -122,7 +160,8 @@ def swap_tensors(opt, params):
 
 def add_group(opt, params):
     extra = parameters([(300,)], seed=9)
-    opt.add_param_group({"params": extra, "lr": 0.5, "min_int8_size": 300})
+    lr = 0.5 if opt.together is None else opt.param_groups[0]["lr"]
+    opt.add_param_group({"params": extra, "lr": lr, "min_int8_size": 300})
     params += extra
 
 
@@ -332,7 +371,7 @@ def test_checkpoints_interchange_with_torch(case, dtype):
         assert other.state_dict().keys() == opt.state_dict().keys()
         if second == case.torch:  # which stores them in the parameter's dtype
             for old, new in zip(opt.state.values(), other.state.values(), strict=True):
-                new.update({name: old[name].clone() for name in NUMBERS & old.keys()})
+                new.update({name: old[name].clone() for name in (NUMBERS | WEIGHTS) & old.keys()})
         assert_same_state(opt, other, case)
         train(opt, params, 2, first=3)
         train(other, resumed, 2, first=3)

@@ -17,6 +17,7 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_state,
+    made,
     parameters,
     places,
     randn,
@@ -83,7 +84,7 @@ def test_fake_and_meta_tensors_have_the_state_that_real_ones_have(case, options,
 @pytest.mark.parametrize("name", list(FIRST))
 def test_fused_on_meta_is_refused_as_by_torch(name):
     p = torch.nn.Parameter(torch.empty(3, device="meta"))
-    opt = getattr(optim, name)([p], fused=True)
+    opt = made(name, [p], fused=True)
     p.grad = torch.empty_like(p)
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point"):
         opt.step()
@@ -119,8 +120,14 @@ def test_a_traced_step_replays(case, options, dtype, mode):
     for i in range(3):
         g = randn(p.shape, i, dtype) * (torch.inf if i == 1 and "skip_nonfinite" in options else 1)
         traced, eager = graph(traced[0], g, traced[1]), step(eager[0], g, eager[1])
-        assert_same_bits(traced, eager, (case, options))
-    assert not torch.equal(traced[0], p)
+        assert_same_bits(*map(in_single, (traced, eager)), (case, options))
+    assert case.still == 4 or not torch.equal(traced[0], p)
+
+
+def in_single(run):
+    """Numbers of the state in float32, which a power's last bit in double does not reach."""
+    p, state = run
+    return p, {name: t.float() if name in NUMBERS else t for name, t in state.items()}
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
@@ -142,12 +149,15 @@ def test_a_step_of_closed_over_parameters_is_recorded(name, lr):
         opt.step()
         return p.detach().clone()
 
-    before = p.detach().clone(), copy.deepcopy(opt.state[p])
+    shared = [opt.param_groups[0][each] for each in opt.rule.shared]
+    before = p.detach().clone(), copy.deepcopy(opt.state[p]), copy.deepcopy(shared)
     graph = make_fx(step)(randn((5,), 1))
     with torch.no_grad():  # tracing has taken a step
         p.copy_(before[0])
         for key, t in before[1].items():
             opt.state[p][key].copy_(t)
+        for t, old in zip(shared, before[2], strict=True):
+            t.copy_(old)
     for i in range(3):
         q.grad = randn((5,), i)
         other.step()

@@ -20,10 +20,9 @@ FP64, FP32 = zoo_report.ROSENBROCK
 
 
 def test_every_class_has_learning_rates() -> None:
-    assert not [
-        f"{name}: add it to MIDDLE in bench/experiments/zoo.py" for name in optim.OURS if name not in zoo.MIDDLE
-    ]
-    assert not [f"{name} is no class of ours" for name in {**zoo.MIDDLE, **zoo.OPTIONS} if name not in optim.OURS]
+    assert not [f"{name}: add it to MIDDLE in bench/experiments/zoo.py" for name in zoo.NAMES if name not in zoo.MIDDLE]
+    assert {*optim.OURS} <= {*zoo.NAMES}
+    assert not [f"{name} is no class of ours" for name in {**zoo.MIDDLE, **zoo.OPTIONS} if name not in zoo.NAMES]
     with pytest.raises(LookupError, match="NAdam2 has no learning rates"):
         zoo.middle(FP64, "NAdam2")
 
@@ -71,7 +70,7 @@ def test_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_report_says_seeds_edges_differences_and_what_is_missing() -> None:
     def record(package: str, lr: float, seed: int, value: float | None) -> zoo_report.Record:
-        return zoo_report.Record("GPT", "Adam", package, lr, seed, 5, value, 1.0, "abc", "2026-01-01", "2.13")
+        return zoo_report.Record("GPT", "Adam", package, lr, seed, 5, value, 1.0, "abc", "2026-01-01", "2.13", "a")
 
     ours = [record(zoo.OURS, 0.1, seed, value) for seed, value in enumerate((2.0, 2.2, 2.4))]
     tried = [*ours, record(zoo.OURS, 0.3, 0, 1.9999), record(zoo.OURS, 1.0, 0, None)]

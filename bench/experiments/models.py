@@ -7,6 +7,7 @@ every sample of noise, so that two optimizers differ in nothing but their arithm
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.train_gpt import GPT, batches, load_text, loss_of
+from genopt_ext.optim.schedule_free import ScheduleFree
 
 Make = Callable[..., torch.optim.Optimizer]
 Observe = Callable[[int, nn.Module], None]  # called with the step and the model when gradients are there
@@ -60,6 +62,22 @@ def cosine(opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.L
     return torch.optim.lr_scheduler.LambdaLR(opt, factor)
 
 
+def schedule_of(opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """``cosine``; classes without a schedule warm up over as many steps where they can, and begin to train."""
+    if not isinstance(opt, ScheduleFree):
+        return cosine(opt, steps)
+    for group in opt.param_groups:
+        if "warmup_steps" in group:
+            group["warmup_steps"] = max(1, steps // 20)
+    opt.train()
+    return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
+
+
+def evaluating(opt: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+    """Within it the model has the weights that training is for."""
+    return opt.evaluating() if isinstance(opt, ScheduleFree) else contextlib.nullcontext()
+
+
 class GPTTask:
     """Predicts the next character of Python's manual. What counts: cross entropy on held-out text."""
 
@@ -75,10 +93,13 @@ class GPTTask:
         torch.manual_seed(seed)
         return GPT(self.symbols, self.args.context, self.args.width, self.args.layers)
 
-    def train(self, make: Make, lr: float, seed: int, steps: int, observe: Observe | None = None) -> Training:
+    def train(
+        self, make: Make, lr: float, seed: int, steps: int, observe: Observe | None = None, named: bool = False
+    ) -> Training:
+        """``named``: whether ``make`` is given the parameters' names, by which Muon tells embeddings and heads."""
         model, split = self.build(seed), int(0.95 * len(self.ids))
-        opt = make(model.parameters(), lr=lr)
-        schedule, result = cosine(opt, steps), Training()
+        opt = make(model.named_parameters() if named else model.parameters(), lr=lr)
+        schedule, result = schedule_of(opt, steps), Training()
         held_out = torch.cat(batches(self.ids[split:], self.args, 16, seed=12345))
         for step, batch in enumerate(batches(self.ids[:split], self.args, steps, seed=seed)):
             opt.zero_grad()
@@ -90,7 +111,7 @@ class GPTTask:
             schedule.step()
             result.losses.append(loss.item())
             if evaluated_at(step, steps):
-                with torch.no_grad():
+                with torch.no_grad(), evaluating(opt):
                     result.evaluations.append(loss_of(model, held_out).item())  # type: ignore[arg-type]
         return result
 

@@ -30,9 +30,9 @@ from torch import nn
 
 from genopt_ext import optim
 
-from ..method import OURS, RESULTS, ROOT, commit, device_folder, machine
+from ..method import OURS, RESULTS, ROOT, commit, device_name, machine
 from ..readme import write_between
-from .models import GPTTask, Make, cosine
+from .models import GPTTask, Make, evaluating, schedule_of
 from .zoo_report import BEGIN, GPT, ROSENBROCK, TORCH, Record, Row, Run, markdown, row, table
 
 # Of each class, a good learning rate on Rosenbrock's function and on the GPT: those around it are tried too. None: the
@@ -45,6 +45,14 @@ MIDDLE: dict[str, tuple[float | None, float | None]] = {
     "Adamax": (10.0, 1e-2),
     "AdEMAMix": (1.0, 3e-3),
     "Lion": (0.01, 1e-3),
+    "Muon": (None, 0.01),
+    "AdamWScheduleFree": (0.3, 0.01),
+    "SGDScheduleFree": (3e-3, 1.0),
+    "RAdamScheduleFree": (0.3, 0.01),
+    "StableAdamW": (1.0, 3e-3),
+    "LAMB": (1.0, 0.01),
+    "LARS": (None, 10.0),
+    "Prodigy": (None, None),  # not run yet
     "ADOPT": (3.0, 3e-3),
     "Adan": (0.1, 3e-3),
     "ASGD": (3e-3, 0.3),
@@ -54,7 +62,13 @@ MIDDLE: dict[str, tuple[float | None, float | None]] = {
     "Rprop": (0.1, 0.03),
     "SGD": (3e-3, 0.1),
 }
-OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # beside the defaults
+# Beside the defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "LARS": {"momentum": 0.9, "always_adapt": True},
+    "Muon": {"adjust_lr_fn": "match_rms_adamw"},  # so that AdamW inside has the same learning rate
+}
+NAMES = (*optim.OURS, "Muon")
 STEPS = dict.fromkeys(ROSENBROCK, 2000) | {GPT: 500}
 START = (-1.2, 1.0)
 TASKS = tuple(STEPS)
@@ -90,14 +104,15 @@ def rosenbrock(make: Make, lr: float, dtype: torch.dtype, steps: int) -> float:
     """The distance from (1, 1) after ``steps`` on (1 - x)^2 + 100 (y - x^2)^2."""
     p = nn.Parameter(torch.tensor(START, dtype=dtype))
     opt = make([p], lr=lr)
-    schedule = cosine(opt, steps)
+    schedule = schedule_of(opt, steps)
     for _ in range(steps):
         opt.zero_grad()
         x, y = p
         ((1 - x) ** 2 + 100 * (y - x * x) ** 2).backward()
         opt.step()
         schedule.step()
-    return (p.detach().double() - 1).norm().item()
+    with evaluating(opt):
+        return (p.detach().double() - 1).norm().item()
 
 
 @functools.lru_cache(maxsize=1)
@@ -111,7 +126,7 @@ def train(run: Run) -> Record:
     if run.task in ROSENBROCK:
         value = rosenbrock(make, run.lr, ROSENBROCK[run.task], run.steps)
     else:
-        value = gpt().train(make, run.lr, run.seed, run.steps).final
+        value = gpt().train(make, run.lr, run.seed, run.steps, named=run.optimizer == "Muon").final
     date = datetime.datetime.now().isoformat(timespec="seconds")
     return Record(
         **asdict(run),
@@ -120,6 +135,7 @@ def train(run: Run) -> Record:
         commit=commit()[0],
         date=date,
         torch=torch.__version__,
+        device=device_name("cpu"),
     )
 
 
@@ -176,16 +192,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bench.experiments.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--only", nargs="+", default=list(optim.OURS), choices=optim.OURS, help="these classes")
+    parser.add_argument("--only", nargs="+", default=list(NAMES), choices=NAMES, help="these classes")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of the GPT with the best lr (default: 3)")
     parser.add_argument("--steps", type=int, help=f"of a training (default: {', '.join(map(str, STEPS.values()))})")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default: 1)")
-    default = RESULTS / "zoo" / f"{device_folder()}.json"
+    default = RESULTS / "zoo" / "zoo.json"
     parser.add_argument("--json", type=Path, default=default, help="the record; what it has is not run again")
     page = ROOT / "docs" / "optimizers" / "README.md"
     parser.add_argument("--docs", action="store_true", help=f"also put the tables into {page.relative_to(ROOT)}")
     args = parser.parse_args(arguments)
-    if args.docs and not ({*TASKS} <= {*args.tasks} and {*optim.OURS} <= {*args.only}):
+    if args.docs and not ({*TASKS} <= {*args.tasks} and {*NAMES} <= {*args.only}):
         parser.error("--docs writes the tables of all classes and tasks: leave out --only and --tasks")
     console = Console(width=None if sys.stdout.isatty() else 130)
     records, threads = load(args.json), torch.get_num_threads()
@@ -208,7 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         console.print(table([each for each in reported if each.task == task]))
     console.print(f"record: {args.json}", soft_wrap=True)
     if args.docs:
-        write_between(page, BEGIN, markdown(reported, json.loads(args.json.read_text())["machine_info"]))
+        where = json.loads(args.json.read_text())["machine_info"]
+        where["device"] = "; ".join(dict.fromkeys(record.device for record in records))
+        write_between(page, BEGIN, markdown(reported, where))
         console.print(f"{page.relative_to(ROOT)} has the tables")
     return reported
 

@@ -33,13 +33,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Record(Run):
-    """A training that was run. ``value``: the distance from the minimum or the final loss; None: it diverged."""
+    """A training that was run. ``value``: the distance from the minimum or the final loss; None: it diverged.
+
+    A record may have runs of several machines, which agree to seven digits.
+    """
 
     value: float | None
     seconds: float
     commit: str
     date: str
     torch: str
+    device: str
 
     @property
     def run(self) -> Run:

@@ -30,6 +30,14 @@ def end_region(warp: Warp, ins: Instruction, active: Array) -> None:
     warp.wait(ins.operands[0].text, active)
 
 
+@opcode("BREAK")
+def leave_region(warp: Warp, ins: Instruction, active: Array) -> None:
+    *conditions, barrier = ins.operands
+    for condition in conditions:
+        active = active & warp.predicate(condition)
+    warp.take_no_part(barrier.text, active)
+
+
 @opcode("WARPSYNC", modifiers="ALL")
 def meet(warp: Warp, ins: Instruction, active: Array) -> None:
     if not ins.has("ALL"):

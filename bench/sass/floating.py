@@ -200,27 +200,30 @@ def load_two_halves(warp: Warp, ins: Instruction, active: Array) -> None:
 
 
 def whole_number(warp: Warp, ins: Instruction) -> Array:
-    """The integer that is to be converted, as float64, odd where it is not exact."""
+    """The integer that is to be converted, as int64, or uint64 where it is U64."""
     source = ins.operands[1]
-    if ins.has("U64"):
+    if ins.has("U64") or ins.has("S64"):
         x = warp.pair(source)
-        return sum_to_odd((x >> WORD).astype(np.float64) * 2.0**32, (x & LOW).astype(np.float64))
+        return x if ins.has("U64") else x.view(np.int64)
     x = warp.integer(source)
     if ins.has("U16"):
-        return (x & np.uint32(0xFFFF)).astype(np.float64)
-    return (x if ins.has("U32") else x.view(np.int32)).astype(np.float64)
+        return (x & np.uint32(0xFFFF)).astype(np.int64)
+    return (x if ins.has("U32") else x.view(np.int32)).astype(np.int64)
 
 
 @opcode("I2FP", modifiers="F32 S32 U32")
-@opcode("I2F", modifiers=f"U16 U32 S32 U64 F64 {ROUNDINGS}")
+@opcode("I2F", modifiers=f"U16 U32 S32 U64 S64 F64 {ROUNDINGS}")
 def from_integer(warp: Warp, ins: Instruction, active: Array) -> None:
     x = whole_number(warp, ins)
-    if ins.has("F64"):
-        if ins.has("U64"):
-            raise UnknownInstruction(ins.text)
-        warp.write_double(ins.operands[0], x, active)
+    word = x.dtype.type(32)
+    # Each part is exact in float64, so that a sum of them is rounded once.
+    upper, lower = (x >> word).astype(np.float64) * 2.0**32, (x & x.dtype.type(LOW)).astype(np.float64)
+    if not ins.has("F64"):
+        warp.write_number(ins.operands[0], to_float32(sum_to_odd(upper, lower), rounding(ins)), active)
+    elif rounding(ins) == "RN":
+        warp.write_double(ins.operands[0], upper + lower, active)
     else:
-        warp.write_number(ins.operands[0], to_float32(x, rounding(ins)), active)
+        raise UnknownInstruction(ins.text)
 
 
 @opcode("F2I", modifiers="FTZ U32 S32 U64 F64 TRUNC NTZ")

@@ -169,7 +169,7 @@ struct Step {
     plan.control.measure = plan.control.only_measure = given.integer("measures") != 0;
     Random random;
     for (int64_t r = 0; r < given.integer("rows", 1); ++r)
-      add_row(given, options, r ? " " + std::to_string(r) : "", random);
+      add_row(given, options, r ? ' ' + std::to_string(r) : "", random);
   }
 
   void add_row(const Case& given, const Options& options, const std::string& suffix, Random& random) {

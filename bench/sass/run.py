@@ -75,7 +75,8 @@ def _run(case: Case, recorded: Recorded, kernels: Kernels) -> Result:
     for launch in recorded.launches:
         warps += _run_warps(memory, launch, kernels.find(launch.kernel))
     end = 0 if case.shape == "whole" else -1
-    counted = next(each for each, touched in warps if touched[case.operand][end])
+    turns = iter(warps) if case.counts_first else reversed(warps)
+    counted = next(each for each, touched in turns if touched[case.operand][end])
     return measured(counted.launch, counted.kernel, counted.trace, counted.traffic, _difference(memory, recorded))
 
 

@@ -197,6 +197,10 @@ class Warp:
             self.waiting[lane] = barrier
         self._release()
 
+    def take_no_part(self, barrier: str, lanes: Array) -> None:
+        self.barriers[barrier] = self.barriers[barrier] & ~lanes
+        self._release()
+
     def _release(self) -> None:
         for barrier in {each for each in self.waiting if each is not None}:
             here = np.array([each == barrier for each in self.waiting])

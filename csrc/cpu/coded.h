@@ -41,7 +41,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
       prefetch(row, kState + k, start + kTile, kTile);
       row.scales[k][start / kTile] = scales[k] = Block::scale_for(largest(most[k]));
     });
-    const uint32_t phase = tile_phase(scalars.phase, start);
+    const uint32_t phase = tile_phase(scalars.phase, row.origin + start);
     for (int i = 0; i < kTile; i += kWidth) {
       const Words thresholds = thresholds_from(phase, i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {

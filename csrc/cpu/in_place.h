@@ -34,7 +34,7 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
     });
   };
   const auto begin = [&]() __attribute__((always_inline)) {
-    phase = tile_phase(scalars.phase, start);
+    phase = tile_phase(scalars.phase, row.origin + start);
     each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
     assembly.begin(start, stop);
   };

@@ -11,6 +11,8 @@ namespace genopt {
 using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, int64_t end);
 // Measures one span of an operand.
 using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
+// What the elements of one span add to a row's totals.
+using TotalKernel = void (*)(const void* scalars, const Row& row, int64_t span, double* totals);
 // Writes what Control::gradients leaves in tiles [begin, end) of a row's gradient.
 using GradientKernel = void (*)(const Row& row, const Control& control, int64_t begin, int64_t end);
 struct KernelTable {
@@ -18,6 +20,7 @@ struct KernelTable {
   std::array<std::array<std::array<TileKernel, 2>, kWithExtra>, kRules> tiles{};
   std::array<TileKernel, 2> only_average{};  // EMA-only rows, with Transfer's Scalars
   std::array<std::array<SpanKernel, 2>, 3> spans{};
+  std::array<std::array<std::array<TotalKernel, 2>, kWithAverage>, kRules> totals{};  // by set of states
   GradientKernel leave_gradient = nullptr;
 };
 

@@ -20,13 +20,28 @@ __attribute__((noinline)) void measure_direct(const typename Codec::Stored* x, i
   }
 }
 
+// How many of a span's places in a tile hold something, rounded up to a power of 2.
+inline int places_of(int64_t elements) {
+  int places = kTile;
+  while (places > 1 && places / 2 >= elements) places /= 2;
+  return places;
+}
+
+// The places by halves.
+template <class M>
+GENOPT_INLINE double by_halves(double* sums, int places) {
+  for (int half = places / 2; half >= 1; half /= 2)
+#pragma GCC ivdep
+    for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
+  return sums[0];
+}
+
 // One span as a number, in an order that no thread count and no vector width changes: the elements at one place of
 // all tiles in turn, then the places by halves.
 template <class M, class T>
 double measure(const Row& row, int operand, int64_t span) {
   const int64_t start = span * kSpan * kTile, stop = std::min(start + int64_t{kSpan} * kTile, row.numel);
-  int places = kTile;
-  while (places > 1 && places / 2 >= stop - start) places /= 2;  // nothing stands beyond
+  const int places = places_of(stop - start);
   alignas(64) double sums[kTile];
   std::fill(sums, sums + places, 0.0);
   const auto direct = [&]<class Codec>(Codec) {
@@ -41,10 +56,7 @@ double measure(const Row& row, int operand, int64_t span) {
       measure_direct<M, Values<T>>(loaded.load(row, operand, at, count, count), count, sums);
     }
   }
-  for (int half = places / 2; half >= 1; half /= 2)
-#pragma GCC ivdep
-    for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
-  return sums[0];
+  return by_halves<M>(sums, places);
 }
 
 }  // namespace genopt::GENOPT_CAPABILITY

@@ -86,6 +86,8 @@ const Capability& chosen() {
 
 // Below this much work for a thread, waking it costs more than it brings.
 constexpr int64_t kTilesPerThread = 128;
+// Of a thread, what is read twice in a step at a time.
+constexpr int64_t kBytesAtOnce = 1 << 20;
 
 // Prefetches the first lines of a row a few rows on: a walk over many small tensors would else wait for each.
 void prefetch_ahead(const Plan& plan, int64_t r, unsigned operands) {
@@ -179,27 +181,75 @@ void measure(Plan& plan, int threads) {
   }
 }
 
-void run(const Plan& plan, int threads) {
+// Rows [first, last).
+struct RowRange {
+  int64_t first = 0, last = 0;
+};
+
+// Where rows from `first` on end of which a cache holds what totals are made of: the step then reads it there.
+int64_t end_of_some(const Plan& plan, int64_t first, int threads) {
+  const int64_t most = threads * kBytesAtOnce;
+  const int64_t rows = static_cast<int64_t>(plan.rows.size());
+  int64_t bytes = 0;
+  for (; first < rows && bytes < most; ++first) {
+    const Row& row = plan.rows[first];
+    for (int k = 0; k < kOperands; ++k)
+      if (plan.rule.totaled >> k & 1) bytes += row.tiles(kHost) * kTile * size_of(row.dtype[k]);
+  }
+  return first;
+}
+
+// Adds up what rows need to know as a whole before they are stepped.
+void total(Plan& plan, RowRange range, int threads) {
+  const auto& kernels = kernel_table().totals[plan.rule.index];
+  const int64_t before = plan.first_span(range.first), count = plan.first_span(range.last) - before;
+  std::vector<double> spans(kMaxTotals * count);
+  in_parallel(count, kTilesPerThread / kSpan, threads, [&](int64_t begin, int64_t end) {
+    for_range(plan, &Row::first_span, host_spans, plan.rule.totaled, before + begin, before + end,
+              [&](int64_t r, int64_t first, int64_t last) {
+                const Row& row = plan.rows[r];
+                if (!plan.needs_totals(row)) return;
+                const Prepared& prepared = plan.prepared()[row.prepared];
+                const TotalKernel kernel = kernels[row.used % kWithAverage][prepared.in_double];
+                for (int64_t span = first; span < last; ++span) {
+                  std::array<double, kMaxTotals> totals{};
+                  kernel(prepared.scalars, row, span, totals.data());
+                  const int64_t at = row.first_span + span - before;
+                  for (int n = 0; n < kMaxTotals; ++n) spans[n * count + at] = totals[n];
+                }
+              });
+  });
+  for (int64_t r = range.first; r < range.last; ++r) {
+    Row& row = plan.rows[r];
+    if (const int64_t own = row.spans(kHost))
+      for (int n = 0; n < kMaxTotals; ++n)
+        row.totals[n] = join_spans(&spans[n * count + row.first_span - before], own, Norm::kTwo);
+  }
+}
+
+void run(const Plan& plan, RowRange range, int threads) {
   const KernelTable& table = kernel_table();
   const GradientKernel leave_gradient = table.leave_gradient;
   std::vector<TileKernel> kernels;
   for (const Prepared& each : plan.prepared())
     kernels.push_back(each.only_average ? table.only_average[each.in_double]
                                         : table.tiles[plan.rule.index][each.used & ~kWithExtra][each.in_double]);
-  in_parallel(plan.total_tiles(), kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
-    for_range(plan, &Row::first_tile, host_tiles, ~0u, begin, end, [&](int64_t r, int64_t first, int64_t last) {
-      const Row& row = plan.rows[r];
-      const bool writes = plan.control.writes_gradients() && !row.only_average;
-      // The gradient that is written is still in the cache.
-      const int64_t block = writes ? kSpan : last - first;
-      for (int64_t at = first; at < last; at += block) {
-        const int64_t stop = std::min(at + block, last);
-        if (!plan.control.skip) {
-          kernels[row.prepared](plan.prepared()[row.prepared].scalars, row, at, stop);
-        }
-        if (writes) leave_gradient(row, plan.control, at, stop);
-      }
-    });
+  const int64_t before = plan.first_tile(range.first), count = plan.first_tile(range.last) - before;
+  in_parallel(count, kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
+    for_range(plan, &Row::first_tile, host_tiles, ~0u, before + begin, before + end,
+              [&](int64_t r, int64_t first, int64_t last) {
+                const Row& row = plan.rows[r];
+                const bool writes = plan.control.writes_gradients() && !row.only_average;
+                // The gradient that is written is still in the cache.
+                const int64_t block = writes ? kSpan : last - first;
+                for (int64_t at = first; at < last; at += block) {
+                  const int64_t stop = std::min(at + block, last);
+                  if (!plan.control.skip) {
+                    kernels[row.prepared](plan.prepared()[row.prepared].scalars, row, at, stop);
+                  }
+                  if (writes) leave_gradient(row, plan.control, at, stop);
+                }
+              });
   });
 }
 
@@ -210,13 +260,38 @@ void step(Plan& plan, int threads) {
     row.norm = row.weights = 0;
     row.factor = 1;
   }
-  if (control.measure) measure(plan, threads);
+  if (control.measure && plan.row_sums && !control.only_measure) {
+    for (size_t r = 0; r < plan.rows.size(); ++r) {
+      plan.rows[r].norm = plan.row_sums[r];
+      plan.rows[r].weights = plan.row_sums[plan.rows.size() + r];
+    }
+  } else if (control.measure) {
+    measure(plan, threads);
+    for (size_t r = 0; plan.row_sums && r < plan.rows.size(); ++r) {
+      plan.row_sums[r] = plan.rows[r].norm;
+      plan.row_sums[plan.rows.size() + r] = plan.rows[r].weights;
+    }
+  }
   if (control.measure || control.scale != 1 || !plan.group_scales.empty())
     control.skip = !plan.decide() || control.skip;
   if (control.only_measure || (control.skip && !control.writes_gradients())) return;
   if (plan.is_clipping()) plan.number();
   if (!control.skip) plan.prepare();
-  run(plan, threads);
+  const RowRange all{0, static_cast<int64_t>(plan.rows.size())};
+  if (control.skip || !plan.needs_totals()) {
+    run(plan, all, threads);
+  } else if (plan.rule.shared) {
+    total(plan, all, threads);
+    plan.settle_together();
+    run(plan, all, threads);
+  } else {
+    for (RowRange some{}; some.first < all.last; some.first = some.last) {
+      some.last = end_of_some(plan, some.first, threads);
+      total(plan, some, threads);
+      plan.settle(some.first, some.last);
+      run(plan, some, threads);
+    }
+  }
 }
 
 }  // namespace cpu

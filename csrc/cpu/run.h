@@ -26,9 +26,6 @@ const KernelTable& kernel_table();
 // Measures the gradients of a plan's rows, and where a group clips adaptively the parameters.
 void measure(Plan& plan, int threads);
 
-// Runs a prepared plan.
-void run(const Plan& plan, int threads);
-
 // One step of the plan's rows on the CPU as Plan::control says; Control::skip then tells whether it was skipped.
 void step(Plan& plan, int threads);
 

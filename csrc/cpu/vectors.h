@@ -115,6 +115,40 @@ GENOPT_INLINE void store(void* to, Vector<T> values) {
   std::memcpy(to, &values.raw, sizeof values.raw);
 }
 
+// The first half of the values or the second, in double. GCC 12 takes what it makes of __builtin_convertvector()
+// through memory.
+typedef double HalfOfDoubles __attribute__((vector_size(4 * kWidth)));
+template <int kHalf>
+GENOPT_INLINE HalfOfDoubles half_in_double(Floats x) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, x.raw, kHalf));
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_cvtps_pd(kHalf ? _mm256_extractf128_ps(x.raw, 1) : _mm256_castps256_ps128(x.raw));
+#else
+  typedef float Half __attribute__((vector_size(2 * kWidth)));
+  Half halves[2];
+  std::memcpy(halves, &x.raw, sizeof halves);
+  return __builtin_convertvector(halves[kHalf], HalfOfDoubles);
+#endif
+}
+
+// Adds M::of() of each to a sum of its own, in double.
+template <class M>
+GENOPT_INLINE void add_up(Floats x, double* sums) {
+  const auto add = [sums](HalfOfDoubles half, int at) __attribute__((always_inline)) {
+    HalfOfDoubles sum;
+    std::memcpy(&sum, sums + at, sizeof sum);
+    sum = M::join(sum, M::of(half));
+    std::memcpy(sums + at, &sum, sizeof sum);
+  };
+  add(half_in_double<0>(x), 0);
+  add(half_in_double<1>(x), kWidth / 2);
+}
+template <class M>
+GENOPT_INLINE void add_up(double x, double* sum) {
+  *sum = M::join(*sum, M::of(x));
+}
+
 GENOPT_INLINE Ints signed_bits(Floats x) {
   return (Ints::Raw)x.raw;
 }

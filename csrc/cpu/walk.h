@@ -12,6 +12,7 @@
 #include "in_place.h"
 #include "kernels.h"
 #include "measure.h"
+#include "total.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 
@@ -22,31 +23,31 @@ constexpr bool kHasAllLoops = GENOPT_VECTOR_BYTES > 16;
 constexpr bool kHasAllLoops = true;
 #endif
 
-// What is stepped where it lies. Returns where that ended.
-template <class Rule, unsigned kUsed>
+// What is stepped where it lies. Returns where that ended. kFlag: kMayBeCautious, of which there are fewer loops, or 0.
+template <class Rule, unsigned kUsed, unsigned kFlag>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
-  if constexpr (!kHasAllLoops || kUsed >= kWithAverage) return start;
+  if constexpr (!kHasAllLoops || kUsed >= kWithAverage || kFlag != 0) return start;
   return run_plain<Rule, kUsed, Float64, Float64, false>(scalars, row, start, stop);
 }
-template <class Rule, unsigned kUsed>
+template <class Rule, unsigned kUsed, unsigned kFlag>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
   if constexpr (kHasAllLoops || kUsed < kWithAverage)
-    start = run_plain<Rule, kUsed, Float32, Float32, false>(scalars, row, start, stop);
+    start = run_plain<Rule, kUsed | kFlag, Float32, Float32, false>(scalars, row, start, stop);
   if constexpr (kHasAllLoops && kUsed < kWithAverage) {
     if (start == stop) return start;
     const auto run = [&]<bool kHasExtra>(std::bool_constant<kHasExtra>) {
-      start = run_plain<Rule, kUsed, BFloat16, BFloat16, kHasExtra>(scalars, row, start, stop);
+      start = run_plain<Rule, kUsed | kFlag, BFloat16, BFloat16, kHasExtra>(scalars, row, start, stop);
       if constexpr (kUsed != 0) {
-        start = run_plain<Rule, kUsed, BFloat16, Float32, kHasExtra>(scalars, row, start, stop);
-        start = run_coded<Rule, kUsed, BFloat16, kHasExtra>(scalars, row, start, stop);
+        start = run_plain<Rule, kUsed | kFlag, BFloat16, Float32, kHasExtra>(scalars, row, start, stop);
+        if constexpr (kFlag == 0) start = run_coded<Rule, kUsed, BFloat16, kHasExtra>(scalars, row, start, stop);
       }
     };
     if (row.extra != Extra::kNone) {
-      run(std::true_type{});
+      if constexpr (kFlag == 0) run(std::true_type{});
       return start;
     }
     run(std::false_type{});
-    if constexpr (kUsed != 0) {
+    if constexpr (kUsed != 0 && kFlag == 0) {
       start = run_plain<Rule, kUsed, Float32, BFloat16, false>(scalars, row, start, stop);
       start = run_coded<Rule, kUsed, Float32, false>(scalars, row, start, stop);
     }
@@ -59,18 +60,22 @@ template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   const int64_t stop = std::min(end * kTile, row.numel);
+  const auto run = [&]<unsigned kFlag>() {
+    const int64_t start = run_direct<Rule, kUsed, kFlag>(scalars, row, begin * kTile, stop);
+    if (start < stop) run_buffered<Rule, kUsed % kWithAverage | kFlag>(scalars, row, start, stop);
+  };
   // Asking each element whether its decay is cautious would be 7 % of all instructions of others.
   if constexpr (kAnyDecay<Rule> != 0)
-    if (scalars.update.decay < 0)
-      return run_buffered<Rule, kUsed % kWithAverage | kMayBeCautious>(scalars, row, begin * kTile, stop);
-  const int64_t start = run_direct<Rule, kUsed>(scalars, row, begin * kTile, stop);
-  if (start < stop) run_buffered<Rule, kUsed % kWithAverage>(scalars, row, start, stop);
+    if (scalars.update.is_cautious()) return run.template operator()<kMayBeCautious>();
+  run.template operator()<0>();
 }
 
 template <class Rule, unsigned... kMasks>
 void fill(KernelTable& table, int rule, StateMasks<kMasks...>) {
   const auto set = [&]<unsigned kUsed>(StateMasks<kUsed>) {
     table.tiles[rule][kUsed] = {walk<Rule, kUsed, float>, walk<Rule, kUsed, double>};
+    if constexpr (kTotalsOf<Rule> > 0 && kUsed < kWithAverage)
+      table.totals[rule][kUsed] = {total<Rule, kUsed, float>, total<Rule, kUsed, double>};
   };
   (set(StateMasks<kMasks>{}), ...);
   (set(StateMasks<kMasks | kWithAverage>{}), ...);

@@ -57,7 +57,7 @@ int DevicePlan::kind_of(const Row& row, const Options& options, const Control& c
 }
 
 void DevicePlan::put_row(int r, const Row& row, const Options& options, const Control& control) {
-  DeviceRow made = device_row(row, options, kind_of(row, options, control));
+  DeviceRow made = device_row(row, options, kind_of(row, options, control), rule_.needs_totals(options));
   if (row.layout) {
     const std::vector<uint64_t> words = words_of(*row.layout);
     made.layout = layout_end_;
@@ -80,22 +80,26 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   Table wanted{};
   wanted.rows = static_cast<int>(rows.size());
   wanted.groups = static_cast<int>(groups.size());
+  const bool sums_given = tensors[kRowSums].address && !control.only_measure;
   int measured = 0, active = 0;  // rows
   bool measures[kMeasured] = {};
   for (const Row& row : rows) {
     if (!is_here(row)) continue;
     ++active;
     if (row.layout) wanted.layout_words += layout_words(*row.layout);
-    if (!control.measure || row.spans(device_) == 0) continue;
+    if (!control.measure || sums_given || row.spans(device_) == 0) continue;
     ++measured;
     measures[static_cast<int>(measured_as(row, groups[row.group]))] = true;
   }
   if (!active) return;
   // Of inactive rows and those elsewhere too, as the device knows them.
-  for (int r = 0; control.measure && r < wanted.rows; ++r) {
+  const bool totals = !control.only_measure && plan.needs_totals();
+  for (int r = 0; (control.measure || totals) && r < wanted.rows; ++r) {
     DeviceRow known{};
     if (memory_ && r < table_.rows) std::memcpy(&known, &image_[table_.row(r)], sizeof known);
-    wanted.norm_spans += std::max(spans_of(rows[r].numel), spans_of(known.numel)) + 1;
+    const int64_t most = std::max(spans_of(rows[r].numel), spans_of(known.numel)) + 1;
+    if (control.measure) wanted.norm_spans += most;
+    if (totals) wanted.total_spans += most;
   }
 
   // A table is only used on the stream that its memory belongs to, and no more once a graph has it: the
@@ -103,7 +107,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   const bool stale = !captured_.empty() && captured_.back() == memory_;
   const bool anew = !memory_ || stale || (queue.stream != stream_ && !queue.capturing) || wanted.rows != table_.rows ||
                     wanted.groups != table_.groups || wanted.layout_words > table_.layout_words ||
-                    wanted.norm_spans > table_.norm_spans;
+                    wanted.norm_spans > table_.norm_spans || wanted.total_spans > table_.total_spans;
   if (anew) renew(wanted, queue);
   if (queue.capturing) captured_.push_back(memory_);
 
@@ -123,6 +127,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     kind.range.tiles += tiles_of(known[r].numel);
     kind.range.one_each = kind.range.one_each && tiles_of(known[r].numel) == 1;
     kind.active = kind.active || is_here(rows[r]);
+    kind.totaled = kind.totaled || (totals && is_here(rows[r]) && rows[r].numel && plan.needs_totals(rows[r]));
   }
   for (size_t i = 1; i < kinds.size(); ++i) {
     kinds[i].range.first = kinds[i - 1].range.first + kinds[i - 1].range.rows;
@@ -141,6 +146,8 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   }
   table_.spans = spans;
   table_.measures = control.measure;
+  table_.totals_rows = totals;
+  table_.sums_given = sums_given;
   table_.gradients = control.gradients;
   table_.some_clip_alone =
       std::any_of(groups.begin(), groups.end(), [](const Options& each) { return clips_alone(each.data()); });
@@ -169,12 +176,23 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
 
   if (control.measure) {
     const NormKernels norms = norm_kernels(control.norm);
-    const int64_t threads = std::max<int64_t>(spans, 1) * kWarp;
+    const int64_t threads = (measured ? spans : 1) * kWarp;
     if (!measured) measures[0] = true;  // which decides
     for (int i = 0; i < kMeasured; ++i)
       if (measures[i]) launch(norms[i], threads, queue, table_, measured);
   }
   if (control.only_measure) return;
+  const auto is_totaled = [&](const Row& row) { return is_here(row) && row.numel && plan.needs_totals(row); };
+  for (int i = 0; i < static_cast<int>(kinds.size()); ++i) {
+    if (!kinds[i].totaled) continue;
+    const TotalKernel total = i == kFloat    ? kernels_.total_float
+                              : i == kDouble ? kernels_.total_double
+                                             : kernels_.lean[i - kFirstLean].total;
+    launch(total, spans * kWarp, queue, table_, i);
+  }
+  if (kernels_.settle)
+    if (const auto first = std::find_if(rows.begin(), rows.end(), is_totaled); first != rows.end())
+      launch(kernels_.settle, wanted.rows, queue, table_, static_cast<int>(first - rows.begin()));
   for (size_t i = 0; i < kinds.size(); ++i) {
     const TileRange& range = kinds[i].range;
     if (!kinds[i].active || !range.tiles) continue;

@@ -28,9 +28,10 @@ class DevicePlan {
   DevicePlan(const RuleInfo& rule, int device);
 
   // Enqueues one step of the active rows on this device: a prologue, again where more changed than one launch can
-  // carry, then one launch for each kind of rows, after one each to measure usual, float and double ones, if asked.
-  // Nothing that is passed needs to live on after it. Row r of one step is row r of the next: an inactive row keeps its
-  // place. Throws std::runtime_error; of an optimizer, after one between the prologue and the last update, always.
+  // carry, then one launch for each kind of rows, after one each to measure usual, float and double ones, if asked, and
+  // one for each kind with rows that the rule needs totals of. Nothing that is passed needs to live on after it. Row r
+  // of one step is row r of the next: an inactive row keeps its place. Throws std::runtime_error; of an optimizer,
+  // after one between the prologue and the last update, always.
   void step(const Plan& plan, const std::vector<Sources>& sources, const DeviceTensors& tensors, const Queue& queue);
 
   // Kernels launched since the plan was made.
@@ -48,7 +49,8 @@ class DevicePlan {
     TileRange range{.first = 0, .rows = 0, .first_tile = 0, .tiles = 0, .one_each = true};
     int32_t placed = 0;
     int64_t placed_tiles = 0;
-    bool active = false;  // a row of it
+    bool active = false;   // a row of it
+    bool totaled = false;  // one that the rule needs totals of
   };
 
   void renew(const Table& wanted, const Queue& queue);

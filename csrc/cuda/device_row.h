@@ -40,8 +40,9 @@ inline Measured measured_as(const Row& row, const Options& options) {
   return !row.layout && is_usual(kGrad) && (options[kAgc] < 0 || is_usual(kParam)) ? Measured::kLean : Measured::kFloat;
 }
 
-// `kind`: which kernel updates it. Where it has a layout, the caller says where that stands.
-inline DeviceRow device_row(const Row& row, const Options& options, int kind) {
+// `kind`: which kernel updates it; `totaled`: whether the rule needs totals of it. Where it has a layout, the caller
+// says where that stands.
+inline DeviceRow device_row(const Row& row, const Options& options, int kind, bool totaled) {
   DeviceRow made{};
   bool halves = true;
   for (int k = 0; k < kOperands; ++k) {
@@ -52,6 +53,7 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind) {
     if (row.layout && !row.layout->strides[k].empty()) made.strided |= 1 << k;
   }
   made.numel = row.numel;
+  made.origin = row.origin;
   made.step = row.step;
   made.step_dtype = row.step_dtype;
   std::copy(row.running.begin(), row.running.end(), made.running);
@@ -62,6 +64,7 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind) {
   made.clips_alone = clips_alone(options.data());
   made.by_tensor = clips_by_tensor(options.data());
   made.weighs = options[kAgc] >= 0;
+  made.totaled = totaled;
   std::copy(row.scales.begin(), row.scales.end(), made.scales);
   made.unbiased = static_cast<uint8_t>(row.unbiased);
   made.extra = row.extra;

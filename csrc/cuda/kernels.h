@@ -36,12 +36,15 @@ constexpr Way kWays[] = {
 constexpr int kWayCount = static_cast<int>(std::size(kWays));
 
 using UpdateKernel = void (*)(Table, TileRange);
+// Gives rows of a kind (device_plan.h) the scalars that follow from their totals; null: the rule needs none.
+using TotalKernel = void (*)(Table, int kind);
 
 struct LeanKernel {
   unsigned used;  // states, as a mask
   int way;        // of kWays
-  bool cautious;  // decays so
+  bool cautious;  // is so, see rules/rule.h
   UpdateKernel update;
+  TotalKernel total;
 };
 
 struct RuleKernels {
@@ -49,6 +52,9 @@ struct RuleKernels {
   void (*prologue_large)(Table, Payload<kLargePayload>, int rows);
   UpdateKernel update_float, update_double;  // of rows of any kind that compute in float, in double
   std::vector<LeanKernel> lean;
+  TotalKernel total_float = nullptr, total_double = nullptr;
+  // Gives all rows the scalars that follow from the totals of all; null: the rule needs none of all rows together.
+  void (*settle)(Table, int first) = nullptr;
 };
 
 template <class Rule>

@@ -18,6 +18,54 @@ __device__ void with_block_of(int i, float scale, Visit visit) {
   }
 }
 
+// What a lane has of a tile's operands that are read: those in kRead, a mask of kParam, kGrad and states. The parameter
+// as the rule sees it: its master, or with what a compensation adds. All of it is under way before any is waited for.
+template <class Rule, unsigned kRead, int kWay, int kPiece>
+struct LeanTile {
+  static constexpr Way kStored = kWays[kWay];
+  static constexpr bool kHasMaster = kStored.extra == Extra::kMaster, kHasRest = kStored.extra == Extra::kCompensation;
+  static constexpr Form kSeen = kHasMaster ? Form::kFloat : kStored.param;
+
+  LeanOperand<kSeen, kPiece> p;
+  LeanOperand<kStored.param, kPiece> g, rest;
+  LeanOperand<kStored.state, kPiece> states[kMaxStates];
+  float scales[kMaxStates];
+
+  __device__ static constexpr bool reads(int k) {
+    return kRead >> k & 1;
+  }
+  __device__ void load(const DeviceRow& row, const void* gradient, const Tile& tile) {
+    if constexpr (reads(kParam)) p.load(row.data[kHasMaster ? kExtra : kParam], tile, kOrdinary);
+    g.load(gradient, tile, kOrdinary);
+    if constexpr (reads(kParam) && kHasRest) rest.load(row.data[kExtra], tile, kOrdinary);
+#pragma unroll
+    for (int i = 0; i < kMaxStates; ++i) {
+      if (!reads(kState + i)) continue;
+      states[i].load(row.data[kState + i], tile, kOrdinary);
+      if constexpr (kStored.state == Form::kCodes) scales[i] = row.scales[i][tile.start / kTile];
+    }
+  }
+  __device__ void decode(float (&values)[kState + kMaxStates][kElements], DType dtype) const {
+    if constexpr (reads(kParam)) p.decode(values[kParam], dtype);
+    g.decode(values[kGrad], dtype);
+    if constexpr (reads(kParam) && kHasRest) {
+      float rests[kElements];
+      rest.decode(rests, dtype);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) values[kParam][j] += rests[j];
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxStates; ++i) {
+      if (!reads(kState + i)) continue;
+      if constexpr (kStored.state != Form::kCodes) {
+        states[i].decode(values[kState + i], dtype);
+      } else {
+        with_block_of<Rule>(i, scales[i], [&](const auto& block) { states[i].decode(values[kState + i], block); });
+      }
+    }
+  }
+};
+
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
 // computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
 // registers let five, with four four.
@@ -45,50 +93,22 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   const DType dtype = row.dtype[kParam];
   const bool zeroes = table.gradients == Gradients::kZeroed;
   void* const gradient = reinterpret_cast<void*>(grad);
-  LeanOperand<kStored.param, kPiece> g;
+  LeanTile<Rule, kOfParam | kOfGrad | kUsed * kOfFirstState, kWay, kPiece> x;
   float values[kState + kMaxStates][kElements];
   const auto leave_zeros = [&] {
 #pragma unroll
     for (int j = 0; j < kElements; ++j) values[kGrad][j] = 0;
-    g.encode(values[kGrad], dtype);
-    g.store(gradient, tile);
+    x.g.encode(values[kGrad], dtype);
+    x.g.store(gradient, tile);
   };
   if (table.may_skip && table.words[Table::kSkip] != 0) {
     if (zeroes) leave_zeros();
     return;
   }
 
-  LeanOperand<kSeen, kPiece> p;
-  LeanOperand<kStored.state, kPiece> states[kMaxStates];
-  float scales[kMaxStates];
-  p.load(row.data[kHasMaster ? kExtra : kParam], tile, kOrdinary);
-  g.load(gradient, tile, kOrdinary);
-  LeanOperand<kStored.param, kPiece> rest;
-  if constexpr (kHasRest) rest.load(row.data[kExtra], tile, kOrdinary);
-#pragma unroll
-  for (int i = 0; i < kMaxStates; ++i) {
-    if (!(kUsed >> i & 1)) continue;
-    states[i].load(row.data[kState + i], tile, kOrdinary);
-    if constexpr (kStored.state == Form::kCodes) scales[i] = row.scales[i][tile.start / kTile];
-  }
+  x.load(row, gradient, tile);
   const auto scalars = scalars_of<Scalars<Rule, float>>(table, row, found.row);
-  p.decode(values[kParam], dtype);
-  g.decode(values[kGrad], dtype);
-  if constexpr (kHasRest) {
-    float rests[kElements];
-    rest.decode(rests, dtype);
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) values[kParam][j] += rests[j];
-  }
-#pragma unroll
-  for (int i = 0; i < kMaxStates; ++i) {
-    if (!(kUsed >> i & 1)) continue;
-    if constexpr (kStored.state != Form::kCodes) {
-      states[i].decode(values[kState + i], dtype);
-    } else {
-      with_block_of<Rule>(i, scales[i], [&](const auto& block) { states[i].decode(values[kState + i], block); });
-    }
-  }
+  x.decode(values, dtype);
 #pragma unroll
   for (int j = 0; j < kElements; ++j)
     scalars.update.template apply<kUsed | (kCautious ? kMayBeCautious : 0u)>(
@@ -96,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
         values[kState + 2][j], values[kState + 3][j]);
 
   // To one of the neighbours that a 16-bit dtype has. `bits(i)`: 32 for element i of the tile.
-  const auto round = [&](float (&x)[kElements], auto bits) {
+  const auto round = [&](float (&of)[kElements], auto bits) {
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
-      x[j] = round_by(dtype, x[j], bits(static_cast<uint32_t>(tile.template element<kPiece>(j))));
+      of[j] = round_by(dtype, of[j], bits(static_cast<uint32_t>(tile.template element<kPiece>(j))));
   };
   if constexpr (kHasMaster) {
     LeanOperand<kStored.param, kPiece> narrow;
@@ -107,60 +127,40 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
     narrow.store(row.data[kParam], tile);
   } else if constexpr (kSeen == Form::kHalf) {
     if (row.unbiased & 1 << kParam) {
-      const uint32_t key = tile_key(scalars.random, tile.start);
+      const uint32_t key = tile_key(scalars.random, row.origin + tile.start);
       round(values[kParam], [key](uint32_t i) { return random_bits(key, i); });
     }
   }
-  p.encode(values[kParam], dtype);
-  p.store(row.data[kHasMaster ? kExtra : kParam], tile);
+  x.p.encode(values[kParam], dtype);
+  x.p.store(row.data[kHasMaster ? kExtra : kParam], tile);
   if constexpr (kHasRest) {  // what storing leaves over
     float rounded[kElements];
-    p.decode(rounded, dtype);
+    x.p.decode(rounded, dtype);
 #pragma unroll
     for (int j = 0; j < kElements; ++j)
       values[kParam][j] = rounded[j] - rounded[j] == 0 ? values[kParam][j] - rounded[j] : 0;
-    rest.encode(values[kParam], dtype);
-    rest.store(row.data[kExtra], tile);
+    x.rest.encode(values[kParam], dtype);
+    x.rest.store(row.data[kExtra], tile);
   }
-  const uint32_t phase = tile_phase(scalars.phase, tile.start);
+  const uint32_t phase = tile_phase(scalars.phase, row.origin + tile.start);
   if constexpr (kStored.state == Form::kCodes) __syncwarp();  // all lanes have read the scales that one writes
 #pragma unroll
   for (int i = 0; i < kMaxStates; ++i) {
     if (!(kUsed >> i & 1)) continue;
-    float (&x)[kElements] = values[kState + i];
+    float (&state)[kElements] = values[kState + i];
     if constexpr (kStored.state == Form::kCodes) {
-      with_block_of<Rule>(i, scales[i], [&]<class Block>(const Block&) {
-        const float scale = states[i].template encode_block<Block>(x, phase, tile);
+      with_block_of<Rule>(i, x.scales[i], [&]<class Block>(const Block&) {
+        const float scale = x.states[i].template encode_block<Block>(state, phase, tile);
         if (tile.lane == 0) row.scales[i][tile.start / kTile] = scale;
       });
     } else {
       if constexpr (kStored.state == Form::kHalf)
-        if (row.unbiased >> (kState + i) & 1) round(x, [phase](uint32_t i) { return threshold_of(phase, i); });
-      states[i].encode(x, dtype);
+        if (row.unbiased >> (kState + i) & 1) round(state, [phase](uint32_t i) { return threshold_of(phase, i); });
+      x.states[i].encode(state, dtype);
     }
-    states[i].store(row.data[kState + i], tile);
+    x.states[i].store(row.data[kState + i], tile);
   }
   if (zeroes) leave_zeros();
-}
-
-// All lean kernels of an optimizer's rule: one for each of its sets of states and each way that these can be stored,
-// and of these again for cautious decay, if the rule has it.
-template <class Rule>
-std::vector<LeanKernel> lean_kernels() {
-  std::vector<LeanKernel> kernels;
-  const auto add = [&]<unsigned kUsed, int kWay>() {
-    if constexpr (!std::is_same_v<Rule, Transfer> && (kUsed || kWays[kWay].state == Form::kFloat))
-      kernels.push_back({kUsed, kWay, false, lean_update<Rule, kUsed, kWay, false>});
-    if constexpr (kAnyDecay<Rule> && (kUsed || kWays[kWay].state == Form::kFloat))
-      kernels.push_back({kUsed, kWay, true, lean_update<Rule, kUsed, kWay, true>});
-  };
-  [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
-    const auto add_ways = [&]<unsigned kUsed, int... kWay>(std::integer_sequence<int, kWay...>) {
-      (add.template operator()<kUsed, kWay>(), ...);
-    };
-    (add_ways.template operator()<kMasks>(std::make_integer_sequence<int, kWayCount>{}), ...);
-  }(typename Rule::Masks{});
-  return kernels;
 }
 
 }  // namespace genopt::cuda

@@ -1,40 +1,14 @@
-// The norm of all gradients, and the factors that clip them: one warp, one span of 32 tiles. The order of additions is
-// that of cpu/measure.h and LaneSums (plan/lane_sums.h); csrc/README.md spells it out. Whoever is last adds up, so one
-// launch does it all.
-#include <cuda/atomic>
-
+// The norm of all gradients, and the factors that clip them. Sums: sums.cuh.
 #include "../plan/decide.h"
 #include "lane_operand.cuh"
 #include "lean_operand.cuh"
 #include "prologue.cuh"
+#include "sums.cuh"
 
 namespace genopt::cuda {
 namespace {
 
 struct None {};
-
-// What a block's warps add up in.
-using Places = double[kWarps][kTile];
-
-// The first `count` places by halves, into the first. All lanes call it.
-template <class M>
-__device__ double by_halves(double* places, int count, int lane) {
-#pragma unroll 1
-  for (int half = count / 2; half >= 1; half /= 2) {
-    __syncwarp();
-#pragma unroll 1
-    for (int i = lane; i < half; i += kWarp) places[i] = M::join(places[i], places[i + half]);
-  }
-  __syncwarp();
-  const double result = places[0];
-  __syncwarp();
-  return result;
-}
-
-// A span of an operand, or what there is of one.
-struct Span {
-  int64_t begin, end;  // elements
-};
 
 // Of an operand that is contiguous and aligned, in fp32 or, for kHalf, 16 bits.
 template <class M, Form kForm>
@@ -100,36 +74,6 @@ __device__ double measure_any(const Span& span, const Table& table, const Device
   return by_halves<M>(places, kTile, lane);
 }
 
-// Numbers [0, count) as LaneSums adds them up; number(i) is asked for by the lane that adds it.
-template <class M, class Number>
-__device__ double join(int64_t count, int lane, double* places, Number number) {
-  constexpr int kAtOnce = 16;  // loads under way: what one alone waits for is most of the time
-  double sum = 0;
-#pragma unroll 1
-  for (int64_t i = lane; i < count; i += kAtOnce * kWarp) {
-    double numbers[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) numbers[k] = i + k * kWarp < count ? number(i + k * kWarp) : 0;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) sum = M::join(sum, numbers[k]);
-  }
-  places[lane] = sum;
-  return by_halves<M>(places, kWarp, lane);
-}
-
-// Whether this warp is the last of `count` to arrive at a counter. What lane 0 wrote before is then seen by the last.
-__device__ bool arrives_last(uint64_t* counter, int64_t count, int lane) {
-  bool last = false;
-  if (lane == 0) {
-    const ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*reinterpret_cast<unsigned*>(counter));
-    last = arrived.fetch_add(1, ::cuda::memory_order_release) + 1 == static_cast<unsigned>(count);
-    if (last) ::cuda::atomic_thread_fence(::cuda::memory_order_acquire, ::cuda::thread_scope_device);
-  }
-  const bool is_last = __ballot_sync(~0u, last) != 0;
-  __syncwarp();  // a vote orders no memory
-  return is_last;
-}
-
 __device__ void write_number(uint64_t word, double x) {
   if (!word) return;
   with_codec(dtype_in(word), [word, x](auto codec) {
@@ -154,6 +98,19 @@ struct GroupOptions {
   }
 };
 
+// Numbers that are told of rows, or null: kRowSums.
+__device__ double* row_sums(const Table& table) {
+  return static_cast<double*>(address_in(table.words[table.tensor(kRowSums)]));
+}
+
+// Of a row whose group clips by tensor.
+__device__ void decide_row(const Table& table, const DeviceRow& row, int r, double sum, double weights) {
+  const auto word = [&](int64_t at) { return table.words[at]; };
+  NormColumns(table).row_factors[r] =
+      row_factor(static_cast<Norm>(word(table.control(kNormKind))), GroupOptions(table, row.group).data(),
+                 group_scale(table, word, row.group), sum, weights);
+}
+
 // All rows of the table, for decide() by one warp.
 template <class M>
 struct Ledger {
@@ -166,6 +123,7 @@ struct Ledger {
   const Norm kind = static_cast<Norm>(word(table.control(kNormKind)));
   const double scale = common_scale(table, [this](int64_t at) { return word(at); });
   const double max_norm = as_double(word(table.control(kMaxNorm)));
+  const double* const given_sums = table.sums_given ? row_sums(table) : nullptr;
   const bool is_told = word(table.tensor(kGroupScales)) != 0, some_clip_alone = table.some_clip_alone;
 
   __device__ uint64_t word(int64_t at) const {
@@ -179,7 +137,7 @@ struct Ledger {
     return cuda::join<M>(count, lane, places, [&](int64_t i) { return number(first + i); });
   }
   __device__ double sum(int64_t r) const {
-    return __ldcg(norms.row_sums + r);
+    return __ldcg(given_sums ? given_sums + r : norms.row_sums + r);
   }
   __device__ GroupOptions options(int g) const {
     return GroupOptions(table, g);
@@ -202,6 +160,11 @@ struct Ledger {
 template <class M>
 __device__ void decide(const Table& table, int lane, double* places) {
   Ledger<M> ledger{table, lane, places};
+  if (ledger.given_sums)
+#pragma unroll 1
+    for (int r = lane; r < table.rows; r += kWarp)
+      if (ledger.word(table.grad(r)) && ledger.row(r).by_tensor)
+        decide_row(table, ledger.row(r), r, ledger.sum(r), __ldcg(ledger.given_sums + table.rows + r));
   const double norm = genopt::decide(ledger);
   const bool found = !is_finite(norm), skipped = ledger.word(Table::kSkip) != 0;
   const bool skips = found && ledger.word(table.control(kGuard)) != 0;
@@ -246,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid
   double* const places = all_places[threadIdx.x / kWarp];
   const int64_t number = warp_here();
   if (rows == 0 && number == 0) decide<M>(table, lane, places);
-  if (number >= table.spans) return;
+  if (rows == 0 || number >= table.spans) return;
   const int r = find_row(table.words + table.first_span(0), table.rows, number, lane);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
@@ -255,8 +218,7 @@ __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid
   const NormColumns norms(table);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);
   const int64_t count = spans_of(row.numel);
-  const int64_t begin = (number - first) * kSpan * kTile, end = begin + kSpan * kTile;
-  const Span span{begin, row.numel < end ? row.numel : end};
+  const Span span = span_of(row, number - first);
   // The gradient, then the parameter where its norm is wanted too: in one rolled loop, for the registers' sake.
   const int operands = row.weighs ? 2 : 1;
 #pragma unroll 1
@@ -275,12 +237,11 @@ __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid
   }
   if (lane == 0) {
     norms.row_sums[r] = sums[0];
-    if (row.by_tensor) {
-      const auto word = [&](int64_t at) { return table.words[at]; };
-      norms.row_factors[r] =
-          row_factor(static_cast<Norm>(word(table.control(kNormKind))), GroupOptions(table, row.group).data(),
-                     group_scale(table, word, row.group), sums[0], sums[1]);
+    if (double* const told = row_sums(table)) {
+      told[r] = sums[0];
+      told[table.rows + r] = sums[1];
     }
+    if (row.by_tensor) decide_row(table, row, r, sums[0], sums[1]);
   }
   if (arrives_last(table.words + Table::kRowsDone, rows, lane)) decide<M>(table, lane, places);
 }

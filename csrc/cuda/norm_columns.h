@@ -1,4 +1,4 @@
-// The columns of a step's table in which norms are made.
+// The columns of a step's table in which norms, and the totals that a rule needs, are made.
 #pragma once
 
 #include "table.h"
@@ -19,6 +19,25 @@ struct NormColumns {
     spans_done = reinterpret_cast<uint64_t*>(row_factors + table.rows);
     partials = row_factors + 2 * int64_t{table.rows};
     weight_partials = partials + table.norm_spans;
+  }
+};
+
+struct TotalColumns {
+  uint64_t* spans_done;  // [row]
+  double* rows_sums;     // [total][row], where the rule needs totals of all rows together
+  double* partials;      // [total][span]
+  int64_t rows, spans;
+
+  GENOPT_INLINE explicit TotalColumns(const Table& table) : rows(table.rows), spans(table.total_spans) {
+    spans_done = table.words + table.totals();
+    rows_sums = reinterpret_cast<double*>(spans_done + rows);
+    partials = rows_sums + kMaxTotals * rows;
+  }
+  GENOPT_INLINE double* of(int total) const {
+    return partials + total * spans;
+  }
+  GENOPT_INLINE double* of_rows(int total) const {
+    return rows_sums + total * rows;
   }
 };
 

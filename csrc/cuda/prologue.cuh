@@ -46,6 +46,19 @@ __device__ inline double advance(const DeviceRow& row, float by) {
   return *static_cast<float*>(row.step) += by;
 }
 
+// A group's options for the rule.
+template <class Rule, class Word>
+__device__ void read_options(const Table& table, Word word, int group, double (&options)[kAllOptions]) {
+  constexpr int kCount = static_cast<int>(std::size(Rule::kOptions));
+#pragma unroll
+  for (int k = 0; k < kAllOptions; ++k) {
+    options[k] = kUnset;
+    if (k >= kCount && k < kMaxOptions) continue;
+    const uint64_t source = k < kMaxOptions ? word(table.source(k, group)) : 0;
+    options[k] = source ? read_number(source) : as_double(word(table.option(k, group)));
+  }
+}
+
 // Undoes what the prologue did to a row's step counter and running numbers.
 __device__ inline void take_back(const Table& table, int r, const DeviceRow& row) {
   advance(row, -1);
@@ -75,10 +88,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     const double unscale = loss_unscale(table, word);
     memcpy(&table.words[Table::kUnscale], &unscale, sizeof unscale);
   }
+  const auto* const shared = static_cast<const double*>(address_in(word(table.tensor(kSharedNumbers))));
+  for (int k = 0; k < kSharedOf<Rule> && i == 0; ++k) table.words[Table::kShared + k] = bits_of(shared[k]);
   if (table.measures) {
     const NormColumns norms(table);
     norms.spans_done[r] = 0;
     norms.row_sums[r] = 0;
+  }
+  if (table.totals_rows) {
+    const TotalColumns columns(table);
+    columns.spans_done[r] = 0;
+    for (int n = 0; n < kTotalsOf<Rule> && kSharedOf<Rule>; ++n) columns.of_rows(n)[r] = 0;
   }
   if (!word(table.grad(r))) return;
 
@@ -88,20 +108,14 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   const double factor = table.measures ? 1.0 : group_scale(table, word, row.group);
   double options[kAllOptions];
-  constexpr int kCount = static_cast<int>(std::size(Rule::kOptions));
-#pragma unroll
-  for (int k = 0; k < kAllOptions; ++k) {
-    options[k] = kUnset;
-    if (k >= kCount && k < kMaxOptions) continue;
-    const uint64_t source = k < kMaxOptions ? word(table.source(k, row.group)) : 0;
-    options[k] = source ? read_number(source) : as_double(word(table.option(k, row.group)));
-  }
+  read_options<Rule>(table, word, row.group, options);
   constexpr int kRunning = kRunningOf<Rule>;
-  double running[kMaxRunning];
+  double running[kMaxRunning > kMaxShared ? kMaxRunning : kMaxShared];
   for (int i = 0; i < kRunning; ++i) {
     running[i] = read_running(row.running[i], row.running_dtype[i]);
     table.words[table.running_before(r, i)] = bits_of(running[i]);
   }
+  for (int i = 0; i < kSharedOf<Rule>; ++i) running[i] = shared[i];
   const auto derive = [&]<class T>(T) {
     static_assert(sizeof(Scalars<Rule, T>) + kRunning * 8 <= kScalarsBytes);
     Scalars<Rule, T> scalars(options, t, running);

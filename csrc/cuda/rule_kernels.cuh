@@ -3,14 +3,44 @@
 
 #include "lean.cuh"
 #include "prologue.cuh"
+#include "total.cuh"
 #include "update.cuh"
 
 namespace genopt::cuda {
 
+// All lean kernels of an optimizer's rule: one for each of its sets of states and each way that these can be stored,
+// and of these again for what is cautious, if the rule may be.
+template <class Rule>
+std::vector<LeanKernel> lean_kernels() {
+  std::vector<LeanKernel> kernels;
+  const auto add = [&]<unsigned kUsed, int kWay>() {
+    if constexpr (!std::is_same_v<Rule, Transfer> && (kUsed || kWays[kWay].state == Form::kFloat)) {
+      TotalKernel total = nullptr;
+      if constexpr (kTotalsOf<Rule> > 0) total = lean_total<Rule, kUsed, kWay>;
+      kernels.push_back({kUsed, kWay, false, lean_update<Rule, kUsed, kWay, false>, total});
+      if constexpr (kAnyDecay<Rule>)
+        kernels.push_back({kUsed, kWay, true, lean_update<Rule, kUsed, kWay, true>, total});
+    }
+  };
+  [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
+    const auto add_ways = [&]<unsigned kUsed, int... kWay>(std::integer_sequence<int, kWay...>) {
+      (add.template operator()<kUsed, kWay>(), ...);
+    };
+    (add_ways.template operator()<kMasks>(std::make_integer_sequence<int, kWayCount>{}), ...);
+  }(typename Rule::Masks{});
+  return kernels;
+}
+
 template <class Rule>
 RuleKernels make_rule_kernels() {
-  return {prologue<Rule, kSmallPayload>, prologue<Rule, kLargePayload>, update<Rule, float>, update<Rule, double>,
-          lean_kernels<Rule>()};
+  RuleKernels kernels{prologue<Rule, kSmallPayload>, prologue<Rule, kLargePayload>, update<Rule, float>,
+                      update<Rule, double>, lean_kernels<Rule>()};
+  if constexpr (kTotalsOf<Rule> > 0) {
+    kernels.total_float = total<Rule, float>;
+    kernels.total_double = total<Rule, double>;
+    if constexpr (kSharedOf<Rule> > 0) kernels.settle = settle<Rule>;
+  }
+  return kernels;
 }
 
 }  // namespace genopt::cuda

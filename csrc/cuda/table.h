@@ -3,6 +3,7 @@
 //   skip                       not 0: this step is skipped
 //   rows done                  counts rows whose norm is known
 //   unscale                    1 / loss scale, a double; an unused word follows
+//   shared                     numbers that all rows share, as they were before this step
 //   scalars  [row]             the rule's Scalars, which the prologue derives; all below comes from the host
 //   sources  [option][group]   an option read on the device: its address, dtype in the top byte; 0: none
 //   options  [option][group]   a double; the last option first, so that lr stands beside what follows
@@ -15,6 +16,7 @@
 //   firsts   [group]           the group's first row, and after the last group the number of rows
 //   layouts                    of rows that are not contiguous: dims, sizes[dims], strides[operand][dims]
 //   norms                      where gradients are measured, written by kernels alone: see norm_columns.h
+//   totals                     where the rule needs totals of a row, likewise
 //
 // What changes at every step (options, control, grads) stands together: it travels in one launch's arguments.
 #pragma once
@@ -36,6 +38,7 @@ struct DeviceRow {
   int64_t numel;
   void* step;  // null: the rule counts none
   void* running[kMaxRunning];
+  int64_t origin;  // as Row::origin
   int64_t layout;  // words from the start of the layouts
   int32_t group;
   DType dtype[kOperands];
@@ -47,6 +50,7 @@ struct DeviceRow {
   uint8_t clips_alone;  // its group is left out of the optimizer's norm
   uint8_t by_tensor;    // its group clips by tensor
   uint8_t weighs;       // and by the parameter's norm
+  uint8_t totaled;      // the rule needs totals of it
   uint8_t unbiased;     // as Row::unbiased
   Extra extra;
   uint8_t only_average;  // as Row::only_average
@@ -93,14 +97,15 @@ struct Table {
   uint64_t* words;
   int32_t groups, rows;
   int64_t spans;
-  int64_t layout_words, norm_spans;  // that there is room for
-  bool measures;                     // this step
-  Gradients gradients;               // what is left in them
+  int64_t layout_words, norm_spans, total_spans;  // that there is room for
+  bool measures, totals_rows;                     // this step
+  Gradients gradients;                            // what is left in them
+  bool sums_given;                                // of rows, by kRowSums: nothing is measured
   bool may_skip;
   bool some_clip_alone;  // groups: they have norms of their own
 
   // Where the columns stand, in words: place() knows, so that no kernel has to multiply.
-  static constexpr int64_t kSkip = 0, kRowsDone = 1, kUnscale = 2, kHeader = 4;
+  static constexpr int64_t kSkip = 0, kRowsDone = 1, kUnscale = 2, kShared = 4, kHeader = kShared + kMaxShared;
   int64_t sources_at, options_at, control_at, grads_at, tiles_at, order_at, spans_at, rows_at, groups_at, layouts_at,
       norms_at;
 
@@ -162,8 +167,11 @@ struct Table {
   GENOPT_INLINE int64_t norms() const {
     return norms_at;
   }
-  GENOPT_INLINE int64_t end() const {
+  GENOPT_INLINE int64_t totals() const {
     return norms() + (norm_spans ? groups + 3 * rows + 2 * norm_spans : 0);
+  }
+  GENOPT_INLINE int64_t end() const {
+    return totals() + (total_spans ? (1 + kMaxTotals) * int64_t{rows} + kMaxTotals * total_spans : 0);
   }
 };
 

@@ -90,9 +90,10 @@ struct RowOperands {
   const DeviceRow& row;
   uint64_t grad;
   bool only_average, has_master;
+  unsigned wanted = ~0u;  // as a mask
 
   __device__ bool loads(int k) const {
-    return k == kParam || (!only_average && is_used(row.used, k));
+    return (wanted >> k & 1) && (k == kParam || (!only_average && is_used(row.used, k)));
   }
   __device__ int source(int k) const {
     return k == kParam ? row.param() : k;
@@ -126,10 +127,10 @@ __device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands
                                const Scalars& scalars, Slots<T, kUsable>& slots) {
   const DeviceRow& row = tile.row;
   if (row.unbiased & 1 << kParam) {
-    const uint32_t key = tile_key(scalars.random, tile.start);
+    const uint32_t key = tile_key(scalars.random, row.origin + tile.start);
     x[kParam].round_by(tile, [key](uint32_t i) { return random_bits(key, i); });
   }
-  const uint32_t phase = tile_phase(scalars.phase, tile.start);
+  const uint32_t phase = tile_phase(scalars.phase, row.origin + tile.start);
 #pragma unroll
   for (int k = kState; k < kUsable; ++k) {
     if (!operands.loads(k)) continue;

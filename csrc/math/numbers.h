@@ -181,4 +181,13 @@ GENOPT_INLINE double power(double base, double n) {
   return result;
 }
 
+// base^exponent of a base that is not negative: whole exponents, as 2, to the last bit.
+GENOPT_INLINE double real_power(double base, double exponent) {
+  constexpr double kSmallest = 2.2250738585072014e-308;  // a normal number
+  if (exponent >= 0.0 && exponent < 65536.0 && static_cast<double>(static_cast<uint64_t>(exponent)) == exponent)
+    return power(base, exponent);
+  if (!(base >= kSmallest)) return exponent > 0.0 ? 0.0 : std::numeric_limits<double>::infinity();
+  return exponential(exponent * logarithm(base));
+}
+
 }  // namespace genopt

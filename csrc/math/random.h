@@ -22,7 +22,8 @@ GENOPT_INLINE uint32_t step_key(double seed, double t) {
   return mix(low(seed) ^ mix(low(t)));
 }
 
-// Of the elements of a tile that begins at element `start` of a row.
+// Of the elements of a tile that begins at element `start`. That of a part of a larger tensor may begin anywhere: where
+// it crosses a multiple of 2^32, the last of its elements draw other bits than they would in the whole.
 GENOPT_INLINE uint32_t tile_key(uint32_t step_key, int64_t start) {
   return mix(step_key ^ static_cast<uint32_t>(start >> 32)) + static_cast<uint32_t>(start);
 }

@@ -19,6 +19,19 @@ struct Measure {
   }
 };
 
+// Of a rule's totals, which are added up as a norm is.
+template <class Rule>
+struct TotalOf {
+  template <class V>
+  static GENOPT_INLINE V of(V x) {
+    return kAddsSquares<Rule> ? x * x : x;
+  }
+  template <class V>
+  static GENOPT_INLINE V join(V a, V b) {
+    return a + b;
+  }
+};
+
 template <class Visit>
 GENOPT_INLINE auto with_measure(Norm norm, Visit&& visit) {
   return norm == Norm::kTwo   ? visit(Measure<Norm::kTwo>{})

@@ -109,6 +109,40 @@ bool Plan::decide() {
   return !(control.guard && found_nonfinite());
 }
 
+bool Plan::needs_totals() const {
+  return std::any_of(groups.begin(), groups.end(), [this](const Options& each) { return rule.needs_totals(each); });
+}
+
+void Plan::settle(int64_t first, int64_t last) {
+  prepared_.erase(prepared_.begin() + static_cast<ptrdiff_t>(of_many_), prepared_.end());
+  for (int64_t r = first; r < last; ++r) {
+    Row& row = rows[r];
+    if (row.spans(kHost) == 0 || !needs_totals(row)) continue;
+    Prepared own = prepared_[row.prepared];
+    rule.settle(own.scalars, own.in_double, row.totals.data(), static_cast<double>(row.numel));
+    row.prepared = static_cast<int>(prepared_.size());
+    prepared_.push_back(own);
+  }
+}
+
+void Plan::settle_together() {
+  std::array<LaneSums, kMaxTotals> sums{LaneSums(Norm::kTwo), LaneSums(Norm::kTwo)};
+  for (size_t r = 0; r < rows.size(); ++r)
+    for (int n = 0; n < kMaxTotals && rows[r].spans(kHost); ++n)
+      sums[n].add(static_cast<int64_t>(r), rows[r].totals[n]);
+  const std::array<double, kMaxTotals> totals{sums[0].total(), sums[1].total()};
+  std::array<double, kMaxShared> before{}, after{};
+  std::copy_n(shared, rule.shared, before.begin());
+  bool is_first = true;
+  for (Prepared& each : prepared_) {
+    if (each.only_average) continue;
+    after = before;
+    rule.settle_shared(each.scalars, each.in_double, groups[each.group], totals.data(), after.data());
+    if (is_first) std::copy_n(after.begin(), rule.shared, shared);
+    is_first = false;
+  }
+}
+
 void Plan::prepare() {
   prepared_.clear();
   // Rows mostly share their group's step count: the last one made for a group and a compute type is tried first. Rows
@@ -131,16 +165,19 @@ void Plan::prepare() {
     if (memo.t != t || memo.only_average != row.only_average || (runs && memo.before != running_of(row))) {
       Prepared& made = prepared_.emplace_back();
       made.used = row.used;
+      made.group = row.group;
       made.only_average = row.only_average;
       made.in_double = in_double;
       const Running before = runs ? running_of(row) : Running{};
       Running after = before;
-      (row.only_average ? averaging : rule).make_scalars(groups[row.group], t, after.data(), in_double, made.scalars);
+      (row.only_average ? averaging : rule)
+          .make_scalars(groups[row.group], t, rule.shared ? shared : after.data(), in_double, made.scalars);
       memo = {t, row.only_average, before, after, static_cast<int>(prepared_.size()) - 1};
     }
     if (runs) keep_running(row, memo.after);
     row.prepared = memo.prepared;
   }
+  of_many_ = prepared_.size();
 }
 
 }  // namespace genopt

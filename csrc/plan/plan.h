@@ -49,14 +49,27 @@ using Sources = std::array<Source, kMaxOptions>;
 // What rows of the same group, step count, compute type and running numbers share.
 struct Prepared {
   unsigned used;
+  int group;
   bool only_average, in_double;
   alignas(16) unsigned char scalars[kScalarsBytes];
 };
 
 // Tensors that a step reads and writes beside its rows, on each device: the loss scale; whether an infinity was found;
 // a factor for each group's gradients (double); the norm of all gradients; whether it is not finite; the count of
-// skipped steps (int64).
-enum DeviceTensorKind { kGradScale, kFoundInf, kGroupScales, kGradNorm, kNonFinite, kSkippedSteps, kDeviceTensors };
+// skipped steps (int64); the numbers that all rows share (double); of each row's gradient what its norm is made of, and
+// then of each row's parameter (double), which a step that only measures writes, and another takes in the place of its
+// own: they were joined with those of other processes.
+enum DeviceTensorKind {
+  kGradScale,
+  kFoundInf,
+  kGroupScales,
+  kGradNorm,
+  kNonFinite,
+  kSkippedSteps,
+  kSharedNumbers,
+  kRowSums,
+  kDeviceTensors
+};
 struct DeviceTensor {
   void* address = nullptr;
   DType dtype = DType::kFloat32;
@@ -73,6 +86,8 @@ class Plan {
   std::vector<Options> groups;
   std::vector<double> group_scales;  // of the gradients of a group, beside Control::scale; empty: 1
   std::vector<Row> rows;
+  double* row_sums = nullptr;  // as kRowSums
+  double* shared = nullptr;    // numbers that all rows share: RuleInfo::shared of them
   Control control;
 
   // All below is for rows on the CPU. Rows on other devices: see cuda/device_plan.h.
@@ -87,6 +102,19 @@ class Plan {
   // Advances the step counters of active rows and derives their scalars in double.
   void prepare();
 
+  // Gives those of rows [first, last) that need totals scalars of their own, once their totals are known, and drops
+  // what others had.
+  void settle(int64_t first, int64_t last);
+  // Where the rule needs totals of all rows together: settles the scalars that there are.
+  void settle_together();
+
+  // Tiles and spans of all rows before row r.
+  int64_t first_tile(int64_t r) const {
+    return r < static_cast<int64_t>(rows.size()) ? rows[r].first_tile : total_tiles_;
+  }
+  int64_t first_span(int64_t r) const {
+    return r < static_cast<int64_t>(rows.size()) ? rows[r].first_span : total_spans_;
+  }
   int64_t total_tiles() const {
     return total_tiles_;
   }
@@ -96,6 +124,11 @@ class Plan {
   double total_norm() const {
     return total_norm_;
   }
+  // Whether the rule needs totals of a row before it is stepped.
+  bool needs_totals(const Row& row) const {
+    return !row.only_average && rule.needs_totals(groups[row.group]);
+  }
+  bool needs_totals() const;
   // Whether this is no optimizer: rows are gradients that become themselves, clipped.
   bool is_clipping() const;
   bool found_nonfinite() const {
@@ -108,6 +141,7 @@ class Plan {
  private:
   int64_t total_tiles_ = 0, total_spans_ = 0;
   double total_norm_ = 0;
+  size_t of_many_ = 0;  // prepared for rows that share them
   std::vector<Prepared> prepared_;
 };
 

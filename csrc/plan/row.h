@@ -55,11 +55,14 @@ struct Row {
   bool only_average = false;  // without gradient: only the weights' average moves
   unsigned used = 0;          // states in use, kWithAverage and kWithExtra, as a mask
   unsigned unbiased = 0;      // operands of 16 bits that are not rounded to the nearest, as a mask; codes never are
+  bool is_part = false;       // of a tensor that is spread over processes
+  int64_t origin = 0;         // of a part: the place of its first element in the whole
   Extra extra = Extra::kNone;
   int group = 0;
   int prepared = 0;              // index into Plan::prepared
   double norm = 0, weights = 0;  // of gradient and parameter, where measured
-  double factor = 1;             // of the gradient
+  std::array<double, kMaxTotals> totals{};
+  double factor = 1;  // of the gradient
 
   // Tiles to step on the device `on_device`.
   int64_t tiles(int on_device) const {

@@ -22,18 +22,56 @@ unsigned used_states(const Options& values) {
 }
 
 template <class Rule>
+bool needs_totals(const Options& values) {
+  if constexpr (kTotalsOf<Rule> > 0) return Rule::needs_totals(options_of<Rule>(values.data()));
+  return false;
+}
+
+template <class Rule>
+bool allows(const Options& values) {
+  if constexpr (requires { Rule::allows; }) return Rule::allows(options_of<Rule>(values.data()));
+  return true;
+}
+
+template <class Rule>
+void settle(void* scalars, bool in_double, const double* totals, double count) {
+  if constexpr (kTotalsOf<Rule> > 0 && kSharedOf<Rule> == 0) {
+    if (in_double) {
+      static_cast<Scalars<Rule, double>*>(scalars)->update.settle(totals, count);
+    } else {
+      static_cast<Scalars<Rule, float>*>(scalars)->update.settle(totals, count);
+    }
+  }
+}
+
+template <class Rule>
+void settle_shared(void* scalars, bool in_double, const Options& values, const double* totals, double* shared) {
+  if constexpr (kSharedOf<Rule> > 0) {
+    const auto options = options_of<Rule>(values.data());
+    if (in_double) {
+      static_cast<Scalars<Rule, double>*>(scalars)->update.settle(options, totals, shared);
+    } else {
+      static_cast<Scalars<Rule, float>*>(scalars)->update.settle(options, totals, shared);
+    }
+  }
+}
+
+template <class Rule>
 RuleInfo describe(int index) {
   static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates &&
-                kRunningOf<Rule> <= kMaxRunning);
+                kRunningOf<Rule> <= kMaxRunning && kTotalsOf<Rule> <= kMaxTotals && kSharedOf<Rule> <= kMaxShared &&
+                (kSharedOf<Rule> == 0 || (kTotalsOf<Rule> > 0 && kRunningOf<Rule> == 0)));
   unsigned structural = 0;
   int cautious = -1;
+  unsigned totaled = 0;
+  if constexpr (kTotalsOf<Rule> > 0) totaled = Rule::kTotaled;
   std::vector<OptionName> options;
   for (size_t i = 0; i < std::size(Rule::kOptions); ++i) {
     Options values{};
     values[i] = 1;
     if (used_states<Rule>(values) != used_states<Rule>({})) structural |= 1u << i;
     options.push_back(Rule::kOptions[i].name);
-    if (options.back().word) cautious = static_cast<int>(i);
+    if (options.back().words[0]) cautious = static_cast<int>(i);
   }
   std::vector<const char*> running;
   if constexpr (kRunningOf<Rule> > 0) running = {std::begin(Rule::kRunning), std::end(Rule::kRunning)};
@@ -43,14 +81,21 @@ RuleInfo describe(int index) {
           Rule::kHasStep,
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
           running,
+          kSharedOf<Rule>,
           options,
           Rule::kSquares,
+          kWeightsOf<Rule>,
           structural,
           cautious,
+          totaled,
           used_states<Rule>,
           [](const Options& values, double t, double* running, bool in_double, void* storage) {
             (in_double ? construct<Rule, double> : construct<Rule, float>)(values, t, running, storage);
-          }};
+          },
+          needs_totals<Rule>,
+          settle<Rule>,
+          allows<Rule>,
+          settle_shared<Rule>};
 }
 
 }  // namespace

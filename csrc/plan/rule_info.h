@@ -31,13 +31,23 @@ struct RuleInfo {
   bool has_step;
   std::vector<const char*> states;
   std::vector<const char*> running;  // states that are one number each
+  int shared;                        // how many numbers all rows share
   std::vector<OptionName> options;
   unsigned squares;     // states that are never negative, as a mask
+  unsigned weights;     // states that are weights, as a mask
   unsigned structural;  // options that used_states depends on, as a mask
   int cautious;         // the option of that name; -1: there is none
+  unsigned totaled;     // operands that a row's totals are made of, as a mask; 0: there are none
   unsigned (*used_states)(const Options&);
-  // Builds the rule's Scalars for step count t in `storage`, and advances its running numbers.
+  // Builds the rule's Scalars for step count t in `storage`, and advances its running numbers; those that rows share
+  // stay.
   void (*make_scalars)(const Options&, double t, double* running, bool in_double, void* storage);
+  bool (*needs_totals)(const Options&);
+  // Gives Scalars the totals of a row of `count` elements.
+  void (*settle)(void* scalars, bool in_double, const double* totals, double count);
+  bool (*allows)(const Options&);
+  // Gives Scalars the totals of all rows, and advances the numbers that these share.
+  void (*settle_shared)(void* scalars, bool in_double, const Options&, const double* totals, double* shared);
 };
 
 // Throws std::invalid_argument for a name that is no rule's.

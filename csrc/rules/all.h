@@ -7,25 +7,33 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
+#include "adamw_schedule_free.h"
 #include "adan.h"
 #include "ademamix.h"
 #include "adopt.h"
 #include "around.h"
 #include "asgd.h"
+#include "lamb.h"
+#include "lars.h"
 #include "lion.h"
 #include "muon_momentum.h"
 #include "muon_update.h"
 #include "nadam.h"
+#include "prodigy.h"
 #include "radam.h"
+#include "radam_schedule_free.h"
 #include "rmsprop.h"
 #include "rprop.h"
 #include "sgd.h"
+#include "sgd_schedule_free.h"
+#include "stable_adamw.h"
 #include "transfer.h"
 
 namespace genopt {
 
 using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, NAdam, Asgd,
-                         Adopt, Adan, MuonMomentum, MuonUpdate, Transfer>;
+                         Adopt, Adan, AdamWScheduleFree, SgdScheduleFree, RAdamScheduleFree, Lars, Lamb, StableAdamW,
+                         Prodigy, MuonMomentum, MuonUpdate, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 4;

@@ -17,7 +17,7 @@
 
 namespace genopt {
 
-constexpr int kMaxOptions = 12;  // of a rule
+constexpr int kMaxOptions = 13;  // of a rule
 
 // Options that every rule has, after its own; kUnset where a group does not have one (rule.h).
 enum CommonOption { kMaxGradNorm = kMaxOptions, kClipPerParam, kAgc, kClipGradValue, kEmaDecay, kSeed, kAllOptions };

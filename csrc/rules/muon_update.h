@@ -23,7 +23,7 @@ struct MuonUpdate {
   static constexpr Option<Options> kOptions[] = {{{"lr"}, &Options::lr},
                                                  {{"shape_scale"}, &Options::shape_scale},
                                                  {{"weight_decay"}, &Options::weight_decay},
-                                                 {kCautious, &Options::cautious}};
+                                                 {{"cautious", -1, true, {"weight_decay"}}, &Options::cautious}};
 
   static GENOPT_INLINE unsigned used_states(const Options&) {
     return 0b0;
@@ -37,6 +37,10 @@ struct MuonUpdate {
       rate = static_cast<T>(o.lr * o.shape_scale);
       decay = static_cast<T>(decay_of(o.lr * o.weight_decay, o.cautious));
       sign = T(1);
+    }
+
+    GENOPT_INLINE bool is_cautious() const {
+      return decay < 0;
     }
 
     template <unsigned kUsed, class V>

@@ -3,6 +3,8 @@
 //   kName, kHasStep, kStates   its name; whether it counts steps; the keys of its states, in the order of apply()
 //   kSquares                   states that are never negative, as a mask
 //   kRunning                   the keys of states that are one number each; without it: none
+//   kWeights                   states that are weights and not moments, as a mask; without it: none. They are kept as
+//                              weights are, in float for 16 bits, whatever is asked of moments
 //   Masks                      the sets of states that it can be asked to run with
 //   Options, kOptions          its hyperparameters, each a double, and where param_groups has them
 //   used_states(options)       which of the Masks these options ask for
@@ -11,6 +13,22 @@
 //     .apply<kUsed>(p, g, ...)   the element's arithmetic, on T or on several at once, with the states in kUsed; of all
 //                              kMaxStates it names its own
 //     .sign                      -1 to maximize: Around applies it
+//     .is_cautious()             if an option is kCautious: whether kernels are needed that ask for it
+//   allows(options)            without it: all; else others are refused
+//
+// A rule may need to know something of a whole row before it steps the first element, as LAMB does the norm of its
+// update. It then has, beside these:
+//
+//   kTotals, kTotaled          how many numbers; the operands that they are made of, as a mask: kOfParam, ...
+//   needs_totals(options)      whether these options ask for them
+//     .share<kUsed>(shares, p, g, ...)   an element's kTotals numbers, whose squares are added up, in double;
+//                              with kPlainTotals they themselves
+//     .settle(totals, count)     takes what all `count` elements come to
+//
+// Or of all rows together, as Prodigy the distance from where training began. It then has numbers that all rows share:
+//
+//   kShared                    how many; Update<T>(options, t, shared) reads them
+//     .settle(options, totals, shared)   takes what all rows come to, and advances them
 #pragma once
 
 #include <cstddef>
@@ -25,12 +43,13 @@ namespace genopt {
 constexpr double kUnset = -1;  // of an option: None
 
 // A hyperparameter as param_groups has it: a number under `key`, or item `item` of a tuple there; or None or no key at
-// all, if it may be; or a word that stands for 1.
+// all, if it may be; or one of two words, which stand for 1 and 2.
 struct OptionName {
   const char* key;
   int item = -1;
   bool is_optional = false;
-  const char* word = nullptr;
+  const char* words[2] = {};
+  bool may_be_infinite = false;
 };
 
 // One of a rule's: its name, and where the rule's struct Options holds it.
@@ -64,21 +83,68 @@ constexpr int kRunningOf = [] {
   }
 }();
 
-// What step t of a rule comes to. `running`: kRunningOf<Rule> numbers, which are advanced.
+template <class Rule>
+constexpr unsigned kWeightsOf = [] {
+  if constexpr (requires { Rule::kWeights; }) {
+    return Rule::kWeights;
+  } else {
+    return 0u;
+  }
+}();
+
+constexpr int kMaxShared = 4;  // of a rule
+
+template <class Rule>
+constexpr int kSharedOf = [] {
+  if constexpr (requires { Rule::kShared; }) {
+    return Rule::kShared;
+  } else {
+    return 0;
+  }
+}();
+
+// What step t of a rule comes to. `running`: kRunningOf<Rule> numbers, which are advanced, or kSharedOf<Rule>.
 template <class Rule, class T>
 GENOPT_INLINE typename Rule::template Update<T> update_of(const double* options, double t, double* running) {
-  if constexpr (kRunningOf<Rule> > 0) {
+  if constexpr (kRunningOf<Rule> + kSharedOf<Rule> > 0) {
     return {options_of<Rule>(options), t, running};
   } else {
     return {options_of<Rule>(options), t};
   }
 }
 
-// Decoupled decay of p, added to its update u. A negative one is cautious: it spares what the update moves away from 0
-// (Chen et al., arXiv 2510.12402).
-constexpr OptionName kCautious = {"cautious", -1, true, "weight_decay"};
+constexpr int kMaxTotals = 2;  // of a rule
+
+// Operands that totals are made of; states follow.
+constexpr unsigned kOfParam = 0b1, kOfGrad = 0b10, kOfFirstState = 0b100;
+
+template <class Rule>
+constexpr int kTotalsOf = [] {
+  if constexpr (requires { Rule::kTotals; }) {
+    return Rule::kTotals;
+  } else {
+    return 0;
+  }
+}();
+
+// Whether the squares of what elements share are added up, or they themselves.
+template <class Rule>
+constexpr bool kAddsSquares = [] {
+  if constexpr (requires { Rule::kPlainTotals; }) {
+    return !Rule::kPlainTotals;
+  } else {
+    return true;
+  }
+}();
+
+// What is cautious: decay, which then spares what the update moves away from 0 (Chen et al., arXiv 2510.12402); or the
+// update, which is then 0 where the gradient has not its sign (Liang et al., arXiv 2411.16085).
+constexpr OptionName kCautious = {"cautious", -1, true, {"weight_decay", "update"}};
+constexpr double kCautiousDecay = 1, kCautiousUpdate = 2;
+
+// Decoupled decay of p, added to its update u. A negative one is cautious.
 GENOPT_INLINE double decay_of(double decay, double cautious) {
-  return cautious > 0 ? -decay : decay;
+  return cautious == kCautiousDecay ? -decay : decay;
 }
 template <bool kMayBeCautious = false, class T, class V>
 GENOPT_INLINE V with_decay(T decay, V p, V u) {
@@ -86,13 +152,29 @@ GENOPT_INLINE V with_decay(T decay, V p, V u) {
     if (decay < 0) return choose(u * p < V(0), u, V(-decay) * p + u);
   return is_set(decay) ? decay * p + u : u;
 }
-// Beside states in a rule's kUsed: its decay may be cautious. Kernels that never see one are spared the question.
+
+// What a cautious update is multiplied with, so that a row moves as far as all of its update would; 0: it is not
+// cautious. Of a row's total, the count of what moves.
+GENOPT_INLINE double cautious_gain(double moving, double count) {
+  return 1.0 / larger(moving / count, 1e-3);
+}
+// Above 0 where x and g have the same sign. Their product may underflow.
+template <class V>
+GENOPT_INLINE V along(V x, V g) {
+  return choose(g > V(0), x, choose(g < V(0), -x, V(0)));
+}
+template <class T, class V>
+GENOPT_INLINE V with_caution(T gain, V u, V x, V g) {
+  return is_set(gain) ? choose(along(x, g) > V(0), V(gain), V(0)) * u : u;  // NaN stays NaN
+}
+
+// Beside states in a rule's kUsed: it may be cautious. Kernels that never are so are spared the question.
 constexpr unsigned kMayBeCautious = 1u << 31;
 // Of a rule that has the option, with which kernels that take any row ask for it.
 template <class Rule>
 constexpr unsigned kAnyDecay = [] {
   for (const auto& option : Rule::kOptions)
-    if (option.name.word) return kMayBeCautious;
+    if (option.name.words[0]) return kMayBeCautious;
   return 0u;
 }();
 

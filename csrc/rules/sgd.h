@@ -50,9 +50,16 @@ struct Sgd {
       nesterov = o.nesterov != 0 ? T(1) : T(0);
     }
 
+    template <class V>
+    GENOPT_INLINE V with_penalty(V p, V g) const {
+      return is_set(l2) ? multiply_add(V(l2), p, g) : g;
+    }
     template <unsigned kUsed, class V>
     GENOPT_INLINE void apply(V& p, V g, V& buffer, auto&...) const {
-      g = is_set(l2) ? multiply_add(V(l2), p, g) : g;
+      step<kUsed>(p, with_penalty(p, g), buffer);
+    }
+    template <unsigned kUsed, class V>
+    GENOPT_INLINE void step(V& p, V g, V& buffer) const {
       if constexpr (kUsed == kWithMomentum) {
         buffer = choose(is_unset(buffer), g, momentum(buffer, g_weight * g)) + T(0);
         g = is_set(nesterov) ? multiply_add(V(momentum.most), buffer, g) : buffer;

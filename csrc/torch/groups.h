@@ -32,6 +32,7 @@ class Groups {
     devices_.clear();
     group_devices_.assign(count, kNoDevice);
     kept_.resize(count);
+    needs_totals_.assign(count, false);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* group = PyList_GET_ITEM(param_groups, i);
       static PyObject* const params_key = PyUnicode_InternFromString("params");
@@ -46,6 +47,7 @@ class Groups {
       if (!kept_[i].version || kept_[i].storage != storage || kept_[i].used != used)
         kept_[i] = {storage, used, ++versions_};
       if (clips_alone(options.data())) plan.control.measure = true;
+      needs_totals_[i] = plan.rule.needs_totals(options);
       const size_t first = params.size(), last = first + PyList_GET_SIZE(list);
       params.resize(last);
       if (plan.rows.size() < last) plan.rows.resize(last);
@@ -60,6 +62,10 @@ class Groups {
   // The operands that a group's rows use: its states, and the average.
   unsigned used(int group) const {
     return kept_[group].used;
+  }
+  // Whether the rule needs totals of its rows.
+  bool needs_totals(int group) const {
+    return needs_totals_[group];
   }
   const Storage& storage(int group) const {
     return kept_[group].storage;
@@ -121,6 +127,7 @@ class Groups {
   std::vector<Kept> kept_;
   std::vector<Sources> sources_;
   std::vector<int> group_devices_;  // of its active rows
+  std::vector<char> needs_totals_;
 
   std::vector<OptionOnDevice> options_on_devices_;
   std::vector<int> devices_;

@@ -14,9 +14,12 @@ class Held {
   void hold(const Objects& objects, const std::vector<Row>& rows) {
     handles_ = objects.handles;
     for (size_t r = 0; r < objects.rows(); ++r)
-      if (rows[r].active)
+      if (rows[r].active) {
         for (const at::Tensor* t : handles_[r])
           if (t) tensors_.push_back(*t);
+        for (PyObject* whole : objects.wholes[r])
+          if (whole) wholes_.emplace_back(whole);
+      }
     for (size_t r = 0, i = 0; r < objects.rows(); ++r)
       if (rows[r].active)
         for (const at::Tensor*& t : handles_[r])
@@ -32,6 +35,7 @@ class Held {
 
  private:
   std::vector<at::Tensor> tensors_;
+  std::vector<Reference> wholes_;
   std::vector<Handles> handles_;
 };
 

@@ -49,6 +49,10 @@ class Moves {
   bool writes_gradients() const {
     return writes_gradients_;
   }
+  // Whether others may have the memory of a row's gradient.
+  static bool may_be_shared(size_t r, const at::Tensor& grad, const Objects& objects) {
+    return objects.grads || is_spread(objects.params[r]) || !is_alone(grad);
+  }
   // All that was noted has been looked at. `again`: has to be at the next step too.
   void looked(bool again) {
     recheck_ = again;
@@ -77,7 +81,7 @@ class Moves {
   // Whether the gradient of an active row has to be looked at again.
   bool has_moved_grad(size_t r, const Objects& objects) {
     uint64_t now = 0;  // none is looked for
-    if (const at::Tensor* const grad = objects.handles[r][kGrad]; grad && (objects.grads || !is_alone(*grad)))
+    if (const at::Tensor* const grad = objects.handles[r][kGrad]; grad && may_be_shared(r, *grad, objects))
       now = of_place(*grad);
     const bool moved = now && now != grad_fingerprints_[r];
     grad_fingerprints_[r] = now;

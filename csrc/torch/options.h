@@ -39,9 +39,10 @@ class OptionReader {
       }
       if (!value) return false;
       if (PyUnicode_Check(value)) {
-        const char* const word = rule_.options[i].word;
-        if (!word || PyUnicode_CompareWithASCIIString(value, word) != 0) return false;
-        options[i] = 1;
+        options[i] = 0;
+        for (int k = 0; const char* const word : rule_.options[i].words)
+          if (++k; word && PyUnicode_CompareWithASCIIString(value, word) == 0) options[i] = k;
+        if (options[i] == 0) return false;
         continue;
       }
       if (PyFloat_CheckExact(value)) {
@@ -63,7 +64,7 @@ class OptionReader {
           return false;
         }
       }
-      if (!std::isfinite(options[i])) return false;
+      if (!std::isfinite(options[i]) && !(rule_.options[i].may_be_infinite && options[i] > 0)) return false;
     }
     for (int k = kMaxOptions; k < kAllOptions; ++k) {
       PyObject* value = PyDict_GetItemWithError(group, common_keys_[k - kMaxOptions]);
@@ -73,7 +74,8 @@ class OptionReader {
       if (!(options[k] >= 0) || (k == kEmaDecay && options[k] >= 1) || (k == kSeed && options[k] > 0xffffffff))
         return false;
     }
-    return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1;
+    return (options[kMaxGradNorm] >= 0) + (options[kClipPerParam] >= 0) + (options[kAgc] >= 0) <= 1 &&
+           rule_.allows(options);
   }
 
  private:

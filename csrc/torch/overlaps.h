@@ -71,7 +71,7 @@ class Overlaps {
     bool again = false;
     for (size_t r = 0; r < objects.rows(); ++r) {
       const at::Tensor* const grad = objects.has_grad[r] ? objects.grad(r) : nullptr;
-      if (!grad || !is_in_memory(*grad) || !is_backed(*grad) || (!objects.grads && is_alone(*grad))) continue;
+      if (!grad || !is_in_memory(*grad) || !is_backed(*grad) || !Moves::may_be_shared(r, *grad, objects)) continue;
       for (const Region* met : written_.find_met(region_of(*grad, r))) {
         const size_t owner = static_cast<size_t>(met->owner);
         if (!moves_.writes_gradients() && owner == r && is_own(*grad, r, objects)) continue;

@@ -65,11 +65,12 @@ struct Refusal {
   std::vector<std::pair<int64_t, int64_t>> overlaps;       // of what belongs to one row with what belongs to another
   std::vector<std::pair<int64_t, int64_t>> grad_overlaps;  // of a row's gradient with what belongs to a row
   std::vector<int> devices;        // of active rows, where a norm has to meet on one, or a tensor is missing on one
+  bool of_processes = false;       // a norm is of what is spread, and row_sums were not given
   bool gradients_overlap = false;  // and are to be written, which another row's step would then see
 
   bool is_empty() const {
     return rows.empty() && groups.empty() && overlaps.empty() && grad_overlaps.empty() && devices.empty() &&
-           !gradients_overlap;
+           !of_processes && !gradients_overlap;
   }
 };
 

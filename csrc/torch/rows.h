@@ -36,8 +36,10 @@ class RowReader {
   // Fills a row that is inactive so far, and its handles. A row without gradient is fine, and stays so. False: the
   // kernels can not take it, see problems().
   bool read(size_t r, Row& row, const Groups& groups, StateDicts& state, Objects& objects) {
-    if (!THPVariable_Check(objects.params[r])) return refuse(parameter_, Reason::kNotATensor);
-    const at::Tensor& param = THPVariable_Unpack(objects.params[r]);
+    PyObject* const object = objects.params[r];
+    if (!THPVariable_Check(object)) return refuse(parameter_, Reason::kNotATensor);
+    const at::Tensor& param = objects.param(r);
+    spread_ = is_spread(object) ? object : nullptr;
     if (!objects.gives_tensor_or_none(r)) return refuse(gradient_, Reason::kNotATensor);
     const at::Tensor* const grad = objects.grad(r);
     const Storage& storage = groups.storage(row.group);
@@ -46,13 +48,14 @@ class RowReader {
     if (!grad) {
       // What no kernel steps, as a frozen integer weight, has no average.
       if (!(row.used & kWithAverage) || !plain_dtype(param.scalar_type())) return true;
-      if (!param.requires_grad() && !state.find(r, objects)) return true;
+      if (!THPVariable_Unpack(object).requires_grad() && !state.find(r, objects)) return true;
       row.used = kWithAverage;
     }
     objects.has_grad[r] = grad != nullptr;
     if (watched_) return refuse(parameter_, Reason::kWatched);
     if (grad && storage.differentiable) return refuse(gradient_, Reason::kDifferentiable);
     if (!is_plain(param)) return refuse(parameter_, Reason::kNoKernel);
+    if (spread_ && !serves_spread(r, groups.needs_totals(row.group), objects)) return false;
     row.device = kernel_device(param);
     if (!(row.device == kHost ? serves_host_ : serves_devices_)) return refuse(parameter_, Reason::kNoKernel);
     if (!may_be_written(param)) return refuse(parameter_, Reason::kInference);
@@ -66,8 +69,14 @@ class RowReader {
     handles.fill(nullptr);
     handles[kParam] = &param;
     handles[kGrad] = grad;
-    choose_storage(row, storage, param);
-    if (!read_state(row, state.find(r, objects), storage.states_of(param), handles)) return false;
+    wholes_.fill(nullptr);
+    wholes_[kParam] = spread_;
+    wholes_[kGrad] = spread_ && grad ? objects.grad_object(r) : nullptr;
+    row.is_part = spread_ != nullptr;
+    const auto stored = storage.states_of(param, spread_ != nullptr);
+    choose_storage(row, storage, stored, param);
+    if (!find_origin(row) || !read_state(row, state.find(r, objects), stored, handles)) return false;
+    objects.wholes[r] = wholes_;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
     row.active = locate(row, handles);
     return row.active;
@@ -79,6 +88,10 @@ class RowReader {
     if (!objects.gives_tensor_or_none(r)) return false;
     const at::Tensor* const grad = objects.grad(r);
     if (!grad) return !(row.used & kWithAverage);
+    if (row.is_part) {
+      PyObject* const whole = objects.wholes[r][kGrad] = objects.grad_object(r);
+      if (!is_spread(whole) || !witnesses.takes_part(r, whole)) return false;
+    }
     if (!witnesses.takes(r, *grad, *objects.handles[r][kParam]) || !is_backed(*grad)) return false;
     if (row.step && row.device == kHost && !is_step_count(read_number({row.step, row.step_dtype, 1}))) return false;
     objects.handles[r][kGrad] = grad;
@@ -100,6 +113,26 @@ class RowReader {
     return false;
   }
 
+  // Whether a row that is spread may be stepped where it is: what is known of a part alone is enough.
+  bool serves_spread(size_t r, bool needs_totals, const Objects& objects) {
+    const at::Tensor& whole = THPVariable_Unpack(spread_);
+    const bool as_it_is = !whole.is_conj() && !whole.is_neg() && may_be_written(whole);
+    if (!as_it_is || (needs_totals && objects.has_grad[r])) return refuse(parameter_, Reason::kNoKernel);
+    if (!objects.has_grad[r]) return true;
+    PyObject* const grad = objects.grad_object(r);
+    return (is_spread(grad) && are_spread_alike(spread_, grad)) || refuse(gradient_, Reason::kNoKernel);
+  }
+
+  // What is rounded by an element's place needs that of all of a whole.
+  bool find_origin(Row& row) {
+    row.origin = 0;
+    if (!spread_ || !row.unbiased) return true;
+    if (!local_of(spread_).is_contiguous()) return refuse(parameter_, Reason::kNoKernel);
+    const std::optional<int64_t> origin = origin_of(spread_);
+    row.origin = origin.value_or(0);
+    return origin || refuse(parameter_, Reason::kNoKernel);
+  }
+
   // `is_sum`: it is an accumulation of this package's, which may have a dtype that does not mix with the parameter's.
   bool check_grad(const at::Tensor& grad, const at::Tensor& param, int device, bool is_sum) {
     if (writes_gradients_ && !may_be_written(grad)) return refuse(gradient_, Reason::kInference);
@@ -113,13 +146,14 @@ class RowReader {
   }
 
   // What is to be kept beside the row's plain operands.
-  static void choose_storage(Row& row, const Storage& storage, const at::Tensor& param) {
+  void choose_storage(Row& row, const Storage& storage, std::optional<at::ScalarType> stored,
+                      const at::Tensor& param) const {
     const bool is_half = param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf;
     const bool narrow = is_half && !row.only_average;
     row.extra = narrow ? storage.extra : Extra::kNone;
     if (row.extra != Extra::kNone) row.used |= kWithExtra;
     row.unbiased = narrow && storage.stochastic ? 1u << kParam : 0;
-    if (storage.states_of(param) == at::kBFloat16) row.unbiased |= (row.used & kStates) << kState;
+    if (stored == at::kBFloat16) row.unbiased |= moments_of(row) << kState;
   }
 
   // Which entries there are, by handle; of the states in each form.
@@ -131,7 +165,7 @@ class RowReader {
   bool read_state(Row& row, PyObject* entries, std::optional<at::ScalarType> stored, Handles& handles) {
     if (entries && !PyDict_Check(entries)) return refuse(state_, Reason::kNotADict);
     // Rounding goes by the step count.
-    const bool rounds = row.unbiased || (row.used & kStates && stored == at::kChar);
+    const bool rounds = row.unbiased || (moments_of(row) && stored == at::kChar);
     const bool has_step = (rule_.has_step || rounds) && !row.only_average;
     const bool runs = !rule_.running.empty() && !row.only_average;
     row.step = nullptr;
@@ -148,7 +182,7 @@ class RowReader {
     for (size_t i = 0; runs && i < rule_.running.size(); ++i) complete = complete && row.running[i];
     for (int k = kState; k < kOperands; ++k) complete = complete && (handles[k] || !is_used(row.used, k));
     for (int i = 0; stored == at::kChar && i < kMaxStates; ++i)
-      complete = complete && (row.scales[i] || !is_used(row.used, kState + i));
+      complete = complete && (row.scales[i] || !(moments_of(row) >> i & 1));
     return complete || find_mendable(row, found, has_step, handles);
   }
 
@@ -158,7 +192,9 @@ class RowReader {
                   Entries& found, Handles& handles) {
     const at::Tensor& param = *handles[kParam];
     const int handle = key.handle;
-    const bool are_scales = handle >= kFirstScales, coded = stored == at::kChar;
+    const bool are_scales = handle >= kFirstScales;
+    if (are_weights(handle)) stored = may_mix(param.scalar_type()) ? std::optional(at::kFloat) : std::nullopt;
+    const bool coded = stored == at::kChar;
     const bool is_extra = handle == kExtra;
     if (is_extra && key.form != form_of(row.extra)) {
       // What another choice of storage has left behind is taken away first, lest it return when that does.
@@ -171,8 +207,14 @@ class RowReader {
                                : is_used(row.used, are_scales ? handle - kFirstScales + kState : handle);
     if (!is_wanted) return true;
     if (!THPVariable_Check(value)) return refuse(key.name, Reason::kNotATensor);
-    const at::Tensor& t = THPVariable_Unpack(value);
+    const at::Tensor& t = local_of(value);
     if (!is_in_memory(t)) return refuse(key.name, Reason::kNoKernel);
+    if (is_spread(value) || (spread_ && !is_number(handle))) {
+      // Numbers are no parts; the rest is cut as the parameter is.
+      if (is_number(handle) || !spread_ || !is_spread(value) || !are_spread_alike(spread_, value))
+        return refuse(key.name, Reason::kNoKernel);
+      wholes_[handle] = value;
+    }
     if (!may_be_written(t)) return refuse(key.name, Reason::kInference);
     if (!is_backed(t)) return refuse(key.name, Reason::kFreed);
     if (is_number(handle)) {
@@ -231,6 +273,15 @@ class RowReader {
 
   static Form form_of(Extra extra) {
     return extra == Extra::kMaster ? Form::kMaster : extra == Extra::kCompensation ? Form::kCompensation : Form::kAny;
+  }
+
+  // Whether a handle is that of a state which is weights, or of its scales.
+  bool are_weights(int handle) const {
+    const int state = handle >= kFirstScales ? handle - kFirstScales : handle - kState;
+    return state >= 0 && state < kMaxStates && rule_.weights >> state & 1;
+  }
+  unsigned moments_of(const Row& row) const {
+    return row.used & kStates & ~rule_.weights;
   }
 
   at::ScalarType code_type(int operand) const {
@@ -329,6 +380,9 @@ class RowReader {
   const StateKeys keys_;
   const bool serves_host_, serves_devices_;
   bool watched_ = false, writes_gradients_ = false;
+  // Of the row that is read now: its parameter, where it is spread, and Objects::wholes.
+  PyObject* spread_ = nullptr;
+  std::array<PyObject*, kHandles> wholes_{};
   std::deque<Layout> layouts_;  // of the rows of this step
   std::vector<Problem> problems_;
   // Interned and never freed.

@@ -47,6 +47,7 @@ class Stepper {
     control = arguments.control;
     control.measure = control.measure || control.max_norm >= 0 || control.guard;
     const bool watched = is_watched();
+    spread_type.find();
     groups_.read(param_groups, watched, plan_, objects_.params, refusal);
     objects_.resize();
     witnesses_.resize(objects_.rows());
@@ -63,11 +64,23 @@ class Stepper {
     for (const int device : devices)
       if (const auto found = tensors_on(device, arguments.tensors)) tensors.push_back(*found);
     // Unless the factors are given.
-    const bool meets = control.measure && devices.size() > 1 && !arguments.tensors[kGroupScales];
+    const bool joined = arguments.tensors[kRowSums];
+    const bool meets = control.measure && devices.size() > 1 && !joined && !arguments.tensors[kGroupScales];
+    refusal.of_processes = control.measure && has_parts_ && !joined;
     if (meets || tensors.size() < devices.size()) refusal.devices = devices;
     if (devices.empty() && arguments.tensors[kGradNorm]) refusal.devices = {kNoDevice};  // nothing to write it
     if (!refusal.is_empty()) return refusal;
     if (arguments.only_check) return std::nullopt;
+    if (plan_.rule.shared)
+      for (const DeviceTensors& each : tensors)
+        if (each[kSharedNumbers].count != plan_.rule.shared || each[kSharedNumbers].dtype != DType::kFloat64)
+          throw std::invalid_argument("the rule's shared numbers must be a float64 tensor of " +
+                                      std::to_string(plan_.rule.shared));
+
+    for (const DeviceTensors& each : tensors)
+      if (each[kRowSums].address && (each[kRowSums].count != 2 * static_cast<int64_t>(objects_.rows()) ||
+                                     each[kRowSums].dtype != DType::kFloat64))
+        throw std::invalid_argument("row_sums must be float64 tensors of two numbers for each row");
 
     Held held;
     for (size_t i = 0; i < devices.size(); ++i)
@@ -101,12 +114,14 @@ class Stepper {
     moves_.begin(rows, writes_gradients);
     compare_rows();
     int64_t host_elements = 0;
+    has_parts_ = false;
     for (size_t r = 0; r < rows; ++r) {
       Row& row = plan_.rows[r];
       if (!settled_[r]) read_row(r, row, refusal);
       if (!row.active) continue;
       if (row.device == kHost) host_elements += row.numel;
       groups_.note_device(row);
+      has_parts_ = has_parts_ || row.is_part;
     }
     return host_elements;
   }
@@ -186,12 +201,17 @@ class Stepper {
     const bool steps = !(control.skip && row.device == kHost) && !control.only_measure;
     const bool zeroes = control.gradients == Gradients::kZeroed;
     const bool writes_grad = control.may_write_gradients() && (steps || zeroes);
-    const bool done = same && steps && witnesses_.bump_versions(r);
+    const bool done = same && steps && !row.is_part && witnesses_.bump_versions(r);
     if (done && !writes_grad) return;
+    const auto bump = [](const at::Tensor& t) {  // tensors made in inference mode have no version
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    };
     objects_.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
-      const bool written = k == kGrad ? writes_grad : !done && steps && !(k == kParam && row.only_average);
-      // Tensors made in inference mode have no version.
-      if (written && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+      if (!(k == kGrad ? writes_grad : steps && !(k == kParam && row.only_average))) return;
+      // Of what is spread the whole has the version that torch's own operations count; a model may have a part of it.
+      PyObject* const whole = objects_.wholes[r][k];
+      if (whole) bump(THPVariable_Unpack(whole));
+      if (whole ? k == kParam : k == kGrad || !done) bump(t);
     });
   }
 
@@ -201,6 +221,7 @@ class Stepper {
   CudaDevices cuda_;
   bool busy_ = false;
   std::array<bool, 3> read_under_{};  // of the last step: gradients are written, are given, inference mode is on
+  bool has_parts_ = false;            // a row of this step is part of a tensor that is spread over processes
   std::vector<char> settled_;         // rows that are served elsewhere
   Objects objects_;
   Groups groups_;

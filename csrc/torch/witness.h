@@ -20,6 +20,7 @@ class Witnesses {
  public:
   void resize(size_t rows) {
     rows_.resize(rows);
+    if (!parts_.empty()) parts_.resize(rows);
   }
 
   // Row `r` has been read, with a gradient. `version`: as Groups::version() of its group.
@@ -29,11 +30,16 @@ class Witnesses {
     drop(r);
     // An object of another type may be freed with its type, and leave its address to anything. Where operands lie in
     // several orders, there is more to compare.
-    if (row.layout || row.numel == 0 || !THPVariable_CheckExact(objects.params[r])) return;
+    if (row.layout || row.numel == 0 || !(row.is_part || THPVariable_CheckExact(objects.params[r]))) return;
     now.param = objects.params[r];
     now.type = Py_TYPE(now.param);
     now.entries.take(objects.states[r]);
     now.version = version;
+    now.is_part = row.is_part;
+    if (row.is_part) {
+      parts_.resize(rows_.size());
+      parts_[r].take(objects.wholes[r]);
+    }
     now.numel = handles[kParam]->numel();
     now.keys = handles[kParam]->key_set();
     now.contiguous = true;
@@ -59,7 +65,7 @@ class Witnesses {
     const RowWitness& was = rows_[r];
     PyObject* const object = objects.params[r];
     if (object != was.param || Py_TYPE(object) != was.type || version != was.version ||
-        !was.entries.holds(objects.states[r]))
+        !was.entries.holds(objects.states[r]) || (was.is_part && !parts_[r].holds(objects.wholes[r])))
       return false;
     const TensorWitness* place = was.places.data();
     const at::Tensor& param = *place->handle;
@@ -85,6 +91,11 @@ class Witnesses {
            !is_lazy_copy(*storage_of(grad));
   }
 
+  // Of a row that holds and is a part: whether `grad`, the whole, is cut as its last one was.
+  bool takes_part(size_t r, PyObject* grad) const {
+    return parts_[r].is_cut_alike(grad);
+  }
+
   // Of a row that was taken or holds in this step: bumps the versions of all its tensors but its gradient. False: there
   // is no such witness.
   bool bump_versions(size_t r) const {
@@ -104,6 +115,7 @@ class Witnesses {
         prefetch_bytes(reinterpret_cast<PyDictObject*>(entries)->ma_keys, 192);
       const RowWitness& next = rows_[r + 1];
       for (int i = 0; i < next.count; ++i) next.places[i].prefetch();
+      if (next.is_part) Parts::prefetch(objects.wholes[r + 1]);
     }
     // The gradient is another tensor at every step: only the parameter leads to it.
     if (objects.grads || !THPVariable_CheckExact(objects.params[r])) return;
@@ -117,6 +129,7 @@ class Witnesses {
   void prefetch_versions(size_t r) const {
     if (r + 1 >= rows_.size()) return;
     const RowWitness& next = rows_[r + 1];
+    if (next.is_part) return parts_[r + 1].prefetch_versions();
     for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.places[i].counter, 1);
   }
 
@@ -125,6 +138,7 @@ class Witnesses {
     PyObject* param = nullptr;  // null: there is none
     PyTypeObject* type = nullptr;
     DictWitness entries;
+    bool is_part = false;
     int64_t version = 0, numel = 0;
     c10::DispatchKeySet keys;                       // of all tensors
     std::array<caffe2::TypeMeta, kHandles> dtypes;  // by handle
@@ -146,6 +160,57 @@ class Witnesses {
     }
   };
 
+  // Where the local tensors of what is spread were, and how they were cut.
+  class Parts {
+   public:
+    void take(const std::array<PyObject*, kHandles>& wholes) {
+      locals_.fill(nullptr);
+      count_ = 0;
+      for (int k = 0; k < kHandles; ++k) {
+        if (!wholes[k] || k == kGrad) continue;
+        locals_[k] = local_object(wholes[k]);
+        const c10::TensorImpl* const impl = THPVariable_Unpack(wholes[k]).unsafeGetTensorImpl();
+        bumped_[count_++] = {impl, TensorWitness::counter_of(*impl)};
+      }
+      spec_ = spec_of(wholes[kParam]);
+      // A gradient's may be gone by the next step, and another in its place, were it not held.
+      grad_spec_ = Reference(wholes[kGrad] ? spec_of(wholes[kGrad]) : nullptr);
+    }
+    // Once it is known that `wholes` are still there.
+    bool holds(const std::array<PyObject*, kHandles>& wholes) const {
+      for (int k = 0; k < kHandles; ++k)
+        if (wholes[k] && k != kGrad && local_object(wholes[k]) != locals_[k]) return false;
+      return spec_of(wholes[kParam]) == spec_;
+    }
+    bool is_cut_alike(PyObject* grad) const {
+      PyObject* const spec = spec_of(grad);
+      return spec == spec_ || spec == grad_spec_.object();
+    }
+
+    // What holds() of the next row will read, and what bumping its versions will; followed is nothing.
+    static void prefetch(const std::array<PyObject*, kHandles>& wholes) {
+      for (PyObject* const whole : wholes)
+        if (whole) prefetch_bytes(whole, static_cast<int>(spread_type.spec) + 8);
+    }
+    void prefetch_versions() const {
+      for (int i = 0; i < count_; ++i) {
+        __builtin_prefetch(bumped_[i].impl);
+        __builtin_prefetch(bumped_[i].counter, 1);
+      }
+    }
+
+   private:
+    struct Bumped {
+      const c10::TensorImpl* impl;
+      void* counter;
+    };
+    std::array<Bumped, kHandles> bumped_;  // of the wholes
+    int count_ = 0;
+    std::array<PyObject*, kHandles> locals_{};
+    PyObject* spec_ = nullptr;
+    Reference grad_spec_;
+  };
+
   // Without a call, for a few dimensions.
   static GENOPT_INLINE bool equal(at::IntArrayRef a, at::IntArrayRef b) {
     if (a.size() != b.size()) return false;
@@ -155,6 +220,7 @@ class Witnesses {
   }
 
   std::vector<RowWitness> rows_;
+  std::vector<Parts> parts_;  // of rows that are parts; empty: there is none
 };
 
 }  // namespace genopt

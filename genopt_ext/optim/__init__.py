@@ -16,6 +16,8 @@ from .adam import AdamW as AdamW
 from .adam import AdamW8bit as AdamW8bit
 from .adamax import Adamax as Adamax
 from .adamax import Adamax8bit as Adamax8bit
+from .adamw_schedule_free import AdamWScheduleFree as AdamWScheduleFree
+from .adamw_schedule_free import AdamWScheduleFree8bit as AdamWScheduleFree8bit
 from .adan import Adan as Adan
 from .adan import Adan8bit as Adan8bit
 from .ademamix import AdEMAMix as AdEMAMix
@@ -24,19 +26,30 @@ from .adopt import ADOPT as ADOPT
 from .adopt import ADOPT8bit as ADOPT8bit
 from .asgd import ASGD as ASGD
 from .asgd import ASGD8bit as ASGD8bit
+from .lamb import LAMB as LAMB
+from .lamb import LAMB8bit as LAMB8bit
+from .lars import LARS as LARS
+from .lars import LARS8bit as LARS8bit
 from .lion import Lion as Lion
 from .lion import Lion8bit as Lion8bit
 from .muon import Muon as Muon
 from .nadam import NAdam as NAdam
 from .nadam import NAdam8bit as NAdam8bit
+from .prodigy import Prodigy as Prodigy
+from .prodigy import Prodigy8bit as Prodigy8bit
 from .radam import RAdam as RAdam
 from .radam import RAdam8bit as RAdam8bit
+from .radam_schedule_free import RAdamScheduleFree as RAdamScheduleFree
+from .radam_schedule_free import RAdamScheduleFree8bit as RAdamScheduleFree8bit
 from .rmsprop import RMSprop as RMSprop
 from .rmsprop import RMSprop8bit as RMSprop8bit
 from .rprop import Rprop as Rprop
 from .rprop import Rprop8bit as Rprop8bit
 from .sgd import SGD as SGD
 from .sgd import SGD8bit as SGD8bit
+from .sgd_schedule_free import SGDScheduleFree as SGDScheduleFree
+from .stable_adamw import StableAdamW as StableAdamW
+from .stable_adamw import StableAdamW8bit as StableAdamW8bit
 
 # The elementwise ones: Muon is two rules, and products between them.
 _classes = {

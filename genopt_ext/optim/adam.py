@@ -43,7 +43,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
         differentiable: the step is recorded by autograd, as torch's own code takes it, without options of ours.
         cautious: ``"weight_decay"``: decoupled decay spares what the update moves away from 0 (Chen et al., `arXiv
-            2510.12402 <https://arxiv.org/abs/2510.12402>`_).
+            2510.12402 <https://arxiv.org/abs/2510.12402>`_); ``"update"``: the update is 0 where its sign is not the
+            gradient's and by 1 / max(0.001, the part of a tensor that is left) larger elsewhere (Liang et al., `arXiv
+            2411.16085 <https://arxiv.org/abs/2411.16085>`_). Both with decoupled decay only.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.

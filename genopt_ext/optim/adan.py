@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .. import tracing
+from .counted import CountsInGroups
 from .optimizer import FusedOptimizer
 from .options import Range, StepOptions, betas
 from .rule import Rule
@@ -30,7 +27,7 @@ RULE = Rule(
 )
 
 
-class Adan(FusedOptimizer):
+class Adan(CountsInGroups, FusedOptimizer):
     """Adan (Xie et al., `arXiv 2208.06677 <https://arxiv.org/abs/2208.06677>`_), which torch does not have: Adam with
     Nesterov momentum by the differences of gradients. Arguments and checkpoints are those of its authors' class, but
     that ``max_grad_norm`` is this package's, None for none.
@@ -89,33 +86,6 @@ class Adan(FusedOptimizer):
             capturable=capturable,
         )
         self._construct_own(params, backend, step_options, own, foreach=foreach, fused=fused)
-
-    def state_dict(self) -> dict[str, Any]:
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            steps = [saved["state"].get(key, {}).get("step") for key in group["params"]]
-            if counts := [step.item() for step in steps if step is not None and tracing.has_number(step)]:
-                group["step"] = int(max(counts))
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(_with_steps(state_dict))
-        for group in self.param_groups:
-            group.pop("step", None)
-
-
-def _with_steps(saved: Any) -> Any:
-    """A checkpoint of the authors' class with each group's count of steps in its parameters' state."""
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("state"), Mapping):
-        return saved  # which is refused in its own words
-    state = dict(saved["state"])
-    for group in saved.get("param_groups", ()):
-        if isinstance(group, Mapping) and "step" in group:
-            for key in group.get("params", ()):
-                entry = state.get(key)
-                if isinstance(entry, Mapping) and "exp_avg" in entry:
-                    state[key] = {"step": group["step"], **entry}
-    return {**saved, "state": state}
 
 
 class Adan8bit(Adan):

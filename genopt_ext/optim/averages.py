@@ -49,7 +49,7 @@ class Averages:
             self.is_swapped = False
 
     def refuse_swapped(self) -> None:
-        """Raises within :meth:`swap_ema`."""
+        """Raises where others than the weights in training are in the model, as within :meth:`swap_ema`."""
         if self.is_swapped:
             raise RuntimeError(
                 f"{type(self).__name__}.step: the averaged weights are in the model; leave swap_ema() first"

@@ -284,9 +284,9 @@ class _Reader:
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
                 refuse(f"state '{name}' is {value!r}, expected a number", _WHOLE)
-            return torch.tensor(
-                float(value), dtype=_get_scalar_dtype(is_fused=on_device), device=p.device if on_device else "cpu"
-            )
+            rule = self.optimizer.rule
+            dtype = rule.running_dtype if name in rule.running else _get_scalar_dtype(is_fused=on_device)
+            return torch.tensor(float(value), dtype=dtype, device=p.device if on_device else "cpu")
         if value.numel() != 1 or value.is_complex():
             refuse(f"state '{name}' is {value.dtype} of shape {list(value.shape)}, expected a number", _WHOLE)
         # Here it may wait for a GPU, which a step does not; of the CPU's, ``entry`` finds it.
@@ -295,7 +295,9 @@ class _Reader:
             row = Row(self.owner, self.rule_of(group), group, p, None, {"step": value})
             refuse(*refusals.words(row, "step", "count"))
         # A half would stop counting.
-        dtype = torch.float64 if value.dtype == torch.float64 and not on_device else torch.float32
+        rule = self.optimizer.rule
+        precise = not on_device or (name in rule.running and rule.running_dtype == torch.float64)
+        dtype = torch.float64 if value.dtype == torch.float64 and precise else torch.float32
         return _copied(value, p.device if on_device else value.device, dtype)
 
     def copy(self, value: Any, p: Tensor, name: Any) -> Any:

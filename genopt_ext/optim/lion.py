@@ -39,7 +39,8 @@ class Lion(FusedOptimizer):
         maximize: ascend instead of descending.
         foreach, fused: accepted: every step is fused and covers all tensors at once.
         capturable: a step can be captured into a CUDA graph with and without it; on CPU it is refused.
-        cautious: ``"weight_decay"``: decay spares what the update moves away from 0, see :class:`AdamW`.
+        cautious: ``"weight_decay"``: decay spares what the update moves away from 0; ``"update"``: the update spares
+            what it would move against the gradient; see :class:`AdamW`.
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`.

@@ -33,6 +33,7 @@ _OF_MUON = (
     "adjust_lr_fn",
     "split_sizes",
     "num_heads",
+    "stacked",
     "normuon",
     "normuon_beta2",
 )
@@ -49,7 +50,8 @@ class Muon(FusedOptimizer, torch.optim.Muon):
     A parameter goes to AdamW if it has less than two dimensions or is named as an embedding or as the last layer; its
     group may ask for either by ``algorithm="muon"`` or ``"adamw"``. The constructor logs where parameters went, once,
     by the logger ``genopt_ext.optim.muon``, and :meth:`routing` says it of each. A group whose parameters go both ways
-    becomes two groups. Convolutions are matrices of ``[out, rest]``.
+    becomes two groups. Convolutions are matrices of ``[out, rest]``; of three dimensions ``stacked`` has to tell them
+    from stacks of matrices.
 
     Args:
         params: named parameters (``model.named_parameters()``), parameters or groups of either: of Muon float32,
@@ -72,10 +74,16 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         split_sizes: the rows of each of the matrices that a parameter is made of, as of query, key and value in one;
             mostly given in a group. Each is made orthogonal on its own.
         num_heads: into how many matrices of as many rows each a parameter is cut, as the heads of a projection.
+        stacked: True: the last two dimensions are a matrix, and those before count how many there are, as of experts;
+            each is cut as the two options before say. False: a parameter of three dimensions is a convolution. None:
+            it is refused.
         normuon: divides each row by the root of its running mean square (NorMuon, Li et al., `arXiv 2510.05491
             <https://arxiv.org/abs/2510.05491>`_).
         normuon_beta2: decay rate of that mean.
-        cautious: ``"weight_decay"``: decay spares what the update moves away from 0, see :class:`AdamW`.
+        cautious: ``"weight_decay"``: decay spares what the update moves away from 0, see :class:`AdamW`. ``"update"``:
+            of the orthogonal matrix, elements whose sign is not the gradient's are 0, and the rest is multiplied by 1
+            over their share, which counts as 1e-3 at least (Liang et al., `arXiv 2411.16085
+            <https://arxiv.org/abs/2411.16085>`_).
         backend: ``"auto"`` picks kernels by device; ``"cpu"`` and ``"cuda"`` insist on them; ``"reference"`` is
             plain torch.
         step_options: what every class has besides: :class:`StepOptions`. Norms are over gradients of both kinds.
@@ -91,12 +99,12 @@ class Muon(FusedOptimizer, torch.optim.Muon):
     Raises:
         TypeError: an argument or a parameter of the wrong type.
         ValueError: an argument out of its range; a parameter that its group asks Muon to step and that is no whole
-            matrix: of one dimension, flattened, sharded or complex.
+            matrix: of one dimension, flattened, sharded or complex; one of three dimensions without ``stacked``.
     """
 
     rule = MUON
-    own_options = ("cautious", "algorithm", "split_sizes", "num_heads", "normuon", "normuon_beta2")
-    steps_alone = False
+    own_options = ("cautious", "algorithm", "split_sizes", "num_heads", "stacked", "normuon", "normuon_beta2")
+    together = "steps matrices of one shape together"
 
     def __init__(
         self,
@@ -117,6 +125,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         adamw_weight_decay: float | None = None,
         split_sizes: tuple[int, ...] | None = None,
         num_heads: int | None = None,
+        stacked: bool | None = None,
         normuon: bool = False,
         normuon_beta2: float = 0.95,
         cautious: str | None = None,
@@ -134,6 +143,7 @@ class Muon(FusedOptimizer, torch.optim.Muon):
             adjust_lr_fn=adjust_lr_fn,
             split_sizes=split_sizes,
             num_heads=num_heads,
+            stacked=stacked,
             normuon=normuon,
             normuon_beta2=normuon_beta2,
         )
@@ -199,16 +209,17 @@ class Muon(FusedOptimizer, torch.optim.Muon):
         asked = given.get("algorithm")
         if asked is not None and asked not in routing.ALGORITHMS:
             muon_stepper.check(f"{type(self).__name__}: group {len(self.param_groups)}", given)
+        options = {**self.defaults, **given}
         parts: dict[str, tuple[list[Any], list[Route]]] = {}
         for item, (name, p) in zip(listed, items, strict=True):
-            route = routing.route(name, p, asked, self._is_adamws)
+            route = routing.route(name, p, asked, self._is_adamws, options["stacked"])
             if name is None and asked is None and p.dim() >= 2:
                 _backend.warn_once(
                     f"{type(self).__name__}: without names, embeddings and heads can not be told apart from other "
                     "matrices; give model.named_parameters(), or algorithm='muon' or 'adamw' in every group"
                 )
             where = f"{type(self).__name__}: {'parameter' if name is None else repr(name)} of shape {list(p.shape)}"
-            routing.refuse_misrouted(where, p, route, {**self.defaults, **given})
+            routing.refuse_misrouted(where, p, route, options)
             of_algorithm = parts.setdefault(route.algorithm, ([], []))
             of_algorithm[0].append(item)
             of_algorithm[1].append(route)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from . import routing
 from . import state as states
 from .orthogonal import Coefficients, coefficients_of, dtype_of, orthogonalized
 from .rule import Group
-from .step import Place
+from .step import Place, describe
 
 ELEMENTS = 1 << 24  # of matrices that are stepped at a time, for what products need of memory
 
@@ -27,8 +27,10 @@ PRODUCT_OPTIONS = (
     "adjust_lr_fn",
     "split_sizes",
     "num_heads",
+    "stacked",
     "normuon",
     "normuon_beta2",
+    "cautious",
 )
 _STORAGE = ("state_dtype", "min_int8_size")
 MOMENTUM_OPTIONS = ("momentum", "nesterov", "clip_grad_value", *_STORAGE)
@@ -64,50 +66,61 @@ class Batch:
         places: where they stand.
         updates: what is made orthogonal for each: ``[parameters, *shape]``.
         dtype: of products.
-        blocks: the rows of the matrices in each, and ``scales``, theirs.
+        blocks: the rows of the matrices in each, one below the other, and ``scales``, theirs.
+        columns: of them all.
         coefficients, eps: of the iteration.
         beta2: NorMuon's, or None.
+        is_cautious: whether updates are kept where their sign is the gradient's alone.
     """
 
     places: list[Place]
     updates: Tensor
     dtype: torch.dtype
     blocks: tuple[int, ...]
+    columns: int
     scales: list[float]
     coefficients: Coefficients
     eps: float
     beta2: float | None
+    is_cautious: bool
 
     @classmethod
     def make(cls, places: list[Place], group: Group) -> Batch:
         p = places[0][2]
         blocks = routing.matrix_blocks(p, group)
         assert blocks is not None
-        columns = p.numel() // max(p.shape[0], 1)
+        blocks = blocks or (0,)  # a stack of no matrix
+        _, _, columns = routing.matrices(p, group)
         dtype = dtype_of(min(blocks), columns, p.device)
         return cls(
             places,
             _room(len(places), p, torch.float64 if p.dtype == torch.float64 else dtype),
             dtype,
             blocks,
+            columns,
             [shape_scale(group["adjust_lr_fn"], rows, columns) for rows in blocks],
             coefficients_of(group["ns_coefficients"], group["ns_steps"]),
             float(group["eps"]),
             float(group["normuon_beta2"]) if group["normuon"] else None,
+            group.get("cautious") == "update",
         )
 
-    def orthogonal(self, state: MutableMapping[Tensor, Any], found_inf: Any) -> Sequence[Tensor]:
-        """The updates, each block of rows made orthogonal, in the parameters' shape."""
-        x = self.updates.flatten(2).to(self.dtype)
+    def orthogonal(
+        self, state: MutableMapping[Tensor, Any], found_inf: Any, gradient: Callable[[Tensor], Any]
+    ) -> Sequence[Tensor]:
+        """The updates, each matrix made orthogonal, in the parameters' shape. ``gradient``: of a parameter."""
+        x = self.updates.reshape(len(self.places), sum(self.blocks), self.columns).to(self.dtype)
         if x.numel() == 0:
             made = x
         elif len(set(self.blocks)) == 1:
-            one = x.reshape(len(x) * len(self.blocks), self.blocks[0], x.shape[2])
+            one = x.reshape(len(x) * len(self.blocks), self.blocks[0], self.columns)
             made = orthogonalized(one, self.coefficients, self.eps).reshape(x.shape)
         else:
             made = self._of_unequal_blocks(x)
         if self.beta2 is not None:
             self._normalize_rows(made, state, found_inf, self.beta2)
+        if self.is_cautious:
+            self._mask(made, [gradient(p) for _, _, p in self.places])
         return made.reshape(self.updates.shape).unbind()
 
     def _of_unequal_blocks(self, x: Tensor) -> Tensor:
@@ -120,23 +133,77 @@ class Batch:
     def _normalize_rows(self, made: Tensor, state: MutableMapping[Tensor, Any], found_inf: Any, beta2: float) -> None:
         """NorMuon (Li et al., arXiv 2510.05491): rows divided by the root of their running mean square.
 
-        The norm of the whole stays, so that scalings of the learning rate mean what they do without.
+        The norm of each matrix stays, so that scalings of the learning rate mean what they do without.
         """
-        averages = []
-        for _, _, p in self.places:
-            if "row_square_avg" not in state[p]:
-                with torch.inference_mode(False):
-                    state[p]["row_square_avg"] = torch.zeros(len(p), dtype=torch.float32, device=p.device)
-            averages.append(state[p]["row_square_avg"])
+        averages = [state[p]["row_square_avg"] for _, _, p in self.places]
         squares = torch.linalg.vector_norm(made, dim=2, dtype=torch.float32).square()
         old = torch.stack(averages)
-        new = old.lerp(squares / max(made.shape[2], 1), 1.0 - beta2)
+        new = old.lerp(squares / max(self.columns, 1), 1.0 - beta2)
         factors = new.sqrt().add_(1e-8).reciprocal_()
-        whole, scaled = squares.sum(1, keepdim=True), (squares * factors.square()).sum(1, keepdim=True)
-        made.mul_((factors * (whole / scaled.clamp_(min=1e-30)).sqrt()).unsqueeze(2))
+        whole, scaled = self._by_matrix(squares), self._by_matrix(squares * factors.square())
+        made.mul_((factors * (whole / scaled.clamp(min=1e-30)).sqrt()).unsqueeze(2))
         if found_inf is not None:
             new = torch.where(torch.as_tensor(found_inf, device=new.device) != 0, old, new)
         torch._foreach_copy_(averages, list(new.unbind()))
+
+    def _mask(self, made: Tensor, grads: list[Tensor]) -> None:
+        """Cautious (Liang et al., arXiv 2411.16085): 0 where a gradient has not the same sign, the rest larger."""
+        signs = torch.stack([g.sign().to(made.dtype) for g in grads]).reshape(made.shape)
+        agrees = signs.mul_(made.sign()) > 0  # of signs, as a product of small numbers may be 0
+        shares = self._by_matrix(agrees.sum(2, dtype=torch.float32))
+        shares = shares / self._by_matrix(torch.full_like(shares, self.columns))
+        made.mul_(agrees).div_(shares.clamp(min=1e-3).unsqueeze(2))  # a product leaves NaN what it is
+
+    def _by_matrix(self, of_rows: Tensor) -> Tensor:
+        """At each of the rows, the sum over those of its matrix: of [parameters, rows]."""
+        if len(set(self.blocks)) == 1:
+            of_blocks = of_rows.unflatten(1, (len(self.blocks), self.blocks[0]))
+            return of_blocks.sum(2, keepdim=True).expand_as(of_blocks).flatten(1)
+        return torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in of_rows.split(self.blocks, 1)], 1)
+
+
+def check_row_averages(owner: str, groups: list[Group], places: list[Place], state: Any) -> list[Place]:
+    """Raises RuntimeError for NorMuon's state that is none of its parameter.
+
+    Returns:
+        The parameters that have none yet.
+    """
+    lacking = []
+    for place in places:
+        i, _, p = place
+        if not groups[i]["normuon"]:
+            continue
+        found = state[p].get("row_square_avg") if p in state else None
+        if found is None:
+            lacking.append(place)
+        elif not isinstance(found, Tensor) or _form(found) != (torch.float32, (_rows_of(p, groups[i]),), p.device):
+            got = type(found).__name__
+            if isinstance(found, Tensor):
+                got = f"{found.dtype} of shape {list(found.shape)} on {found.device}"
+            raise RuntimeError(
+                f"{owner}.step: {describe(groups, place)}: state 'row_square_avg' is {got}, expected torch.float32 of "
+                f"shape [{_rows_of(p, groups[i])}] on {p.device}; load a checkpoint of this model, or delete this "
+                "state to start it anew"
+            )
+    return lacking
+
+
+def _form(t: Tensor) -> tuple[torch.dtype, tuple[int, ...], torch.device]:
+    return t.dtype, tuple(t.shape), t.device
+
+
+def make_row_averages(owner: str, groups: list[Group], lacking: list[Place], state: Any) -> None:
+    if lacking:
+        states.refuse_capture(owner)
+    with torch.inference_mode(False):
+        for i, _, p in lacking:
+            rows = _rows_of(p, groups[i])
+            state[p]["row_square_avg"] = torch.zeros(rows, dtype=torch.float32, device=p.device)
+
+
+def _rows_of(p: Tensor, group: Group) -> int:
+    count, rows, _ = routing.matrices(p, group)
+    return count * rows
 
 
 def _room(count: int, p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,6 +257,8 @@ class Made:
                     made[name] = group[name]
                 else:
                     made.pop(name, None)
+            if made.get("cautious") == "update":  # done where matrices are made orthogonal
+                made["cautious"] = None
 
 
 class Chunk:

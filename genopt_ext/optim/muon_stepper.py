@@ -9,6 +9,7 @@ to the first. Nothing is changed before everything was looked at, and nothing wa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, MutableMapping
 from typing import Any
@@ -17,8 +18,18 @@ import torch
 from torch import Tensor
 
 from .. import clip, tracing
-from . import adam, apart, options, routing
-from .muon_matrices import PRODUCT_OPTIONS, UPDATE_OPTIONS, Chunk, Made, form_of, split
+from . import adam, apart, options, refusals, routing, unserved
+from . import state as states
+from .muon_matrices import (
+    PRODUCT_OPTIONS,
+    UPDATE_OPTIONS,
+    Chunk,
+    Made,
+    check_row_averages,
+    form_of,
+    make_row_averages,
+    split,
+)
 from .options import Range, clips_alone
 from .rule import Group, Rule
 from .step import NOTHING_ELSE, InOrder, Inputs, Place, describe, places_of
@@ -82,8 +93,16 @@ def check(where: str, group: Group) -> None:
     )
     if wrong:
         raise ValueError(f"{where}: split_sizes must be numbers of rows, got {sizes!r}")
+    stacked = group.get("stacked")
+    if stacked is not None and not (isinstance(stacked, (bool, int)) and stacked in (0, 1)):
+        raise TypeError(f"{where}: stacked must be True, False or None, got {stacked!r}")
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise ValueError(f"{where}: num_heads must be a number of heads, got {heads!r}")
+
+
+def on_host(group: Group) -> Group:
+    """A group without what only a device knows: to read it would wait, and no graph could capture it."""
+    return {name: x for name, x in group.items() if not isinstance(x, Tensor) or x.is_cpu}
 
 
 class MuonStepper(Stepper):
@@ -94,15 +113,31 @@ class MuonStepper(Stepper):
         self.adamw = Stepper(owner, ADAMW, backend)
         # The first looks at parameters, gradients and state as a whole, and steps none.
         self.whole, self.momentum, self.update = (Stepper(owner, rule, backend) for rule in (MUON, MUON, UPDATE))
+        self.both = Stepper(owner, UPDATE, backend)  # looks at what the two algorithms share
         self._last: tuple[Any, list[Chunk]] = None, []  # what the last step was of, and how it was taken
+        self._captured: list[list[Chunk]] = []  # their memory is that of graphs, for as long as they may be replayed
+
+    def prepare(self, groups: list[Group], state: MutableMapping[Tensor, Any], inputs: Inputs, makes: bool) -> None:
+        for each in (self.adamw, self.whole):
+            each.backend = self.backend
+        of_adamw, of_muon = ([_share(group, self.rule_of(group), rule) for group in groups] for rule in (ADAMW, MUON))
+        self.adamw.prepare(of_adamw, state, inputs, makes)
+        places = [place for place in places_of(of_muon) if _gradient(inputs, place[2]) is not None]
+        lacking = check_row_averages(self.owner, groups, places, state)
+        self.whole.prepare(of_muon, state, inputs, makes)
+        if makes:
+            make_row_averages(self.owner, groups, lacking, state)
 
     def rule_of(self, group: Group) -> Rule:
         return ADAMW if group.get("algorithm") == "adamw" else MUON
 
     def check_group(self, groups: list[Group], i: int) -> None:
+        self._check(i, groups[i])
+
+    def _check(self, i: int, group: Group) -> None:
         where = f"{self.owner}: group {i}"
-        options.check(where, self.rule_of(groups[i]).ranges, groups[i])
-        check(where, groups[i])
+        options.check(where, self.rule_of(group).ranges, group)
+        check(where, group)
 
     @torch.no_grad()
     def step(
@@ -113,10 +148,10 @@ class MuonStepper(Stepper):
         only: Place | None = None,
     ) -> None:
         assert only is None
-        for each in (self.adamw, self.whole, self.momentum, self.update):
+        for each in (self.adamw, self.whole, self.momentum, self.update, self.both):
             each.backend = self.backend
-        for i in range(len(groups)):
-            self.check_group(groups, i)
+        for i, group in enumerate(groups):
+            self._check(i, on_host(group))
         of_adamw, of_muon = ([_share(group, self.rule_of(group), rule) for group in groups] for rule in (ADAMW, MUON))
         seen = dataclasses.replace(
             inputs, max_grad_norm=None, skip_nonfinite=False, checks=False, grad_scale=None, found_inf=None
@@ -125,19 +160,55 @@ class MuonStepper(Stepper):
         has_adamw = any(group["params"] for group in of_adamw)
         if has_adamw:
             self.adamw.prepare(of_adamw, state, seen, makes=False)
-        together = self._chunks(of_muon, inputs)
+        places = [place for place in places_of(of_muon) if _gradient(inputs, place[2]) is not None]
+        together = self._chunks(of_muon, places)
+        # Gradients are left as asked for at the end, where the step has to read them once more.
+        again = any(group.get("cautious") == "update" for group in of_muon)
+        left = inputs.gradients if self._refuse_shared(groups, state, seen, has_adamw) or again else None
+        lacking = check_row_averages(self.owner, groups, places, state)
         self.whole.prepare(of_muon, state, seen, makes=True)
+        make_row_averages(self.owner, groups, lacking, state)
         inputs = self._decided(groups, state, inputs)
+        if left is not None:
+            inputs = dataclasses.replace(inputs, gradients=None)
         if has_adamw:
             self.adamw.step(of_adamw, state, inputs)
+        if isinstance(together, list) and _is_captured(places) and together not in self._captured:
+            self._captured.append(together)
         for chunk in together:
             chunk.renew(of_muon)
             self._step_chunk(chunk, state, inputs)
         self._average(of_muon, state, inputs)
+        if left is not None:
+            self._leave_gradients(groups, left, inputs)
 
-    def _chunks(self, groups: list[Group], inputs: Inputs) -> Iterable[Chunk]:
-        """Muon's parameters that have a gradient: as at the last step, where only numbers have changed."""
-        places = [place for place in places_of(groups) if _gradient(inputs, place[2]) is not None]
+    def _refuse_shared(self, groups: list[Group], state: Any, inputs: Inputs, has_adamw: bool) -> bool:
+        """Raises where both algorithms' parameters, state or gradients share memory: each looks at its own alone.
+
+        Returns:
+            Whether gradients may share memory that a step is to write: then none is before all were read.
+        """
+        if not has_adamw and inputs.gradients is None:
+            return False
+        groups = [{**group, **_NO_NUMBERS} for group in groups]
+        found = self.both.find_overlaps(groups, state, inputs)
+        if not (found.overlaps or found.grad_overlaps):
+            return found.gradients_overlap
+        step = self._described(groups, state, inputs, None)
+        for a, b in found.overlaps:
+            (i, _, p), (j, _, q) = step.places[a], step.places[b]
+            if p is q and self.rule_of(groups[i]) is not self.rule_of(groups[j]):
+                raise RuntimeError(f"{self.owner}.step: {_TWICE}")
+        refusals.refuse_overlaps(step, found.overlaps, found.grad_overlaps)
+        return found.gradients_overlap
+
+    def _leave_gradients(self, groups: list[Group], left: str, inputs: Inputs) -> None:
+        """Writes gradients, after both algorithms have read them."""
+        arguments = self.arguments(groups, inputs, None)
+        unserved.leave_gradients(self, left, arguments, self._described(groups, {}, inputs, None))
+
+    def _chunks(self, groups: list[Group], places: list[Place]) -> Iterable[Chunk]:
+        """What ``places`` are stepped in: as at the last step, where only numbers have changed."""
         now = (
             [tuple(str(group.get(name)) for name in PRODUCT_OPTIONS) for group in groups],
             [(i, k, id(p), form_of(p)) for i, k, p in places],
@@ -150,7 +221,7 @@ class MuonStepper(Stepper):
             if p.dim() < 2 or tracing.is_subclass(p) or routing.matrix_blocks(p, groups[i]) is None:
                 routing.refuse_no_matrix(f"{self.owner}.step: {describe(groups, place)}", p, groups[i])
         if len({id(p) for _, _, p in places}) < len(places):
-            raise RuntimeError(f"{self.owner}.step: a parameter is listed twice; list each once")
+            raise RuntimeError(f"{self.owner}.step: {_TWICE}")
         found = split(groups, places)
         if len(found) > 1:  # each has its memory when its turn comes
             self._last = None, []
@@ -172,9 +243,10 @@ class MuonStepper(Stepper):
             self.results_on(groups).grad_norm.zero_()
         else:
             apart_ = {r for r, g in active if not clip.is_plain(g)}
-            _, scales, found = apart.decide(
+            decided = apart.decide(
                 step, active, apart_, home, arguments, lambda device: self.results_on(groups, device)
             )
+            scales, found = decided.group_scales, decided.found
         if isinstance(found, Tensor) and found.is_meta:
             found = None  # there is no number to skip by
         return dataclasses.replace(
@@ -192,7 +264,8 @@ class MuonStepper(Stepper):
             group_scales=None if scales is None else torch.stack([scales.select(0, i) for i in momentum.origins]),
         )
         self.momentum.step(momentum.groups, chunk.momentum_state(state), asked)
-        made = [batch.orthogonal(state, inputs.found_inf) for batch in chunk.batches]
+        gradient = functools.partial(_gradient, inputs)
+        made = [batch.orthogonal(state, inputs.found_inf, gradient) for batch in chunk.batches]
         sums = InOrder(update.groups, [made[b][r] for b, r in chunk.made_at])
         asked = Inputs(sums=sums, micro_batches=1, found_inf=inputs.found_inf)
         self.update.step(update.groups, chunk.update_state(state), asked)
@@ -208,6 +281,15 @@ class MuonStepper(Stepper):
         if made.groups:
             made.renew(groups)
             self.update.step(made.groups, state, Inputs(sums={}, micro_batches=1, found_inf=inputs.found_inf))
+
+
+_TWICE = "a parameter is listed twice; list each once"
+# Of any group, for a look at memory alone.
+_NO_NUMBERS = dict(lr=0.0, weight_decay=0.0, shape_scale=1.0, max_grad_norm=None, cautious=None)
+
+
+def _is_captured(places: list[Place]) -> bool:
+    return any(p.is_cuda for _, _, p in places[:1]) and states.is_captured()
 
 
 def _gradient(inputs: Inputs, p: Tensor) -> Tensor | None:

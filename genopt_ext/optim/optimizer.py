@@ -38,7 +38,7 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
     rule: ClassVar[Rule]
     default_state_dtype: ClassVar[torch.dtype | None] = None
     own_options: ClassVar[tuple[str, ...]] = ()  # of groups, which torch's checkpoints do not have
-    steps_alone: ClassVar[bool] = True  # a parameter needs no other
+    together: ClassVar[str | None] = None  # why a parameter can not be stepped before all gradients are there
 
     backend: str = "auto"
     skip_nonfinite: bool = False
@@ -232,8 +232,7 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
                 stand beside accumulated ones are accumulated too.
         """
         try:
-            if self.is_swapped:
-                self.refuse_swapped()
+            self.refuse_swapped()
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -252,6 +251,23 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
             raise
         accumulator.micro_batches = 0
         return loss
+
+    @tracing.opaque
+    def init_state(self) -> None:
+        """Makes the state that a first step would make, of every parameter that requires a gradient, and takes none.
+
+        For checkpoints that are loaded into what is there, or saved before the first step, as of
+        ``torch.distributed.checkpoint``: its own helpers take a step with gradients of zero to have state made, which
+        counts as one. State that there is stays as it is.
+
+        Raises:
+            RuntimeError: a parameter or its state can not be served, or a CUDA graph is being captured; nothing is
+                changed then.
+        """
+        grads = {p: p.detach() for _, _, p in places_of(self.param_groups) if p.requires_grad}
+        as_if = Inputs(sums=grads, micro_batches=1)
+        self.stepper.backend = self.backend
+        self.stepper.prepare(self.param_groups, self.state, as_if, makes=True)
 
     def _inputs(self) -> Inputs:
         accumulator, own = self.accumulator, self.__dict__

@@ -83,17 +83,27 @@ def betas(count: int = 2) -> Range:
 
 
 FLAGS = (
+    "always_adapt",
     "amsgrad",
+    "bias_correction",
     "capturable",
     "centered",
     "decouple",
+    "decoupled_decay",
     "decoupled_weight_decay",
     "differentiable",
+    "fsdp_in_use",
+    "grad_averaging",
     "master_weights",
     "maximize",
     "nesterov",
     "no_prox",
+    "safeguard_warmup",
+    "silent_sgd_phase",
     "skip_nonfinite",
+    "train_mode",
+    "trust_clip",
+    "use_bias_correction",
 )
 
 
@@ -229,11 +239,11 @@ def check(where: str, ranges: Mapping[str, Range], options: dict[str, Any]) -> N
         if name in options and not (isinstance(options[name], (bool, int)) and options[name] in (0, 1)):
             raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
     if (cautious := options.get("cautious")) is not None:
-        if cautious != "weight_decay":
-            raise ValueError(f"{where}: Invalid cautious: {cautious!r}; it must be 'weight_decay' or None")
+        if cautious not in ("weight_decay", "update"):
+            raise ValueError(f"{where}: Invalid cautious: {cautious!r}; it must be 'weight_decay', 'update' or None")
         if options.get("decoupled_weight_decay") is False:
             raise ValueError(
-                f"{where}: cautious='weight_decay' is of decoupled decay; use it with decoupled_weight_decay=True"
+                f"{where}: cautious={cautious!r} goes with decoupled decay; use it with decoupled_weight_decay=True"
             )
     if (
         options.get("nesterov")

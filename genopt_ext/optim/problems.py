@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import overlap, tracing
+from .. import overlap, sharding, tracing
 from ..reference.codecs import BLOCK, MIXES, STEPPED
 from . import by_torch
 from . import state as states
@@ -56,6 +56,8 @@ def _find_in_gradient(row: Row, g: Tensor) -> Problem | None:
     for operand, t, is_written in (("gradient", g, row.writes_gradient), ("parameter", p, True)):
         if (reason := _of_memory(t, is_written, may_be_sparse=row.is_torchs)) is not None:
             return operand, reason
+    if sharding.is_spread(p) != sharding.is_spread(g):
+        return "gradient", "spread"
     if g.shape != p.shape:
         return "gradient", "shape"
     mixes = row.is_sum or (g.dtype in MIXES and p.dtype in MIXES)
@@ -65,7 +67,7 @@ def _find_in_gradient(row: Row, g: Tensor) -> Problem | None:
         return "gradient", "device"
     if p.dtype not in STEPPED:
         return "parameter", "dtype"
-    if states.is_stochastic(group, p) and tracing.is_subclass(p):
+    if states.is_stochastic(group, p) and tracing.is_subclass(p) and not sharding.knows_places(p):
         return "parameter", "stochastic"
     if p.is_meta and group.get("fused"):
         return "parameter", "meta"
@@ -131,6 +133,8 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
     if name == "step" or name in row.rule.running:
         reason = of_step_count(t) if name == "step" else of_number(t)
         return reason or ("away" if states.is_away(p, t) else None)
+    if sharding.is_spread(p) != sharding.is_spread(t):
+        return "spread"
     are_codes, are_scales = name == stem + "_codes", name == stem + "_scales"
     if are_codes or are_scales:
         dtype, shape = form_of_codes(row, name)
@@ -143,7 +147,7 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
         return "dtype"
     if t.device != p.device:
         return "device"
-    return None if states.is_as_asked(row.group, p, name, t) else "storage"
+    return None if states.is_as_asked(row.rule, row.group, p, name, t) else "storage"
 
 
 def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, torch.Size]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, overlap, tracing
+from .. import _backend, overlap, sharding, tracing
 from . import by_torch, problems
 from .problems import Problem, Row
 from .step import Place, Step
@@ -54,6 +54,10 @@ def words(row: Row, operand: str, reason: str) -> tuple[str, str]:
         return f"{what} has a storage that was made smaller than it is", "resize it back, or give it other memory"
     if reason == "zero tensor":
         return f"{what} is a zero tensor, without memory", "use its .clone()"
+    if reason == "spread":
+        whole, part = (what, "parameter") if sharding.is_spread(p) else ("parameter", what)
+        fix = "spread it as the parameter is, with torch.distributed.tensor.distribute_tensor()"
+        return f"{part} is a DTensor, and {whole} is not", fix if whole == what else "replace it by its full_tensor()"
     if operand == "parameter":
         return _of_parameter(row, reason)
     if operand == "gradient":
@@ -179,6 +183,20 @@ def find_overlaps(step: Step, rows: Sequence[int]) -> tuple[Pairs, Pairs]:
             if writes or (owners[a] in takes_part and not same):
                 of_gradients.append((r, owners[a]))
     return overlaps, of_gradients
+
+
+def refuse_devices(step: Step) -> None:
+    """Raises where parameters that step together stand on several devices."""
+    first: Place | None = None
+    for place in step.places:
+        if not step.takes_part(place):
+            continue
+        first = first or place
+        if place[2].device != first[2].device:
+            raise RuntimeError(
+                f"{step.owner}.step: {step.describe(first)} is on {first[2].device} and {step.describe(place)} on "
+                f"{place[2].device}, and all parameters step by one estimate; give each device an optimizer of its own"
+            )
 
 
 def refuse_overlaps(step: Step, overlaps: Pairs, grad_overlaps: Pairs) -> None:

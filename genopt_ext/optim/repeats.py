@@ -18,6 +18,7 @@ _NOT_SERVED = {
     "max_norm": "max_grad_norm",
     "guard": "skip_nonfinite, or genopt_ext.GradScaler without unscale_(),",
     "measure": "a clip by norm",
+    "shared": "an estimate that is of all parameters",
 }
 
 

@@ -41,8 +41,8 @@ def is_head(name: str) -> bool:
     )
 
 
-def route(name: str | None, p: Tensor, asked: str | None, adamw: Predicate | None) -> Route:
-    """Where a parameter goes. ``asked``: by its group; ``adamw``: in the place of our own look at names."""
+def route(name: str | None, p: Tensor, asked: str | None, adamw: Predicate | None, stacked: bool | None) -> Route:
+    """Where a parameter goes. ``asked``, ``stacked``: by its group; ``adamw``: in the place of our look at names."""
     if asked is not None:
         return Route(asked, _ASKED)
     if p.is_complex() or not p.is_floating_point():
@@ -50,16 +50,20 @@ def route(name: str | None, p: Tensor, asked: str | None, adamw: Predicate | Non
     if p.dim() < 2:
         return Route("adamw", f"{p.dim()} dimensions" if p.dim() != 1 else "1 dimension")
     if name is not None and adamw is not None:
-        return Route("adamw", "asked for by adamw=") if adamw(name, p) else Route("muon", _shape(p))
+        return Route("adamw", "asked for by adamw=") if adamw(name, p) else Route("muon", _shape(p, stacked))
     if name is not None and is_embedding(name):
         return Route("adamw", "named as an embedding")
     if name is not None and is_head(name):
         return Route("adamw", "named as a head")
-    return Route("muon", _shape(p))
+    return Route("muon", _shape(p, stacked))
 
 
-def _shape(p: Tensor) -> str:
-    return "a matrix" if p.dim() == 2 else f"flattened to [{p.shape[0]}, {p[0].numel() if len(p) else 0}]"
+def _shape(p: Tensor, stacked: bool | None) -> str:
+    if p.dim() == 2:
+        return "a matrix"
+    if stacked:
+        return f"{p.shape[:-2].numel()} matrices of [{p.shape[-2]}, {p.shape[-1]}]"
+    return f"flattened to [{p.shape[0]}, {p.shape[1:].numel()}]"
 
 
 def refuse_misrouted(where: str, p: Tensor, route: Route, group: dict[str, Any]) -> None:
@@ -87,21 +91,41 @@ def refuse_no_matrix(where: str, p: Tensor, group: dict[str, Any]) -> None:
         )
     if p.is_complex() or not p.is_floating_point():
         raise ValueError(f"{where} is {p.dtype}, and Muon needs real matrices; route it by algorithm='adamw'")
+    if _is_ambiguous(p, group):
+        n, rows, columns = p.shape
+        raise ValueError(
+            f"{where} may be {n} matrices of [{rows}, {columns}], as of experts, or a convolution, which is one of "
+            f"[{n}, {rows * columns}]; give stacked=True for the first or stacked=False for the second, in its group "
+            "or for all"
+        )
     if matrix_blocks(p, group) is None:
-        sizes, heads = group.get("split_sizes"), group.get("num_heads")
+        sizes, heads, (_, rows, _) = group.get("split_sizes"), group.get("num_heads"), matrices(p, group)
         what = f"num_heads={heads} does not divide" if sizes is None else f"split_sizes={sizes} do not add up to"
-        raise ValueError(f"{where} has {p.shape[0]} rows, which {what}; give that option in a group of its own")
+        raise ValueError(f"{where} has {rows} rows, which {what}; give that option in a group of its own")
+
+
+def _is_ambiguous(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether nothing tells a stack of matrices from a convolution: only those of one dimension have three."""
+    return p.dim() == 3 and group.get("stacked") is None
+
+
+def matrices(p: Tensor, group: dict[str, Any]) -> tuple[int, int, int]:
+    """How many matrices ``p`` is a stack of, before its group cuts them further, and the rows and columns of each."""
+    if group.get("stacked"):
+        return p.shape[:-2].numel(), p.shape[-2], p.shape[-1]
+    return 1, p.shape[0], p.shape[1:].numel()
 
 
 def matrix_blocks(p: Tensor, group: dict[str, Any]) -> tuple[int, ...] | None:
     """The rows of each of the matrices that ``p`` is made of, one below the other; None: it can not be cut so."""
-    sizes, heads = group.get("split_sizes"), group.get("num_heads")
-    rows = p.shape[0] if p.dim() else 0
+    sizes, heads, (count, rows, _) = group.get("split_sizes"), group.get("num_heads"), matrices(p, group)
+    if _is_ambiguous(p, group):
+        return None
     if heads is not None:
-        return None if rows % heads else (rows // heads,) * heads
+        return None if rows % heads else (rows // heads,) * heads * count
     if sizes is None:
-        return (rows,)
-    return tuple(sizes) if sum(sizes) == rows else None
+        return (rows,) * count
+    return tuple(sizes) * count if sum(sizes) == rows else None
 
 
 def described(routes: dict[str, Route]) -> str:

@@ -15,6 +15,8 @@ from .options import Range
 
 Group = dict[str, Any]
 
+NO_OPTIONS = ("t", "running", "total", "shared", "totals")  # keyword arguments of a rule's function beside them
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -26,6 +28,10 @@ class Rule:
             it, or None.
         ranges: the numbers that options may be.
         running: states that are one number, after ``step``: with what each begins, a number or an option.
+        running_dtype: of those numbers.
+        shared: numbers that all parameters share, in the order of the rule's ``kShared``: they stand in groups.
+        weights: states that are weights and not moments: they begin as the parameter, and are float32 for parameters of
+            16 bits and in the place of any ``state_dtype``.
         torch_class: torch's own, which steps ``differentiable=True`` and, where ``serves_sparse``, sparse gradients.
         counts_steps: whether a parameter has ``step`` whatever the options.
         squares: states that are never negative.
@@ -41,6 +47,9 @@ class Rule:
     states: Mapping[str, str | None]
     ranges: Mapping[str, Range]
     running: Mapping[str, float | str] = field(default_factory=dict)
+    running_dtype: torch.dtype = torch.float32
+    shared: tuple[str, ...] = ()
+    weights: frozenset[str] = frozenset()
     torch_class: type[torch.optim.Optimizer] | None = None
     counts_steps: bool = True
     squares: frozenset[str] = frozenset()
@@ -58,7 +67,7 @@ class Rule:
     def options(self, group: Group) -> dict[str, Any]:
         """``group`` as keyword arguments of the rule's function: ``beta1`` is the first of its ``betas``."""
         given = inspect.signature(reference.RULES[self.name]).parameters.values()
-        wanted = [each for each in given if each.kind is each.KEYWORD_ONLY and each.name not in ("t", "running")]
+        wanted = [each for each in given if each.kind is each.KEYWORD_ONLY and each.name not in NO_OPTIONS]
         # A group has an option with a default only where it is set.
         known = {each.name: each.default for each in wanted if each.default is not each.empty} | group
         return {each.name: self._value(known, each.name) for each in wanted}

@@ -31,6 +31,13 @@ def state_dtype(group: Group, p: Tensor) -> torch.dtype | None:
     return torch.float32 if wanted == torch.int8 and not whole else wanted
 
 
+def stored_dtype(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
+    """As :func:`state_dtype`, of the state ``name``."""
+    if name in rule.weights:
+        return torch.float32 if p.dtype in MIXES else None
+    return state_dtype(group, p)
+
+
 def is_widened(group: Group, p: Tensor) -> bool:
     """Whether ``p`` is large enough for the 8-bit state that its group asks for, and yet has it in float32."""
     if group.get("state_dtype") != torch.int8 or p.numel() < group.get("min_int8_size", MIN_INT8_SIZE):
@@ -74,13 +81,13 @@ def _compact_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return t.new_empty([p.shape[d] for d in order]).permute([order.index(d) for d in range(p.dim())])
 
 
-def is_as_asked(group: Group, p: Tensor, name: str, t: Tensor) -> bool:
+def is_as_asked(rule: Rule, group: Group, p: Tensor, name: str, t: Tensor) -> bool:
     """Whether the entry ``name`` of the state of ``p`` is kept as its group asks for it."""
     if name == "ema":
         return True
     if name in ("master", "compensation"):
         return t.dtype == (torch.float32 if name == "master" else p.dtype)
-    dtype = state_dtype(group, p)
+    dtype = stored_dtype(rule, group, p, name.removesuffix("_codes").removesuffix("_scales"))
     if name.endswith("_scales"):
         return dtype != torch.int8 or t.is_contiguous()
     if name.endswith("_codes"):
@@ -122,9 +129,14 @@ def further_names(rule: Rule, group: Group, p: Tensor) -> list[str]:
     if (kept := extra(group, p)) is not None:
         names.append(kept)
     narrow = state_dtype(group, p) in (torch.int8, torch.bfloat16)
-    if is_stochastic(group, p) or (narrow and rule.state_names(group)):
+    if is_stochastic(group, p) or (narrow and moments(rule, group)):
         names.append("step")  # rounding thresholds move with it
     return names
+
+
+def moments(rule: Rule, group: Group) -> list[str]:
+    """The states that ``state_dtype`` is of."""
+    return [name for name in rule.state_names(group) if name not in rule.weights]
 
 
 def counts_steps(rule: Rule, group: Group, p: Tensor) -> bool:
@@ -147,8 +159,13 @@ def is_away(p: Tensor, number: Tensor) -> bool:
     return number.device != p.device and {p.device.type, number.device.type} <= _backend.DEVICES
 
 
+def is_captured() -> bool:
+    """Whether a CUDA graph captures what is done now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture(owner: str) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         raise RuntimeError(
             f"{owner}.step: state has to be made or moved before a CUDA graph captures a step, else "
             "every replay would do it again; take one step before the capture"
@@ -188,29 +205,27 @@ def make_missing(owner: str, rule: Rule, missing: Missing) -> list[dict[str, Ten
             tell_widened(owner, rule, group, p)
         key = (id(group), p.dtype, of_moments, *names)
         if key not in forms:
-            forms[key] = [_form(rule, group, p, name, of_moments) for name in names]
+            forms[key] = [_form(rule, group, p, name) for name in names]
         for name, value, dtype, signed in forms[key]:
             if name == "step":
                 state[name] = next(counters[device])
             elif name in rule.running:
-                state[name] = torch.full((), value.real, dtype=torch.float32, device=device)
+                state[name] = torch.full((), value.real, dtype=rule.running_dtype, device=device)
             elif value is _ZERO and dtype != torch.int8:
                 state[name] = torch.zeros_like(p, dtype=dtype)  # in half the time of make()
             else:
                 state.update(make(p, name, value, dtype, signed))
-        if "master" in state:
-            state["master"].copy_(p)
+        for name in state.keys() & {"master", *rule.weights}:
+            state[name].copy_(p)
     return made
 
 
 _ZERO = 0.0
 
 
-def _form(
-    rule: Rule, group: Group, p: Tensor, name: str, of_moments: torch.dtype | None
-) -> tuple[str, complex, torch.dtype | None, bool]:
+def _form(rule: Rule, group: Group, p: Tensor, name: str) -> tuple[str, complex, torch.dtype | None, bool]:
     """What :func:`make` is told of a state."""
-    dtype = of_moments
+    dtype = stored_dtype(rule, group, p, name)
     if name in ("ema", "master"):
         dtype = torch.float32 if p.dtype in HALVES else None
     elif name == "compensation":
@@ -229,9 +244,9 @@ def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str,
     complete(group)
     for name in rule.state_names(group):
         there = [key for key in (name, name + "_codes", name + "_scales") if state.get(key) is not None]
-        if any(not is_as_asked(group, p, key, state[key]) for key in there):
+        if any(not is_as_asked(rule, group, p, key, state[key]) for key in there):
             refuse_capture(owner)
-            convert(state, name, p, state_dtype(group, p), signed=name not in rule.squares)
+            convert(state, name, p, stored_dtype(rule, group, p, name), signed=name not in rule.squares)
     for name, dtype in (("master", torch.float32), ("compensation", p.dtype)):
         if name != extra(group, p):
             state.pop(name, None)
@@ -241,7 +256,7 @@ def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str,
 
 def tell_widened(owner: str, rule: Rule, group: Group, p: Tensor) -> None:
     """Warns, once, where ``p`` has float32 state instead of the 8-bit state that was asked for."""
-    if is_widened(group, p) and (states := len(rule.state_names(group))):
+    if is_widened(group, p) and (states := len(moments(rule, group))):
         _backend.warn_once(
             f"{owner}: 8-bit state is kept in float32 here, for parameters that are "
             f"{type(p).__name__}s: {4 * states} bytes a parameter instead of {states}; with "

@@ -6,6 +6,7 @@ goes on from there.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, clip, sharding
-from . import options, repeats, unserved
+from . import apart, options, refusals, repeats, unserved
 from . import state as states
 from .options import NORM_CLIPS, clips_alone
 from .problems import Problem
@@ -31,6 +32,7 @@ class Refusal(NamedTuple):
     overlaps: Pairs = ()
     grad_overlaps: Pairs = ()
     devices: Sequence[int] = ()
+    of_processes: bool = False
     gradients_overlap: bool = False
 
 
@@ -77,6 +79,8 @@ class Stepper:
         self.owner, self.rule, self.backend = owner, rule, backend
         self.results: Results | None = None
         self.plan: Any = None  # the native stepper, with its plan
+        self.shared: Tensor | None = None  # the numbers that all parameters share: float64, of the rule's names
+        self._joining: sharding.Joining | None = None  # of the last norm of what is spread over processes
         self._resolution: tuple[str, str] = ("", "")  # a backend and what it comes to in this process
         # The first piece of FSDP1's, and where it was sought.
         self._piece: tuple[list[tuple[int, int, bool]], Place | None] = ([], None)
@@ -108,12 +112,14 @@ class Stepper:
             RuntimeError: something that can not be served; nothing is changed then.
             TypeError, ValueError: an option out of its range.
         """
+        if inputs.found_inf is not None and sharding.is_distributed():
+            inputs = self._agreed(groups, inputs)
         plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
-        arguments = {} if plain else self.arguments(groups, inputs, None)
+        arguments = {} if plain and self.shared is None else self.arguments(groups, inputs, None)
         if self.resolved != "reference":
             if self.plan is None:
                 self._make_plan(groups, state, inputs, only)
-            if only is None:  # spelled out, as most steps end here
+            if only is None and not self._joining:  # spelled out, as most steps end here
                 refused = self.plan.step(groups, state, (), **arguments)
                 refusal = None if refused is None else Refusal(**refused)
             else:
@@ -146,6 +152,23 @@ class Stepper:
         if makes:
             unserved.mend(step, examined.mendable, examined.torchs)
 
+    def find_overlaps(self, groups: list[Group], state: MutableMapping[Tensor, Any], inputs: Inputs) -> Refusal:
+        """Which rows share memory, whatever else is wrong with them; takes no step, and raises nothing.
+
+        Args:
+            groups, state, inputs: as of :meth:`step`; norms and scales are not looked at.
+        """
+        if self.resolved == "reference":
+            step = self._described(groups, state, inputs, None)
+            rows = [r for r, place in enumerate(step.places) if step.takes_part(place)]
+            # Which gradients do, nobody asks: the reference writes them last in any case.
+            return Refusal({}, (), *refusals.find_overlaps(step, rows), gradients_overlap=inputs.gradients is not None)
+        if self.plan is None:
+            self._make_plan(groups, state, inputs, None)
+        arguments = {} if inputs is NOTHING_ELSE else self.arguments(groups, inputs, None)
+        refused = self.plan.step(groups, state, (), only_check=True, **arguments)
+        return Refusal() if refused is None else Refusal(**refused)
+
     def _make_plan(self, groups: list[Group], state: Any, inputs: Inputs, only: Place | None) -> None:
         step = self._described(groups, state, inputs, only)
         for i in dict.fromkeys(place[0] for place in step.places if step.takes_part(place)):
@@ -172,15 +195,44 @@ class Stepper:
         self, groups: list[Group], state: Any, only: Place | None, skipped: Sequence[int], arguments: dict[str, Any]
     ) -> Refusal | None:
         if only is None:
-            refused = self.plan.step(groups, state, skipped, **arguments)
-            return None if refused is None else Refusal(**refused)
+            return self._step_together(groups, state, skipped, arguments)
         # The native stepper sees an optimizer of one parameter: reading through the state of all n would cost each of
         # them n look-ups.
         i, _, p = only
-        refused = self.plan.step(
-            [{**groups[i], "params": [p]}], {p: state[p]} if p in state else {}, skipped, **arguments
-        )
-        return None if refused is None else Refusal(**refused)._replace(groups=(i,) if refused["groups"] else ())
+        given = {p: state[p]} if p in state else {}
+        refused = self._step_together([{**groups[i], "params": [p]}], given, skipped, arguments)
+        return None if refused is None else refused._replace(groups=(i,) if refused.groups else ())
+
+    def _step_together(
+        self, groups: list[Group], state: Any, skipped: Sequence[int], arguments: dict[str, Any]
+    ) -> Refusal | None:
+        """Where a norm is of what is spread over processes, measures it first, joins it, and then steps."""
+        measures = "row_sums" not in arguments
+        if not (measures and self._joining and "measure" in arguments):
+            refused = self.plan.step(groups, state, skipped, **arguments)
+            if refused is None:
+                return None
+            refusal = Refusal(**refused)
+            if not refusal.of_processes or any(refusal._replace(of_processes=False)):
+                return refusal
+        places, leaves_out = places_of(groups), set(skipped)
+        params = [p for _, _, p in places]
+        given = arguments.get("grads") or [p.grad for p in params]
+        grads = [None if r in leaves_out else g for r, g in enumerate(given)]
+        sums = apart.measure(params, grads, [groups[i] for i, _, _ in places])
+        if self._joining is None or not self._joining.serves(params):
+            self._joining = sharding.Joining(params)
+        refused = self.plan.step(groups, state, skipped, row_sums=[self._joining(sums).flatten()], **arguments)
+        return None if refused is None else Refusal(**refused)
+
+    @staticmethod
+    def _agreed(groups: list[Group], inputs: Inputs) -> Inputs:
+        """Where parameters are spread over processes: all skip the step or none."""
+        params = [p for _, _, p in places_of(groups)]
+        given = inputs.found_inf
+        home = params[0].device if params else torch.device("cpu")
+        found = torch.as_tensor(given).to(home).reshape(()) != 0
+        return dataclasses.replace(inputs, found_inf=sharding.agree(found, params).float())
 
     # What the native stepper is told beside the groups
 
@@ -188,7 +240,7 @@ class Stepper:
         self, groups: list[Group], inputs: Inputs, device: torch.device | None, writes_gradients: bool = True
     ) -> dict[str, Any]:
         """Keyword arguments of the native ``step()``. ``device``: where results are; None: with the parameters."""
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {} if self.shared is None else {"shared": [self.shared]}
         if inputs.sums is not None:
             given = inputs.sums
             if isinstance(given, InOrder):

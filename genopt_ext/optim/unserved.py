@@ -35,6 +35,8 @@ def examine(stepper: Stepper, refusal: Refusal, step: Step, arguments: dict[str,
     for i in refusal.groups:
         stepper.check_group(step.groups, i)
         states.complete(step.groups[i])
+    if step.rule.shared:
+        refusals.refuse_devices(step)
     turns = repeats.turns(step, arguments)
     refusals.refuse_overlaps(step, refusal.overlaps, refusal.grad_overlaps)
     torchs = by_torch.find(step, rows)
@@ -66,7 +68,7 @@ def resolve(stepper: Stepper, refusal: Refusal, step: Step, only: Place | None, 
         _step_made(stepper, step, only, [r for r in kernels if r in turn], arguments, others)
     if torchs:
         by_torch.take(step, torchs.values())
-    _leave_gradients(stepper, left, arguments, step)
+    leave_gradients(stepper, left, arguments, step)
 
 
 @torch.no_grad()
@@ -130,6 +132,8 @@ def _step_made(
             raise RuntimeError(f"{step.owner}.step: the kernels refused {again}; please report this")
         if by_reference:
             refusals.tell_reference(step, step.places[by_reference[0]])
+            if step.rule.shared:  # none can be stepped without the others
+                by_reference = [r for r, place in enumerate(step.places) if step.takes_part(place)]
         gradients_overlap = again.gradients_overlap
     if "gradients" not in arguments or not (by_reference or gradients_overlap):
         _step_apart(stepper, step, by_reference, arguments, native)
@@ -137,7 +141,7 @@ def _step_made(
     # Gradients may share memory: within the step one row would see what another left.
     left = arguments.pop("gradients")
     _step_apart(stepper, step, by_reference, arguments, native)
-    _leave_gradients(stepper, left, arguments, step)
+    leave_gradients(stepper, left, arguments, step)
 
 
 def _step_apart(
@@ -152,7 +156,7 @@ def _step_apart(
     apart.take(step, by_reference, arguments, native, arguments_on, results_on)
 
 
-def _leave_gradients(stepper: Stepper, left: str | None, arguments: dict[str, Any], step: Step) -> None:
+def leave_gradients(stepper: Stepper, left: str | None, arguments: dict[str, Any], step: Step) -> None:
     """Writes gradients after the step with ``arguments``."""
     grads = [g for _, _, p in step.places if (g := step.gradient(p)) is not None]
     if left == "zeroed":

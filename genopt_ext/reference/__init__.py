@@ -11,6 +11,8 @@ from .norms import join as join
 from .norms import measure as measure
 from .rules import RULES as RULES
 from .step import average as average
+from .step import interpolate as interpolate
+from .step import shares as shares
 from .step import step as step
 from .step import swapped as swapped
 from .step import undone_where as undone_where

@@ -131,5 +131,16 @@ def power(base: Number, n: Number) -> Number:
     return result
 
 
+def real_power(base: Number, exponent: Number) -> Number:
+    """Of a base that is not negative."""
+    if isinstance(base, Tensor) or isinstance(exponent, Tensor):
+        return torch.as_tensor(base) ** exponent
+    if 0.0 <= exponent < 65536.0 and int(exponent) == exponent:
+        return power(base, exponent)
+    if not base >= 2.2250738585072014e-308:
+        return 0.0 if exponent > 0.0 else math.inf
+    return exponential(exponent * logarithm(base))
+
+
 def root(x: Number) -> Number:
     return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)

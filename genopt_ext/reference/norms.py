@@ -14,6 +14,7 @@ from .math import real
 _TILE, _SPAN, _SUMS = 256, 32, 32
 
 Join = Callable[[Tensor, Tensor], Tensor]
+Of = Callable[[Tensor], Tensor]
 
 
 def join_of(norm: float) -> Join:
@@ -44,10 +45,10 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
 
 
-def _measure_subclass(x: Tensor, norm: float) -> Tensor:
+def _of_subclass(x: Tensor, of: Of, join: Join) -> Tensor:
     """In the subclass's own order of additions: DTensor adds over all devices."""
-    values = x.double()
-    total = values.abs().max() if norm == math.inf else (values.square() if norm == 2 else values.abs()).sum()
+    values = of(x.double())
+    total = values.max() if join is torch.maximum else values.sum()
     if hasattr(total, "full_tensor"):
         whole: Tensor = total.full_tensor()
         return whole
@@ -63,15 +64,23 @@ def measure(x: Tensor, like: Tensor, norm: float = 2.0) -> Tensor:
         like: the parameter in whose order in memory the elements are taken.
         norm: 2, 1 or infinity.
     """
+    return _joined(x, like, torch.square if norm == 2 else torch.abs, join_of(norm))
+
+
+@torch.no_grad()
+def total(x: Tensor, like: Tensor) -> Tensor:
+    """The sum of ``x``, in float64 and the order of a norm."""
+    return _joined(x, like, lambda values: values, torch.add)
+
+
+def _joined(x: Tensor, like: Tensor, of: Of, join: Join) -> Tensor:
     if tracing.is_subclass(x):
-        return _measure_subclass(x, norm)
+        return _of_subclass(x, of, join)
     strides = [*like.stride(), 0] if like.is_complex() else like.stride()
     order = sorted(range(len(strides)), key=lambda d: -strides[d])
     if x.is_complex():
         x = x.resolve_conj()
-    values = real(x).permute(order).reshape(-1).double()
-    values = values * values if norm == 2 else values.abs()
-    join = join_of(norm)
+    values = of(real(x).permute(order).reshape(-1).double())
     tiles = _padded(values, _SPAN * _TILE).view(-1, _SPAN, _TILE)
     spans = _by_halves(_in_turn(tiles, join), join)
     return _by_halves(_in_turn(_padded(spans, _SUMS).view(-1, _SUMS), join), join)

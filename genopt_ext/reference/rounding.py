@@ -28,16 +28,14 @@ def _counted(t: Number) -> Tensor:
     return _number(int(max(t, 0)) & 0xFFFFFFFF)
 
 
-def random_bits(p: Tensor, seed: int, t: Number) -> Tensor:
-    """32 random bits for each element of ``p`` in its order in memory, at step ``t``: int64."""
-    i = torch.arange(p.numel(), device=p.device)
+def random_bits(i: Tensor, seed: int, t: Number) -> Tensor:
+    """32 random bits for each place ``i`` of a parameter's elements, at step ``t``: int64."""
     step = mix(_number(int(seed)) ^ mix(_counted(t)))
     return mix((mix((i >> 32) ^ step) + i) & 0xFFFFFFFF)
 
 
-def thresholds(p: Tensor, t: Number) -> Tensor:
+def thresholds(i: Tensor, t: Number) -> Tensor:
     """As :func:`random_bits`, but evenly spread over elements and steps: a Weyl sequence of rounding thresholds."""
-    i = torch.arange(p.numel(), device=p.device)
     step = _counted(t)
     return (i * 0x91E10DA5 + (step * 0x9E3779B9 & 0xFFFFFFFF) + mix(step >> 8)) & 0xFFFFFFFF
 

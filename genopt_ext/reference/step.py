@@ -3,17 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import tracing
 from ..tracing import Number
-from . import codecs, rounding
+from . import codecs, norms, rounding
 from .math import compute_dtype, is_unset, lerp, real, rounded
-from .rules import RULES
+from .rules import PLAIN, RULES, SHARES, TOTALED
+from .rules.shared import Total
+
+
+class _Loaded(NamedTuple):
+    """A parameter, its gradient and states, as a rule sees them."""
+
+    p: Tensor
+    g: Tensor
+    states: dict[str, Tensor]
+
+
+def _load(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    names: list[str],
+    factor: Number,
+    clip_value: float | None,
+    extra: str | None,
+) -> _Loaded:
+    compute = compute_dtype(param)
+    if grad.is_complex():
+        grad = grad.resolve_conj()
+    values = {name: real(codecs.read(state, name)).to(compute) for name in names}
+    weights, g = real(param), real(grad).to(compute)
+    g = g * rounded(factor, g)
+    if clip_value is not None:
+        limit = float(rounded(clip_value, g))
+        g = g.clamp(-limit, limit)
+    start = state["master"] if extra == "master" else weights.to(compute)
+    if extra == "compensation":
+        start = start + state["compensation"].to(compute)
+    return _Loaded(start, g, values)
+
+
+@torch.no_grad()
+def shares(
+    rule: str,
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    names: list[str],
+    *,
+    factor: Number = 1.0,
+    clip_value: float | None = None,
+    extra: str | None = None,
+    shared: dict[str, Number],
+    **options: Number | str | None,
+) -> list[Tensor]:
+    """What one parameter adds to the totals of all, before it is stepped: 0-dim, float64. Arguments: :func:`step`."""
+    loaded = _load(param, grad, state, names, factor, clip_value, extra)
+    return [norms.total(x, like=param) for x in SHARES[rule](*loaded, shared=shared, **options)]
 
 
 @torch.no_grad()
@@ -31,6 +83,11 @@ def step(
     unbiased: bool = False,
     counts: bool = True,
     running: Iterable[str] = (),
+    shared: dict[str, Number] | None = None,
+    totals: Sequence[Number] = (),
+    whole: Tensor | None = None,
+    places: Tensor | None = None,
+    join: Callable[[Tensor], Tensor] | None = None,
     **options: Number | str | None,
 ) -> None:
     """One step of one parameter: load, rule, store.
@@ -47,49 +104,79 @@ def step(
         counts: whether ``"step"`` is advanced.
         running: states that are one number.
         unbiased: whether states of 16 bits are not rounded to the nearest.
+        shared: numbers that all parameters share, which are advanced.
+        totals: the sums of all parameters' :func:`shares`.
+        whole: the tensor of which ``param`` is a part; None: it is one itself.
+        places: of the elements in the whole, in the shape of ``param``; None: they follow one another from its begin.
+        join: makes of what was added up of a part what it is of the whole (0-dim float64).
         options: the rule's keyword arguments.
     """
-    compute = compute_dtype(param)
-    if grad.is_complex():
-        grad = grad.resolve_conj()
-    values = {name: real(codecs.read(state, name)).to(compute) for name in names}
+    start, g, values = _load(param, grad, state, names, factor, clip_value, extra)
+    weights = real(param)
     t: Number = 0.0
     if counts and "step" in state:
         state["step"].add_(1)
         t = tracing.number(state["step"])
-    weights, g = real(param), real(grad).to(compute)
-    g = g * rounded(factor, g)
-    if clip_value is not None:
-        limit = float(rounded(clip_value, g))
-        g = g.clamp(-limit, limit)
-    start = state["master"] if extra == "master" else weights.to(compute)
-    if extra == "compensation":
-        start = start + state["compensation"].to(compute)
     numbers = {name: tracing.number(state[name]) for name in running}
+    given: dict[str, Any] = dict(options)
     if numbers:
-        new = RULES[rule](start, g, values, t=t, running=numbers, **options)
-        for name, number in numbers.items():
-            state[name].copy_(torch.as_tensor(number, dtype=torch.float64, device=state[name].device))
-    else:
-        new = RULES[rule](start, g, values, t=t, **options)
-    if extra == "master":
-        state["master"].copy_(new)
-    elif extra == "compensation":
-        stored = new.to(param.dtype).to(compute)
-        state["compensation"].copy_(torch.where((stored - stored) == 0, new - stored, 0.0))
+        given["running"] = numbers
+    if shared is not None:
+        given.update(shared=shared, totals=totals)
+    if rule in TOTALED:
+        add_up = norms.total if rule in PLAIN else norms.measure
+        join = join or (lambda sums: sums)
+        count = (param if whole is None else whole).numel() * (2 if param.is_complex() else 1)
+        given["total"] = Total(lambda x: tracing.number(join(add_up(x, like=param))), count)
+    new = RULES[rule](start, g, values, t=t, **given)
+    for name, number in numbers.items():
+        state[name].copy_(torch.as_tensor(number, dtype=torch.float64, device=state[name].device))
+    _store(param, new, state, extra)
     if seed is None:
         weights.copy_(new)
     else:
-        bits = rounding.random_bits(param, seed, t)
+        bits = rounding.random_bits(_order(param, places), seed, t)
         codecs.fill(param, rounding.round_by(codecs.flat(new, param), param.dtype, bits), param)
     for name in names:
         coded = state.get(name) is None
         evenly = coded or (unbiased and state[name].dtype in codecs.HALVES)
-        thresholds = rounding.thresholds(param, t) if evenly else None
+        thresholds = rounding.thresholds(_order(param, places), t) if evenly else None
         if param.is_complex():
             real(state[name]).copy_(values[name])
         else:
             codecs.write(state, name, param, values[name], thresholds)
+
+
+def _order(param: Tensor, places: Tensor | None) -> Tensor:
+    """The places of elements, in the order in which they lie in memory."""
+    return torch.arange(param.numel(), device=param.device) if places is None else codecs.flat(places, param)
+
+
+@torch.no_grad()
+def interpolate(param: Tensor, state: dict[str, Any], end: Tensor, weight: float, extra: str | None) -> None:
+    """Moves the parameter to ``param + weight (end - param)``, as precisely as its state keeps it.
+
+    Args:
+        param: updated in place, as ``state["master"]`` or ``state["compensation"]`` where ``extra`` names it.
+        end: of the parameter's shape, as ``state["z"]`` of the classes without a schedule.
+        weight: from any side: a negative one moves away from ``end``.
+    """
+    weights, compute = real(param), compute_dtype(param)
+    start = state["master"] if extra == "master" else weights.to(compute)
+    if extra == "compensation":
+        start = start + state["compensation"].to(compute)
+    new = lerp(start, real(end).to(compute), rounded(weight, start))
+    _store(param, new, state, extra)
+    weights.copy_(new)
+
+
+def _store(param: Tensor, new: Tensor, state: dict[str, Any], extra: str | None) -> None:
+    """What ``param`` keeps beside itself of its new value."""
+    if extra == "master":
+        state["master"].copy_(new)
+    elif extra == "compensation":
+        stored = new.to(param.dtype).to(new.dtype)
+        state["compensation"].copy_(torch.where((stored - stored) == 0, new - stored, 0.0))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "check.h"
+#include "plan/lane_sums.h"
 #include "plan/plan.h"
 
 using namespace genopt;
@@ -42,6 +43,22 @@ struct Buffer {
     });
   }
 };
+
+// With what the numbers begin that all rows share.
+constexpr std::array<double, kMaxShared> kSharedAtFirst{0.5, 0.75, 0.25, 3};
+
+// The sum of a row's numbers, in the order of a norm: see csrc/README.md.
+inline double sum_in_order(const std::vector<double>& numbers) {
+  LaneSums spans(Norm::kTwo);
+  for (size_t start = 0, s = 0; start < numbers.size(); start += kSpan * kTile, ++s) {
+    std::array<double, kTile> places{};
+    for (size_t i = start; i < std::min(start + kSpan * kTile, numbers.size()); ++i) places[i % kTile] += numbers[i];
+    for (int half = kTile / 2; half >= 1; half /= 2)
+      for (int i = 0; i < half; ++i) places[i] += places[i + half];
+    spans.add(static_cast<int64_t>(s), places[0]);
+  }
+  return spans.total();
+}
 
 struct Tensor {
   int64_t numel;
@@ -109,22 +126,27 @@ struct Tensor {
     return row;
   }
 
-  // The reference: one step, element by element in the order of plain indexing. Counts what did not move.
+  // The reference: one step, element by element in the order of plain indexing. Counts what did not move. `shared`: the
+  // numbers of all rows, which are advanced by `all`, their totals.
   template <class Rule, unsigned kUsed, class T>
-  int64_t expect(const Options& options) {
+  int64_t expect(const Options& options, std::array<double, kMaxShared>& shared,
+                 const std::array<double, kMaxTotals>& all) {
     const double count = double_step ? step64 += 1 : step += 1;
     std::array<double, kMaxRunning> now{running[0], running[1]};
-    const Scalars<Rule, T> scalars(options.data(), count, now.data());
+    Scalars<Rule, T> scalars(options.data(), count, kSharedOf<Rule> > 0 ? shared.data() : now.data());
     for (int i = 0; i < kRunningOf<Rule>; ++i) running[i] = static_cast<float>(now[i]);
-    const bool only_measures = std::is_same_v<Rule, Adopt> && count == 1;
+    bool only_measures = std::is_same_v<Rule, Adopt> && count == 1;
+    if constexpr (std::is_same_v<Rule, RAdamScheduleFree>) only_measures = !is_set(scalars.update.average.rate);
+    if constexpr (kSharedOf<Rule> > 0) {
+      scalars.update.settle(options_of<Rule>(options.data()), all.data(), shared.data());
+    } else if constexpr (kTotalsOf<Rule> > 0) {
+      if (numel > 0 && Rule::needs_totals(options_of<Rule>(options.data())))
+        scalars.update.settle(totals<Rule, kUsed>(scalars).data(), static_cast<double>(numel));
+    }
     int64_t still = 0;
     for (int64_t i = 0; i < numel; ++i) {
-      T x[kOperands] = {};
       int64_t at[kOperands];
-      for (int k = 0; k < kOperands; ++k) {
-        at[k] = i / sizes[1] * operands[k].strides[0] + i % sizes[1] * operands[k].strides[1];
-        if (!operands[k].bytes.empty()) x[k] = operands[k].template get<T>(at[k]);
-      }
+      std::array<T, kOperands> x = load<T>(i, at);
       const T before = x[kParam], g = x[kGrad];
       scalars.update.template apply<kUsed % kWithAverage | kAnyDecay<Rule>>(
           x[kParam], scalars.around.gradient(g), x[kState], x[kState + 1], x[kState + 2], x[kState + 3]);
@@ -133,6 +155,42 @@ struct Tensor {
       still += !only_measures && g != 0 && operands[kParam].template get<T>(at[kParam]) == before;
     }
     return still;
+  }
+
+  template <class T>
+  std::array<T, kOperands> load(int64_t i, int64_t (&at)[kOperands]) const {
+    std::array<T, kOperands> x{};
+    for (int k = 0; k < kOperands; ++k) {
+      at[k] = i / sizes[1] * operands[k].strides[0] + i % sizes[1] * operands[k].strides[1];
+      if (!operands[k].bytes.empty()) x[k] = operands[k].template get<T>(at[k]);
+    }
+    return x;
+  }
+
+  // Of the elements in the order in which the parameter lies in memory.
+  template <class Rule, unsigned kUsed, class T>
+  std::array<double, kMaxTotals> totals(const Scalars<Rule, T>& scalars) const {
+    std::vector<std::pair<int64_t, std::array<T, kOperands>>> elements(numel);
+    for (int64_t i = 0; i < numel; ++i) {
+      int64_t at[kOperands];
+      elements[i].second = load<T>(i, at);
+      elements[i].first = at[kParam];
+    }
+    std::sort(elements.begin(), elements.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::array<std::vector<double>, kMaxTotals> numbers;
+    for (auto& [place, x] : elements) {
+      T shares[kMaxTotals] = {};
+      scalars.update.template share<kUsed % kWithAverage>(shares, x[kParam], scalars.around.gradient(x[kGrad]),
+                                                          x[kState], x[kState + 1], x[kState + 2], x[kState + 3]);
+      for (int n = 0; n < kTotalsOf<Rule>; ++n) numbers[n].push_back(TotalOf<Rule>::of(static_cast<double>(shares[n])));
+    }
+    std::array<double, kMaxTotals> sums{};
+    for (int n = 0; n < kTotalsOf<Rule>; ++n) sums[n] = sum_in_order(numbers[n]);
+    return sums;
+  }
+  template <class Rule, unsigned kUsed, class T>
+  std::array<double, kMaxTotals> totals(const Options& options, std::array<double, kMaxShared> shared) const {
+    return totals<Rule, kUsed>(Scalars<Rule, T>(options.data(), 1, shared.data()));
   }
 };
 
@@ -164,6 +222,20 @@ struct TestedBackend {
 };
 
 template <class Rule, unsigned kUsed>
+std::array<double, kMaxTotals> totals_of_all(const std::vector<Tensor>& tensors, const Options& options,
+                                             const std::array<double, kMaxShared>& shared) {
+  std::array<LaneSums, kMaxTotals> sums{LaneSums(Norm::kTwo), LaneSums(Norm::kTwo)};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    if (!t.active) continue;
+    const auto own = t.operands[kParam].dtype == k64 ? t.template totals<Rule, kUsed, double>(options, shared)
+                                                     : t.template totals<Rule, kUsed, float>(options, shared);
+    for (int n = 0; n < kMaxTotals; ++n) sums[n].add(static_cast<int64_t>(i), own[n]);
+  }
+  return {sums[0].total(), sums[1].total()};
+}
+
+template <class Rule, unsigned kUsed>
 int test(const TestedBackend& backend, const Options& options, double sign, bool any_sign) {
   const RuleInfo& info = rule_info(Rule::kName);
   if (info.used_states(options) != kUsed) return 0;
@@ -178,13 +250,20 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
   for (Tensor& t : initial) t.runs = kRunningOf<Rule>;
 
   std::vector<Tensor> expected = initial;
-  for (Tensor& t : expected)
-    for (int step = 0; step < 2 && t.active; ++step) {
+  std::array<double, kMaxShared> shared = kSharedAtFirst;
+  for (int step = 0; step < 2; ++step) {
+    const std::array<double, kMaxShared> before = shared;
+    std::array<double, kMaxTotals> all{};
+    if constexpr (kSharedOf<Rule> > 0) all = totals_of_all<Rule, kUsed>(expected, options, before);
+    for (Tensor& t : expected) {
+      if (!t.active) continue;
       const bool in_double = t.operands[kParam].dtype == k64;
-      const int64_t still =
-          in_double ? t.template expect<Rule, kUsed, double>(options) : t.template expect<Rule, kUsed, float>(options);
+      shared = before;
+      const int64_t still = in_double ? t.template expect<Rule, kUsed, double>(options, shared, all)
+                                      : t.template expect<Rule, kUsed, float>(options, shared, all);
       CHECK(any_sign || still == 0, show(options, info, t, 0));
     }
+  }
 
   for (const int variant : backend.variants) {
     std::vector<Tensor> tensors = initial;
@@ -201,16 +280,35 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
 }
 
 // Such that every element moves by more than one rounding of its dtype.
-inline double value_of(const OptionName& option, bool on) {
-  static const std::string kFlags[] = {"amsgrad",  "maximize", "decoupled_weight_decay", "decouple", "nesterov",
-                                       "centered", "no_prox"};
+inline double value_of(const OptionName& option, bool on, int word) {
+  static const std::string kFlags[] = {"amsgrad",
+                                       "maximize",
+                                       "decoupled_weight_decay",
+                                       "decouple",
+                                       "nesterov",
+                                       "centered",
+                                       "no_prox",
+                                       "silent_sgd_phase",
+                                       "bias_correction",
+                                       "grad_averaging",
+                                       "always_adapt",
+                                       "decoupled_decay",
+                                       "trust_clip",
+                                       "use_bias_correction",
+                                       "safeguard_warmup"};
   const std::string key = option.key;
   if (std::find(std::begin(kFlags), std::end(kFlags), key) != std::end(kFlags)) return on;
   if (key == "lr") return 0.25;
   if (key == "eps") return 1e-8;
+  if (key == "d0") return on ? 0.5 : 0.25;  // of d: whether it is still the first
+  if (key == "d_coef") return on ? 2 : 1;
+  if (key == "growth_rate") return on ? std::numeric_limits<double>::infinity() : 1.25;
+  if (key == "beta3") return on ? 0.5 : kUnset;
   if (key == "shape_scale") return on ? 2 : 1;
+  if (key == "trust_coeff") return on ? 8 : 4;
   if (key == "etas") return option.item ? 1.25 : 0.5;
   if (key == "step_sizes") return option.item ? 0.75 : on ? 0.25 : 0.125;
+  if (option.words[0]) return !on ? kUnset : option.words[word - 1] ? word : 1;
   if (option.is_optional) return on ? 8 : kUnset;  // a warmup
   return on ? 0.75 : 0;
 }
@@ -219,18 +317,23 @@ template <class Rule, unsigned kUsed>
 void test_states(const TestedBackend& backend) {
   // Every set of options, as bits; of those with these states a few. The last has all of them.
   const size_t count = std::size(Rule::kOptions);
-  const unsigned every = count > 8 ? 53 : 13;
+  const unsigned every = count > 12 ? 821 : count > 10 ? 211 : count > 9 ? 101 : count > 8 ? 53 : 13;
   int tested = 0;
-  for (unsigned bits = 0; bits < 1u << count; ++bits) {
+  for (unsigned twice = 0; twice < 2u << count; ++twice) {
+    const unsigned bits = twice / 2;
+    const int word = 1 + twice % 2;
+    if (word > 1 && (kAnyDecay<Rule> == 0 || bits >> (count - 1) == 0)) continue;  // the last option is a word
     Options options = kNoOptions;
     double sign = 1;
     for (size_t i = 0; i < count; ++i) {
       const bool on = bits >> i & 1;
-      options[i] = value_of(Rule::kOptions[i].name, on);
+      options[i] = value_of(Rule::kOptions[i].name, on, word);
       if (Rule::kOptions[i].name.key == std::string("maximize") && on) sign = -1;
-      constexpr bool kDividesByEps = std::is_same_v<Rule, Adadelta> || std::is_same_v<Rule, Adopt>;  // at first
+      constexpr bool kDividesByEps = std::is_same_v<Rule, Adadelta> || std::is_same_v<Rule, Adopt> ||  // at first
+                                     std::is_same_v<Rule, Lamb>;  // where g is 0, which all elements then feel
       if (kDividesByEps && Rule::kOptions[i].name.key == std::string("eps")) options[i] = 0.25;
     }
+    if (!rule_info(Rule::kName).allows(options)) continue;
     if (backend.few ? tested == 0 : bits % every == 0 || bits + 1 == 1u << count)
       tested += test<Rule, kUsed>(backend, options, sign, bits % 2);
   }

@@ -12,11 +12,15 @@ void run_on_device(const RuleInfo& info, const std::vector<Options>& groups, std
                    int /*variant*/) {
   DevicePlan plan(info, kHost);
   std::vector<OnDevice> on_device(tensors.begin(), tensors.end());
+  const std::shared_ptr<void> shared = allocate(sizeof kSharedAtFirst);
+  copy(shared.get(), kSharedAtFirst.data(), sizeof kSharedAtFirst);
   for (int step = 0; step < steps; ++step) {
     Plan host(info);
     host.groups = groups;
     for (size_t i = 0; i < tensors.size(); ++i) host.rows.push_back(on_device[i].row(tensors[i], 1));
-    plan.step(host, std::vector<Sources>(groups.size()), {}, {nullptr, false, allocate});
+    DeviceTensors given{};
+    if (info.shared) given[kSharedNumbers] = {shared.get(), k64, info.shared};
+    plan.step(host, std::vector<Sources>(groups.size()), given, {nullptr, false, allocate});
     check(cudaDeviceSynchronize());
   }
   for (size_t i = 0; i < tensors.size(); ++i) on_device[i].fetch(tensors[i]);
@@ -35,10 +39,12 @@ struct Twins {
   bool capturing = false;
   Control control;
   float loss_scale = 1;
-  std::shared_ptr<void> loss_scale_on_device;
+  std::shared_ptr<void> loss_scale_on_device, shared_on_device = allocate(sizeof kSharedAtFirst);
+  std::array<double, kMaxShared> shared = kSharedAtFirst;
   std::minstd_rand random{7};
 
   Twins(const char* rule, std::vector<Options> groups) : info(rule_info(rule)), groups(groups), sources(groups.size()) {
+    copy(shared_on_device.get(), shared.data(), sizeof shared);
   }
 
   void add(int64_t numel, Kind kind, const DType (&dtypes)[3], int turn = 0, unsigned more = 0) {
@@ -67,6 +73,7 @@ struct Twins {
     std::stable_sort(step.rows.begin(), step.rows.end(), by_group);
     DeviceTensors given{};
     if (loss_scale_on_device) given[kGradScale] = {loss_scale_on_device.get(), DType::kFloat32, 1};
+    if (info.shared) given[kSharedNumbers] = {shared_on_device.get(), k64, info.shared};
     const int64_t before = plan.launches();
     plan.step(step, sources, given, {stream, capturing, allocate});
     return plan.launches() - before;
@@ -75,6 +82,7 @@ struct Twins {
     Plan twin(info);
     twin.groups = groups;
     twin.control = control;
+    twin.shared = shared.data();
     twin.control.scale *= twin.control.unscale = static_cast<float>(1.0 / loss_scale);
     for (size_t i = 0; i < tensors.size(); ++i) twin.rows.push_back(tensors[i].row(group_of[i]));
     std::stable_sort(twin.rows.begin(), twin.rows.end(), by_group);
@@ -87,6 +95,9 @@ struct Twins {
   }
   void compare(const std::string& when) {
     check(cudaDeviceSynchronize());
+    std::array<double, kMaxShared> numbers{};
+    copy(numbers.data(), shared_on_device.get(), sizeof numbers);
+    CHECK(numbers == shared, when + ": " + info.name);
     for (size_t i = 0; i < tensors.size(); ++i) {
       Tensor there = tensors[i];
       on_device[i].fetch(there);
@@ -159,6 +170,11 @@ void test_launches() {
   twins.step();
   CHECK(twins.step() == 3, "float and double rows");
   twins.compare("float and double");
+
+  Twins empty("lamb", {options_of(rule_info("lamb"), 0.1)});
+  empty.add(0, kContiguous, kDTypes[0]);
+  CHECK(empty.step() == 2, "the table and the prologue: no elements to make totals of");
+  empty.compare("empty");
 }
 
 // Norms, clips of every kind, skipped steps, zeroed and unscaled gradients and averages, in all of their combinations.
@@ -226,7 +242,9 @@ void test_graphs(const char* rule) {
     std::swap(twins.stream, stream);
     twins.capturing = true;
     const int64_t launches = twins.step_on_device();
-    CHECK(!warm || launches <= 5, launches);  // a prologue, and one for each of four kinds of rows
+    // A prologue, one for each of four kinds of rows, as many before those where the rule needs totals, and one more
+    // where these are of all rows.
+    CHECK(!warm || launches <= 5 + (info.totaled ? 4 : 0) + (info.shared ? 1 : 0), launches);
     twins.capturing = false;
     std::swap(twins.stream, stream);
     cudaGraph_t graph = nullptr;

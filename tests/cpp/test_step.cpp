@@ -6,6 +6,8 @@ static void run(const RuleInfo& info, const std::vector<Options>& groups, std::v
                 int threads) {
   Plan plan(info);
   plan.groups = groups;
+  std::array<double, kMaxShared> shared = kSharedAtFirst;
+  plan.shared = shared.data();
   for (int step = 0; step < steps; ++step) {
     plan.rows.clear();
     for (Tensor& t : tensors) plan.rows.push_back(t.row(1));

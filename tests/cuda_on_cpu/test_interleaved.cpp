@@ -61,16 +61,19 @@ std::string train(const RuleInfo& info, const std::vector<Tensor>& initial, std:
   std::vector<Tensor> tensors = initial;
   std::vector<OnDevice> on_device(tensors.begin(), tensors.end());
   cuda::DevicePlan plan(info, kHost);
-  const auto norm = allocate(sizeof(float)), skipped = allocate(sizeof(int64_t)), loss_scale = allocate(sizeof(float));
+  const auto norm = allocate(sizeof(float)), skipped = allocate(sizeof(int64_t)), loss_scale = allocate(sizeof(float)),
+             shared = allocate(sizeof kSharedAtFirst);
   const int64_t none = 0;
   const float three = 3;
   copy(norm.get(), &none, sizeof(float));
   copy(skipped.get(), &none, sizeof none);
   copy(loss_scale.get(), &three, sizeof three);
+  copy(shared.get(), kSharedAtFirst.data(), sizeof kSharedAtFirst);
   DeviceTensors given{};
   given[kGradScale] = {loss_scale.get(), k32, 1};
   given[kGradNorm] = {norm.get(), k32, 1};
   given[kSkippedSteps] = {skipped.get(), k32, 1};
+  if (info.shared) given[kSharedNumbers] = {shared.get(), k64, info.shared};
 
   std::string left;
   using enum Gradients;
@@ -100,6 +103,7 @@ std::string train(const RuleInfo& info, const std::vector<Tensor>& initial, std:
     leave(left, norm.get(), sizeof(float));
   }
   leave(left, skipped.get(), sizeof(int64_t));
+  leave(left, shared.get(), sizeof kSharedAtFirst);
   for (size_t i = 0; i < tensors.size(); ++i) {
     leave(left, on_device[i].step.get(), tensors[i].double_step ? sizeof(double) : sizeof(float));
     for (int k = 0; k < kOperands; ++k) leave(left, on_device[i].memory[k].get(), tensors[i].operands[k].bytes.size());

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from .adams import adam, adamax, adan, ademamix, adopt, nadam, radam
 from .others import adadelta, adagrad, asgd, lion, muon_momentum, muon_update, rmsprop, rprop, sgd
+from .prodigy import prodigy, prodigy_shares
+from .schedule_free import adamw_schedule_free, radam_schedule_free, sgd_schedule_free
+from .trust import lamb, lars, stable_adamw
 
+# Those that are given `total`.
+TOTALED = frozenset({"adam", "lion", "lars", "lamb", "stable_adamw"})
+# Of these, those whose totals are no sums of squares.
+PLAIN = frozenset({"stable_adamw"})
+# Those that are given `shared` and `totals` of all tensors together, and what each element adds to these.
+SHARES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"prodigy": prodigy_shares}
 RULES: dict[str, Callable[..., Tensor]] = {
     rule.__name__: rule
     for rule in (
@@ -31,6 +40,13 @@ RULES: dict[str, Callable[..., Tensor]] = {
         asgd,
         adopt,
         adan,
+        lars,
+        lamb,
+        stable_adamw,
+        adamw_schedule_free,
+        sgd_schedule_free,
+        radam_schedule_free,
+        prodigy,
         muon_momentum,
         muon_update,
     )

@@ -21,7 +21,7 @@ from ..math import (
     rounded,
     sqrt,
 )
-from .shared import less, with_penalty
+from .shared import Total, less, with_caution, with_penalty
 
 
 def moments(p: Tensor, g: Tensor, state: dict[str, Tensor], beta1: Number, beta2: Number) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,7 @@ def adam(
     state: dict[str, Tensor],
     *,
     t: Number,
+    total: Total,
     lr: Number,
     beta1: Number,
     beta2: Number,
@@ -61,6 +62,8 @@ def adam(
     if amsgrad:
         v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
     u = m * rate / (sqrt(v) + rounded(eps * correction, p))
+    if cautious == "update":
+        u = with_caution(u, m, g, total)
     return less(p, u, decay, cautious)
 
 

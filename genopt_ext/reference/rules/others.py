@@ -18,7 +18,7 @@ from ..math import (
     scaled_add,
     sqrt,
 )
-from .shared import less, with_penalty
+from .shared import Total, less, with_caution, with_penalty
 
 
 def sgd(
@@ -40,6 +40,20 @@ def sgd(
         g = -g
     if may_count(l2):
         g = multiply_add(l2, p, g)
+    return sgd_step(p, g, state, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
+
+
+def sgd_step(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    lr: Number,
+    momentum: Number,
+    dampening: Number,
+    nesterov: bool,
+) -> Tensor:
+    """What :func:`sgd` does with a gradient that has its penalty."""
     if "momentum_buffer" in state:
         old = state["momentum_buffer"]
         b = torch.where(is_unset(old), g, scaled_add(momentum, old, g * rounded(1.0 - dampening, p))) + 0.0
@@ -176,6 +190,7 @@ def lion(
     state: dict[str, Tensor],
     *,
     t: Number,
+    total: Total,
     lr: Number,
     beta1: Number,
     beta2: Number,
@@ -189,6 +204,8 @@ def lion(
         g = -g
     u = lerp(state["exp_avg"], g, rounded(1.0 - beta1, p))
     step = torch.where(u > 0, rate, torch.where(u < 0, -rate, u))
+    if cautious == "update":
+        step = with_caution(step, u, g, total)
     p = less(p, step, decay, cautious)
     state["exp_avg"] = lerp(state["exp_avg"], g, rounded(1.0 - beta2, p))
     return p

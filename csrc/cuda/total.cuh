@@ -1,0 +1,184 @@
+// Between prologue (or norm) and update, for rules that need to know something of a whole row (rules/rule.h): what its
+// elements come to, and the scalars that follow from it. As cpu/total.h.
+#pragma once
+
+#include <bit>
+
+#include "lean.cuh"
+#include "prologue.cuh"
+#include "sums.cuh"
+#include "update.cuh"
+
+namespace genopt::cuda {
+
+// sum + x^2, rounded as CPU kernels do: a float's square is exact in double, where fusing changes nothing but the time.
+__device__ inline double add_square(float x, double sum) {
+  return fma(static_cast<double>(x), static_cast<double>(x), sum);
+}
+__device__ inline double add_square(double x, double sum) {
+  return sum + x * x;
+}
+
+template <class Rule, class T>
+__device__ double add_share(T x, double sum) {
+  return kAddsSquares<Rule> ? add_square(x, sum) : sum + static_cast<double>(x);
+}
+
+// Adds the shares of a lane's elements to its sums. kUsed: the row's states; padding, of which a rule may make NaN, has
+// no share.
+template <unsigned kUsed, class Rule, class T, class Value, class IsPadding>
+__device__ void add_shares(const Scalars<Rule, T>& scalars, Value value, IsPadding is_padding,
+                           double (&sums)[kTotalsOf<Rule>][kElements]) {
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) {
+    const auto x = [&](int k) { return Rule::kTotaled >> k & 1 ? value(k, j) : T(0); };
+    T states[] = {x(kState), x(kState + 1), x(kState + 2), x(kState + 3)}, shares[kMaxTotals];
+    scalars.update.template share<kUsed>(shares, x(kParam), scalars.around.gradient(x(kGrad)), states[0], states[1],
+                                         states[2], states[3]);
+    if (is_padding(j)) continue;
+#pragma unroll
+    for (int n = 0; n < kTotalsOf<Rule>; ++n) sums[n][j] = add_share<Rule>(shares[n], sums[n][j]);
+  }
+}
+
+// Of the rows of a kind (device_plan.h), which compute in T: one warp, one span. add_up(row, scalars, gradient, span,
+// lane, sums) adds the shares of its tiles; element(row, lane, j): which of a tile's elements a lane's j-th is.
+template <class Rule, class T, class AddUp, class Element>
+__device__ void total_of_kind(const Table& table, int kind, AddUp add_up, Element element) {
+  constexpr int kCount = kTotalsOf<Rule>;
+  using M = TotalOf<Rule>;
+  __shared__ Places all_places;
+  const int lane = lane_here();
+  const int64_t number = warp_here();
+  if (number >= table.spans || (table.may_skip && table.words[Table::kSkip] != 0)) return;
+  const int r = find_row(table.words + table.first_span(0), table.rows, number, lane);
+  const uint64_t grad = table.words[table.grad(r)];
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  if (!grad || row.only_average || !row.totaled || row.numel == 0 || row.kind != kind) return;
+
+  const auto scalars = scalars_of<Scalars<Rule, T>>(table, row, r);
+  const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]), count = spans_of(row.numel);
+  double sums[kCount][kElements] = {};
+  add_up(row, scalars, reinterpret_cast<void*>(grad), span_of(row, number - first), lane, sums);
+  const TotalColumns columns(table);
+  double* const places = all_places[threadIdx.x / kWarp];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) places[element(row, lane, j)] = sums[n][j];
+    const double sum = by_halves<M>(places, kTile, lane);
+    if (lane == 0) columns.of(n)[number] = sum;
+  }
+  if (!arrives_last(columns.spans_done + r, count, lane)) return;
+  double totals[kCount];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n)
+    totals[n] = join<M>(count, lane, places, [&](int64_t k) { return __ldcg(columns.of(n) + first + k); });
+  if (lane != 0) return;
+  if constexpr (kSharedOf<Rule> > 0) {
+    for (int n = 0; n < kCount; ++n) columns.of_rows(n)[r] = totals[n];
+  } else {
+    auto& own = *reinterpret_cast<Scalars<Rule, T>*>(table.words + table.scalars(r));
+    own.update.settle(totals, static_cast<double>(row.numel));
+  }
+}
+
+// Of rows of any kind that compute in T.
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    total(const __grid_constant__ Table table, int kind) {
+  constexpr int kUsable = std::bit_width(Rule::kTotaled);
+  __shared__ Slots<T, kUsable> slots;
+  const auto add_up = [&](const DeviceRow& row, const Scalars<Rule, T>& scalars, void* gradient, const Span& span,
+                          int lane, double (&sums)[kTotalsOf<Rule>][kElements]) {
+    const RowOperands operands{row, reinterpret_cast<uint64_t>(gradient), false, row.extra == Extra::kMaster,
+                               Rule::kTotaled};
+    const uint64_t* const layout = table.words + table.layouts() + row.layout;
+#pragma unroll 1
+    for (int64_t start = span.begin; start < span.end; start += kTile) {
+      const RowTile here{{start, count_of(span.end - start), lane}, row, layout};
+      LaneOperand<T> x[kOperands];
+      load_operands(x, operands, here, slots);
+      if (operands.loads(kParam) && row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
+      const auto value = [&](int k, int j) { return x[k].values[j]; };
+      const auto is_padding = [&](int j) { return here.element(j) >= here.count; };
+      [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
+        ((row.used % kWithAverage == kMasks ? add_shares<kMasks>(scalars, value, is_padding, sums) : void()), ...);
+      }(typename Rule::Masks{});
+    }
+  };
+  total_of_kind<Rule, T>(table, kind, add_up,
+                         [](const DeviceRow& row, int lane, int j) { return element_of(j, lane, row.piece_bits); });
+}
+
+// How many blocks are to run on a processor: as many as registers let, of which sums and operands take most. `read`:
+// operands, as a mask.
+constexpr int total_blocks(unsigned read, const Way& way) {
+  const int most = !(read & kOfParam) || read < kOfFirstState ? 6 : way == kWays[0] ? 4 : 5;
+  return read & kOfParam && way.extra == Extra::kCompensation ? most - 1 : most;
+}
+
+// Of lean rows (lean.cuh), all of one kind.
+template <class Rule, unsigned kUsed, int kWay>
+__global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[kWay]))
+    lean_total(const __grid_constant__ Table table, int kind) {
+  constexpr Way kStored = kWays[kWay];
+  constexpr unsigned kRead = Rule::kTotaled & (kOfParam | kOfGrad | kUsed * kOfFirstState);
+  constexpr bool kHasFloats = kStored.param == Form::kFloat || (kRead & kOfParam && kStored.extra == Extra::kMaster) ||
+                              (kRead >= kOfFirstState && kStored.state == Form::kFloat);
+  constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand that is read
+  const auto add_up = [&](const DeviceRow& row, const Scalars<Rule, float>& scalars, void* gradient, const Span& span,
+                          int lane, double (&sums)[kTotalsOf<Rule>][kElements]) {
+    const auto add_tile = [&](const Tile& tile) {
+      LeanTile<Rule, kRead, kWay, kPiece> x;
+      x.load(row, gradient, tile);
+      float values[kState + kMaxStates][kElements];
+      x.decode(values, row.dtype[kParam]);
+      const auto value = [&](int k, int j) { return values[k][j]; };
+      add_shares<kUsed>(scalars, value, [&](int j) { return tile.template element<kPiece>(j) >= tile.count; }, sums);
+    };
+    int64_t start = span.begin;
+#pragma unroll 1
+    for (; start + kTile <= span.end; start += kTile) add_tile({start, kTile, lane});
+    if (start < span.end) add_tile({start, count_of(span.end - start), lane});
+  };
+  total_of_kind<Rule, float>(
+      table, kind, add_up, [](const DeviceRow&, int lane, int j) { return element_of(j, lane, kPiece == 8 ? 3 : 2); });
+}
+
+// After it, for rules that need totals of all rows together: one thread a row. `first`: the row whose thread advances
+// the shared numbers.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads) settle(const __grid_constant__ Table table, int first) {
+  constexpr int kCount = kTotalsOf<Rule>, kShared = kSharedOf<Rule>;
+  __shared__ Places all_places;
+  if (table.may_skip && table.words[Table::kSkip] != 0) return;
+  const TotalColumns columns(table);
+  double totals[kCount];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n)
+    totals[n] = join<TotalOf<Rule>>(table.rows, lane_here(), all_places[threadIdx.x / kWarp],
+                                    [&](int64_t k) { return columns.of_rows(n)[k]; });
+  const int64_t i = thread_here();
+  if (i >= table.rows) return;
+  const int r = static_cast<int>(i);
+  const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
+  if (!table.words[table.grad(r)] || row.only_average || row.numel == 0) return;
+  const auto word = [&](int64_t at) { return table.words[at]; };
+  double values[kAllOptions], shared[kShared];
+  read_options<Rule>(table, word, row.group, values);
+  const auto options = options_of<Rule>(values);
+#pragma unroll
+  for (int k = 0; k < kShared; ++k) shared[k] = as_double(table.words[Table::kShared + k]);
+  uint64_t* const own = table.words + table.scalars(r);
+  if (row.dtype[kParam] == DType::kFloat64) {
+    reinterpret_cast<Scalars<Rule, double>*>(own)->update.settle(options, totals, shared);
+  } else {
+    reinterpret_cast<Scalars<Rule, float>*>(own)->update.settle(options, totals, shared);
+  }
+  if (r != first) return;
+  auto* const numbers = static_cast<double*>(address_in(table.words[table.tensor(kSharedNumbers)]));
+  for (int k = 0; k < kShared; ++k) numbers[k] = shared[k];
+}
+
+}  // namespace genopt::cuda

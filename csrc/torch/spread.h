@@ -1,0 +1,145 @@
+// DTensors: tensors that are spread over processes, of which this one has a local tensor. A step takes that: an element
+// is stepped where it is.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <structmember.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+#include <utility>
+
+#include "refusal.h"
+
+namespace genopt {
+
+// torch's class, where it keeps the local tensor and how that is one of a whole. No type: none was imported, or it
+// keeps them elsewhere, and no tensor is known to be one.
+struct SpreadType {
+  PyTypeObject* type = nullptr;
+  Py_ssize_t local = 0, spec = 0;  // in bytes, of slots
+
+  // Looks for it, with the GIL; before the first step that meets one.
+  void find() {
+    if (type) return;
+    PyObject* const module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+    if (!module) return;
+    PyObject* const found = PyObject_GetAttrString(module, "DTensor");
+    if (found && PyType_Check(found)) {
+      auto* const made = reinterpret_cast<PyTypeObject*>(found);
+      if (find_slot(made, "_local_tensor", local) && find_slot(made, "_spec", spec)) {
+        type = made;  // kept for good
+        return;
+      }
+    }
+    PyErr_Clear();  // in the middle of its import
+    Py_XDECREF(found);
+  }
+
+ private:
+  static bool find_slot(PyTypeObject* type, const char* name, Py_ssize_t& offset) {
+    PyObject* const slot = PyDict_GetItemString(type->tp_dict, name);
+    if (!slot || Py_TYPE(slot) != &PyMemberDescr_Type) return false;
+    offset = reinterpret_cast<PyMemberDescrObject*>(slot)->d_member->offset;
+    return true;
+  }
+};
+inline SpreadType spread_type;
+
+inline bool is_spread(PyObject* object) {
+  return object && Py_TYPE(object) == spread_type.type;
+}
+
+// All below of an object that is spread. Borrowed; null: it has none.
+inline PyObject* slot_of(PyObject* object, Py_ssize_t offset) {
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+}
+inline PyObject* local_object(PyObject* object) {
+  return slot_of(object, spread_type.local);
+}
+inline PyObject* spec_of(PyObject* object) {
+  return slot_of(object, spread_type.spec);
+}
+
+// The local tensor of one that is spread, if it is a plain one; else the tensor itself.
+inline const at::Tensor& local_of(PyObject* object) {
+  if (is_spread(object)) {
+    PyObject* const local = local_object(object);
+    if (local && THPVariable_CheckExact(local)) return THPVariable_Unpack(local);
+  }
+  return THPVariable_Unpack(object);
+}
+
+// The Python object of a tensor, or null.
+inline PyObject* object_of(const at::Tensor& t) {
+  const auto of_slot = []<class Slot>(const Slot& slot) -> PyObject* {
+    if constexpr (requires { slot.load_pyobj(); }) {
+      return slot.load_pyobj();
+    } else {
+      return slot._unchecked_untagged_pyobj();
+    }
+  };
+  return of_slot(*t.unsafeGetTensorImpl()->pyobj_slot());
+}
+
+// Owns what it refers to. With the GIL.
+class Reference {
+ public:
+  explicit Reference(PyObject* object = nullptr) : object_(object) {
+    Py_XINCREF(object_);
+  }
+  Reference(Reference&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {
+  }
+  Reference& operator=(Reference&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Reference() {
+    if (object_ && Py_IsInitialized()) Py_DECREF(object_);
+  }
+
+  PyObject* object() const {
+    return object_;
+  }
+
+ private:
+  PyObject* object_;
+};
+
+// Whether two are parts of wholes in the same way: over the same processes, cut alike. With the GIL.
+inline bool are_spread_alike(PyObject* a, PyObject* b) {
+  PyObject *const of_a = spec_of(a), *const of_b = spec_of(b);
+  if (of_a == of_b) return true;
+  if (!of_a || !of_b) return false;
+  for (const char* const name : {"mesh", "placements", "shape"}) {
+    PyObject *const x = PyObject_GetAttrString(of_a, name), *const y = PyObject_GetAttrString(of_b, name);
+    const int same = x && y ? PyObject_RichCompareBool(x, y, Py_EQ) : -1;
+    Py_XDECREF(x);
+    Py_XDECREF(y);
+    if (same < 0) throw PythonError();
+    if (!same) return false;
+  }
+  return true;
+}
+
+// The place of the first local element among all, where the local ones follow one another there; see
+// genopt_ext/sharding.py. With the GIL.
+inline std::optional<int64_t> origin_of(PyObject* object) {
+  static PyObject* const function = [] {
+    PyObject* const module = PyImport_ImportModule("genopt_ext.sharding");
+    if (!module) throw PythonError();
+    PyObject* const found = PyObject_GetAttrString(module, "origin");
+    Py_DECREF(module);
+    if (!found) throw PythonError();
+    return found;
+  }();
+  PyObject* const given = PyObject_CallFunctionObjArgs(function, object, nullptr);
+  if (!given) throw PythonError();
+  std::optional<int64_t> origin;
+  if (given != Py_None) origin = PyLong_AsLongLong(given);
+  Py_DECREF(given);
+  if (PyErr_Occurred()) throw PythonError();
+  return origin;
+}
+
+}  // namespace genopt
