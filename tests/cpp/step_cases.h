@@ -245,8 +245,10 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
   int turn = 0;
   for (const auto& dtypes : kDTypes)
     for (int kind = 0; kind < backend.kinds; ++kind, turn += 3)  // so that no size always meets the same turns
-      for (const int64_t numel : kSizes)
+      for (int64_t numel : kSizes) {
+        if (kind != kContiguous && numel > 1000) numel = numel / 1024 * 256 + numel % 1024;  // fewer tiles, the same tail
         initial.emplace_back(dtypes, numel, static_cast<Kind>(kind), turn++, kUsed, sign, any_sign);
+      }
   for (Tensor& t : initial) t.runs = kRunningOf<Rule>;
 
   std::vector<Tensor> expected = initial;
