@@ -33,7 +33,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/stubtest genopt_ext._C --allowlist tests/stubtest_allowlist.txt
 
-# The C++ tests and the whole Python table, with the .cu sources compiled as C++: see tests/cuda_on_cpu.
+# The C++ tests and Python's of kernels, with the .cu sources compiled as C++: see tests/cuda_on_cpu.
 cuda-on-cpu: $(STAMP)
 	cmake -S . -B build/sanitize -G Ninja -DGENOPT_SANITIZE=ON -DGENOPT_WERROR=ON -DGENOPT_PYTHON=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python \
@@ -42,9 +42,9 @@ cuda-on-cpu: $(STAMP)
 	ctest --test-dir build/sanitize --output-on-failure -j 2
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GENOPT_TEST_CUDA_ON_CPU=build/sanitize/_C.so \
-	  $(BIN)/python -m pytest -n 2 tests/test_bits.py tests/test_state.py tests/test_storage.py tests/test_errors.py \
-	    tests/test_cuda.py tests/test_clip.py tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py \
-	    tests/test_int8_format.py tests/test_quant.py
+	  $(BIN)/python -m pytest -n 2 tests/test_bits.py tests/test_state.py tests/test_cuda.py tests/test_clip.py \
+	    tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py tests/test_int8_format.py tests/test_quant.py \
+	    --deselect tests/test_bits.py::test_no_less_accurate_than_torch # as the bits are those of the CPU
 
 instructions: $(STAMP)
 	$(BIN)/python -m bench.instructions --check

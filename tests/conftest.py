@@ -37,15 +37,23 @@ if device := os.environ.get("GENOPT_TEST_DEVICE"):
     torch.set_default_device(device)
 
 
+# Of each way in which kernels differ one: states of a moment and of a number, totals of a row and of all.
+ON_CPU_STAND_IN = ("AdamW", "SGD", "NAdam", "LAMB", "Prodigy")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On the CPU stand-in for CUDA, of each class the cases with the most states: C++ tests try its options there."""
+    """On the CPU stand-in for CUDA, of some classes the cases with the most states, and in test_bits.py of all: C++ tests
+    try the options of all there.
+    """
     if not path:
         return
     from cases import CASES, Case
 
     def is_left_out(item: pytest.Item) -> bool:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        return isinstance(case, Case) and case in CASES and not case.stateful
+        if not isinstance(case, Case) or case not in CASES:
+            return False
+        return not case.stateful or (item.path.name != "test_bits.py" and case.name not in ON_CPU_STAND_IN)
 
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     items[:] = [item for item in items if not is_left_out(item)]
