@@ -61,7 +61,7 @@ class Case:
     def moments(self) -> int:
         on = [name for name in ("momentum", "centered", "amsgrad") if self.kwargs.get(name)]
         of_class = {"SGD": 0, "LARS": 0, "RMSprop": 1, "Adagrad": 1, "ASGD": 1, "SGDScheduleFree": 1}
-        of_class |= {"AdEMAMix": 3, "Adan": 4, "Prodigy": 4}
+        of_class |= {"AdEMAMix": 3, "Adan": 4, "Prodigy": 4, "Adafactor": 0}  # of matrices: next to none
         return of_class.get(self.optimizer, 2) + len(on)
 
     @property
@@ -91,6 +91,7 @@ class Case:
             moments = self.stored[: self.moments]
             totaled = {"LARS": (width, width), "LAMB": (width, width, *moments), "StableAdamW": (width, *moments[1:])}
             totaled["Prodigy"] = (width, width, *moments[:2])
+            totaled["Adafactor"] = (width, width, width)  # the gradient twice: squares, and the update's norm
             if self.kwargs.get("cautious") == "update":
                 totaled[self.optimizer] = width, moments[0]
             before = (Move(each, 1, 0) for each in totaled.get(self.optimizer, ()))
@@ -218,6 +219,7 @@ def cases(scale: float, memory: float) -> list[Case]:
             )
         ),
         *(Case(f"{name} {m}", name, large) for name in ("LAMB", "StableAdamW", "Prodigy")),
+        Case(f"Adafactor {m}", "Adafactor", ((large[0][0] // 4096, 4096),)),
         Case(f"LARS {m}", "LARS", large, kwargs={**momentum, "weight_decay": 0.01}),
         Case(f"AdamW cautious update {m}", "AdamW", large, kwargs={"cautious": "update"}),
         Case(f"AdamW cautious update {small_name}", "AdamW", small, kwargs={"cautious": "update"}),

@@ -237,3 +237,15 @@ def warn_of_pieces(where: str, params: Sequence[Tensor]) -> None:
             "FullyShardedDataParallel (FSDP1), so the norm is that of this process' pieces alone, as "
             f"torch.nn.utils.{where} would have it; call the model's own clip_grad_norm_(max_norm)"
         )
+
+
+def without_partial_sums(t: Tensor) -> Tensor:
+    """A DTensor with its sums made whole, where processes have parts of them; any other tensor as it is."""
+    placements = getattr(t, "placements", ())
+    if not any(placement.is_partial() for placement in placements):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(t, DTensor)
+    whole: Tensor = t.redistribute(placements=[Replicate() if each.is_partial() else each for each in placements])
+    return whole

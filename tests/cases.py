@@ -174,6 +174,11 @@ CASES = [
     ),
     Case("Prodigy", dict(d0=0.01, weight_decay=0.1, decouple=False, d_coef=2.0, growth_rate=1.5, eps=1e-4)),
     Case("Prodigy", dict(d0=0.01, weight_decay=0.1, safeguard_warmup=True, betas=(0.5, 0.9), use_bias_correction=True)),
+    Case("Adafactor", stateful=True),
+    Case(
+        "Adafactor",
+        dict(lr=0.5, beta2_decay=-0.5, eps=(1e-3, 0.1), d=2.0, weight_decay=0.1, maximize=True),
+    ),
     Case("Lion"),
     Case("Lion", dict(lr=0.013, weight_decay=0.1, cautious="weight_decay")),
     Case("Lion", dict(lr=0.013, weight_decay=0.1, cautious="update", maximize=True)),
@@ -221,6 +226,27 @@ def stored(*axes: Sequence[Any], storages: Sequence[Storage] = tuple(STORAGE)) -
     """``pairs`` of the axes and of the storages, each of these with the next of its dtypes."""
     dtypes = {storage.name: cycle(storage.dtypes) for storage in storages}
     return [(*row, next(dtypes[row[-1].name])) for row in pairs(*axes, storages)]
+
+
+def is_refused(given: dict[str, Any], is_narrow_test: bool) -> bool:
+    """Whether a test's parameters have a class with what it refuses, as test_adafactor.py finds.
+
+    Args:
+        given: the parameters.
+        is_narrow_test: the test asks for narrow state whatever they are: marked ``narrow_state``.
+    """
+    names = {x.name if isinstance(x, Case) else x for x in given.values() if isinstance(x, (Case, str))}
+    rules = [getattr(optim, name).rule for name in names & set(optim.OURS)]
+    narrow = (torch.int8, torch.bfloat16)
+
+    def is_narrow(x: Any) -> bool:
+        options = x.options if isinstance(x, Storage) else x
+        return isinstance(options, dict) and options.get("state_dtype") in narrow
+
+    asks = is_narrow_test or any(map(is_narrow, given.values()))
+    asks = asks or any(given.get(name) in narrow for name in ("state_dtype", "first", "second", "asked", "wanted"))
+    is_complex = any(isinstance(x, torch.dtype) and x.is_complex for x in given.values())
+    return any((rule.precise and asks) or (rule.is_real and is_complex) for rule in rules)
 
 
 # One case per class and set of states, for tests about state rather than arithmetic.

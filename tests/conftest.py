@@ -37,21 +37,24 @@ if device := os.environ.get("GENOPT_TEST_DEVICE"):
     torch.set_default_device(device)
 
 
-# Of each way in which kernels differ one: states of a moment and of a number, totals of a row and of all.
-ON_CPU_STAND_IN = ("AdamW", "SGD", "NAdam", "LAMB", "Prodigy")
+# Of each way in which kernels differ one: states of a moment and of a number, totals of a row and of all, factors.
+ON_CPU_STAND_IN = ("AdamW", "SGD", "NAdam", "LAMB", "Prodigy", "Adafactor")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On the CPU stand-in for CUDA, of some classes the cases with the most states, and in test_bits.py of all: C++ tests
-    try the options of all there.
+    """Leaves out what a class refuses: narrow state, complex parameters.
+
+    On the CPU stand-in for CUDA also all cases but, of some classes, those with the most states, and in test_bits.py of
+    all: C++ tests try the options of all there.
     """
-    if not path:
-        return
-    from cases import CASES, Case
+    from cases import CASES, Case, is_refused
 
     def is_left_out(item: pytest.Item) -> bool:
-        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if not isinstance(case, Case) or case not in CASES:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if is_refused(given, item.get_closest_marker("narrow_state") is not None):
+            return True
+        case = given.get("case")
+        if not path or not isinstance(case, Case) or case not in CASES:
             return False
         return not case.stateful or (item.path.name != "test_bits.py" and case.name not in ON_CPU_STAND_IN)
 

@@ -37,7 +37,7 @@ needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), r
 ADAMW = Case("AdamW")
 SGD = Case("SGD", dict(lr=0.1, momentum=0.9))
 # Every class, with a state that has codes.
-WITHOUT_CODES = ("SGDScheduleFree",)
+WITHOUT_CODES = ("SGDScheduleFree", "Adafactor")
 CODED = [ADAMW, SGD]
 CODED += [case for case in STATEFUL if case.kwargs and case.name not in ("AdamW", "SGD", *WITHOUT_CODES)]
 # SGD without momentum has no state of its own.
@@ -49,8 +49,8 @@ TILE = 256
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 WIDER = [dict(state_dtype=torch.float32), dict(state_dtype=torch.bfloat16)]
 RULES = [getattr(optim, name).rule for name in optim.OURS]
-SQUARES = sorted({name for rule in RULES for name in rule.squares})  # never negative
-WEIGHTS = {name for rule in RULES for name in rule.weights}  # which are no moments
+WEIGHTS = {name for rule in RULES for name in rule.weights | rule.precise}  # which are no moments
+SQUARES = sorted({name for rule in RULES for name in rule.squares} - WEIGHTS)  # never negative
 SIGNED = sorted({name for rule in RULES for name in rule.states} - {*SQUARES, *WEIGHTS})
 
 # An error that the map may have, whichever it is, as a part of the largest element in a block.
@@ -224,7 +224,9 @@ def assert_state(case: Case, opt: Any, p: Tensor, what: object = "", dtype: torc
     state, dtype = opt.state[p], dtype or asked_dtype(group, p)
     what = (case, tuple(p.shape), p.dtype, dtype, what, list(state))
     expected = extras(group, p)
-    expected |= dict.fromkeys(type(opt).rule.weights, torch.float32 if p.dtype in SIXTEEN else p.dtype)
+    rule = type(opt).rule
+    wide = [name for name in rule.state_names(group, p) if name in WEIGHTS]
+    expected |= dict.fromkeys(wide, torch.float32 if p.dtype in SIXTEEN else p.dtype)
     if dtype != torch.int8:
         expected |= dict.fromkeys(moments(case), dtype)
     else:
@@ -235,7 +237,7 @@ def assert_state(case: Case, opt: Any, p: Tensor, what: object = "", dtype: torc
     for name, kind in expected.items():
         t, of_scales = state[name], name.endswith("_scales")
         assert t.dtype == kind and t.device == p.device, (what, name, t.dtype)
-        assert t.shape == ((-(-p.numel() // TILE),) if of_scales else p.shape), (what, name)
+        assert t.shape == ((-(-p.numel() // TILE),) if of_scales else rule.state_shape(name, p)), (what, name)
         if name.endswith("_codes") or name in ("compensation", "master"):
             assert strides(t) == strides(torch.empty_like(p)), (what, name)
     if "master" in state:

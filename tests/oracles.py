@@ -448,6 +448,19 @@ class LAMB(_Oracle):
         weight.sub_(lr * update)
 
 
+class Adafactor(torch.optim.Adafactor):
+    """torch's, which fails at a parameter without elements."""
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        super()._init_group(group, *lists)
+        for i in reversed(range(len(lists[0]))):
+            if lists[0][i].numel() == 0:
+                lists[-1][i].add_(1)
+                for each in lists:
+                    del each[i]
+        return False
+
+
 class StableAdamW(_Oracle):
     """Algorithm 2 of arXiv 2304.13013, as optimi's class has it."""
 

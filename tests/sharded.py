@@ -456,6 +456,24 @@ def estimates(rank):
                 assert_close(full(q).detach(), p.detach(), f"{name}, step {step}, parameter {i}")
 
 
+def factors(rank):
+    """Adafactor's are of whole matrices, however these are spread."""
+    for name, places in placements(*meshes()):
+        whole = [torch.nn.Parameter(randn(shape, i)) for i, shape in enumerate(SHAPES)]
+        parts = [torch.nn.Parameter(spread(p.detach(), at)) for p, at in zip(whole, places, strict=True)]
+        opts = [optim.Adafactor(ps, lr=0.1, weight_decay=0.1) for ps in (whole, parts)]
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+                p.grad = randn(p.shape, 100 * (step + 1) + i)
+                q.grad = spread(p.grad, places[i])
+            for opt in opts:
+                opt.step()
+        for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+            assert_close(full(q).detach(), p.detach(), f"{name}, parameter {i}")
+            for key, t in opts[0].state[p].items():
+                assert_close(full(opts[1].state[q][key]), t, f"{name}, parameter {i}, state {key}")
+
+
 def scalers(rank):
     """One process finds an infinity: all skip, and our scaler's scale stays the same in all.
 

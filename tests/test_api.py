@@ -86,7 +86,7 @@ def test_every_other_name_is_torchs():
 
 def moments(cls):
     """The states of a class that codes are for."""
-    return cls.rule.states.keys() - cls.rule.weights
+    return cls.rule.states.keys() - cls.rule.weights - cls.rule.precise
 
 
 def test_classes_are_torchs_subclasses():

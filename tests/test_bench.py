@@ -111,17 +111,24 @@ def test_shapes_are_the_models() -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("step", "save")], ids=lambda case: case.name)
 def test_bytes_are_those_of_real_state(case: Case) -> None:
     """On one tensor of whole blocks: counters of steps are less than a thousandth."""
-    few = tables.Case(**{**vars(case), "shapes": ((256 * 256,),)})
+    factored = case.optimizer == "Adafactor"  # with a number for each row and column
+    few = tables.Case(**{**vars(case), "shapes": ((256, 256) if factored else (256 * 256,),)})
     params = rounds.parameters(few)
     opt = subjects.ours(few, params)
     opt.step()
-    assert memory.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=1e-3)
+    assert memory.state_bytes(opt) / few.elements == pytest.approx(case.state_bytes, abs=0.05 if factored else 1e-3)
     rounds.forget()
     if case.kind == "step":
         width = case.dtype.itemsize
         reads = 1 + (case.clip is not None or case.amp)
         both = case.state_bytes * 2 + width * (reads + 1 + (not case.master))
-        totals = {"LAMB": 16, "StableAdamW": 8, "LARS": 8, "Prodigy": 16 - 4}  # fp32, read before the step too
+        totals = {
+            "LAMB": 16,
+            "StableAdamW": 8,
+            "LARS": 8,
+            "Prodigy": 16 - 4,
+            "Adafactor": 12,
+        }  # fp32, read before the step too
         both += totals.get(case.optimizer, 8 if "cautious" in case.kwargs else 0)
         assert case.bytes_an_element == pytest.approx(both)
 

@@ -473,6 +473,7 @@ def test_any_mix(case, dtype, grad_dtype, state_dtype):
 
 @needs_grad_dtype
 @pytest.mark.parametrize(("case", "kept"), pairs(SOME, [{}, *KEPT]), ids=str)
+@pytest.mark.narrow_state
 def test_mixes_in_one_optimizer(case, kept):
     """Rows of every dtype side by side in groups of their own, clipped by one norm."""
     mixes = in_turn([(7,), (300,), (4099,), (300,), (5, 9)], NARROW, NARROW, range(2))

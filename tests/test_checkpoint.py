@@ -197,6 +197,8 @@ def test_what_torch_loads_and_trains_with(case, change):
         params = copies_of(places(first))
         opt = make(params)
         opt.load_state_dict(saved)
+        if case.name == "Adafactor" and make == case.torch:  # torch's loads what it then fails to step by
+            opt.param_groups[0].setdefault("maximize", False)
         assert ("mine" in opt.state) == (change == "an entry of the user's own")
         train(opt, params, 2, first=3)
         runs.append([p.detach() for p in params])
@@ -317,6 +319,7 @@ def test_loading_in_inference_mode(name, kwargs, backend):
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, None], ids=str)
+@pytest.mark.narrow_state
 def test_groups_hold_no_dtypes(case, dtype, backend):
     make = partial(case.ours, state_dtype=dtype, min_int8_size=256, backend=backend)
     opt = trained(make, parameters([(300,), (5,)]), 2)

@@ -312,6 +312,7 @@ def test_unusual_tensors(kind, where, backend):
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.narrow_state
 def test_step_counters_that_can_not_be(case, dtype, backend):
     if EMULATED and backend == "auto":
         pytest.skip("a counter on a GPU is not read")

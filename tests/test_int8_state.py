@@ -141,6 +141,7 @@ def test_a_scale_belongs_to_256_elements_in_memory(layout, k, backend):
 
 
 @pytest.mark.parametrize(("case", "dtype", "backend"), pairs(CASES, NARROW, BACKENDS), ids=str)
+@pytest.mark.narrow_state
 def test_each_step_is_that_of_the_decoded_state(case, dtype, backend):
     """Load, rule, store: from what the codes say, the step is float32's to the bit; then each moment is rounded."""
     params = parameters(BLOCKS, dtype)
@@ -301,6 +302,7 @@ def test_signed_moments_keep_their_order(backend):
 
 
 @pytest.mark.parametrize("name", FIRST)
+@pytest.mark.narrow_state
 def test_least_squares(name):
     """Trains about as well as with float32 state."""
     torch.manual_seed(0)
@@ -378,6 +380,7 @@ def test_second_moment_follows_a_change_of_scale(everywhere, factor):
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
+@pytest.mark.narrow_state
 def test_codes_load_into_float32_and_on_into_torch(case):
     opt = trained(partial(case.ours, **INT8), parameters([(700,), (30, 40)]))
     other, resumed = plain(case, opt)

@@ -23,6 +23,7 @@ pytestmark = [
         ("tensor_parallel", 2),
         ("no_leaks", 2),
         ("estimates", 4),
+        *(("factors", size) for size in (2, 4)),
         *(("same_bits", size) for size in (1, 2, 3, 4)),
         *(("parts_change", size) for size in (1, 2, 3)),
     ],

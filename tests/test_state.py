@@ -243,11 +243,16 @@ def assert_both_follow(case, change, shapes, storage=STORED["plain"], dtype=torc
         assert_same(opt, run_one(case, make, storage.options, steps=steps), (case, storage, change))
 
 
+def has_kernels(case, change, way):
+    """The matrices of a parameter that is not contiguous are the reference's."""
+    return (case.name, change) != ("Adafactor", other_strides)
+
+
 @KERNELS
 @pytest.mark.parametrize(
     ("case", "change", "way"),
     [
-        *product(STATEFUL, PLAIN, [(STORED["plain"], torch.float32)]),
+        *(row for row in product(STATEFUL, PLAIN, [(STORED["plain"], torch.float32)]) if has_kernels(*row)),
         *in_turn(CODED, NARROWED, [(STORED["int8"], torch.float32), *stored(storages=MIXED)]),
     ],
     ids=name_of,
@@ -369,10 +374,12 @@ def test_checkpoints_interchange_with_torch(case, dtype):
         other = second(resumed)
         other.load_state_dict(saved(opt.state_dict()))
         assert other.state_dict().keys() == opt.state_dict().keys()
-        if second == case.torch:  # which stores them in the parameter's dtype
+        narrowed = dtype != torch.float32 and bool(case.ours(parameters([(1,)])).rule.precise)  # by torch
+        if second == case.torch and not narrowed:  # which stores them in the parameter's dtype
             for old, new in zip(opt.state.values(), other.state.values(), strict=True):
                 new.update({name: old[name].clone() for name in (NUMBERS | WEIGHTS) & old.keys()})
-        assert_same_state(opt, other, case)
+        if not narrowed:
+            assert_same_state(opt, other, case)
         train(opt, params, 2, first=3)
         train(other, resumed, 2, first=3)
         tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)

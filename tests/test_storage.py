@@ -77,6 +77,7 @@ from genopt_ext import optim
 
 
 @pytest.mark.parametrize(("case", "dtype", "backend"), pairs(STATEFUL, NARROW, BACKENDS), ids=str)
+@pytest.mark.narrow_state
 def test_min_int8_size(case, dtype, backend):
     """Smaller parameters have float32 state, those of 16 bits too."""
     for least, sizes in ((None, (4095, 4096)), (300, (299, 300)), (1, (1, 2)), (10**9, (4096, 5000))):
@@ -193,6 +194,7 @@ def test_grad_scalers(case, make_scaler, storage, dtype):
 @pytest.mark.parametrize(
     ("case", "kept", "state", "dtype", "backend"), pairs(SOME, [{}, *KEPT], STATES, NARROW, BACKENDS), ids=str
 )
+@pytest.mark.narrow_state
 def test_round_trip(case, kept, state, dtype, backend):
     per_group = [{}, dict(weight_decay=0.05), dict(state_dtype=torch.int8, min_int8_size=300)]
     params = parameters([(700,), (20, 30), (7,), (257,), (20, 15), (300,), ()], dtype)
@@ -349,6 +351,7 @@ STOPPED_BY_LR = [case for case in SOME if case.name != "Rprop"]
 
 
 @pytest.mark.parametrize(("case", "kept", "backend"), pairs(STOPPED_BY_LR, KEPT, BACKENDS), ids=str)
+@pytest.mark.narrow_state
 def test_weights_may_be_kept_otherwise_between_steps(case, kept, backend):
     """Set in a group by hand; switched off and on again, nothing of long ago comes back."""
     params = parameters([(700,), (7,)], torch.bfloat16)
@@ -454,6 +457,7 @@ EVERY = [*FIRST, *optim.EIGHT_BIT]
 
 
 @pytest.mark.parametrize(("name", "bad", "backend"), in_turn(list(FIRST), BAD, BACKENDS), ids=str)
+@pytest.mark.narrow_state
 def test_bad_options(name, bad, backend):
     """By every constructor, and where groups and steps find them."""
     given, match = bad

@@ -52,6 +52,7 @@ MIDDLE: dict[str, tuple[float | None, float | None]] = {
     "StableAdamW": (1.0, 3e-3),
     "LAMB": (1.0, 0.01),
     "LARS": (None, 10.0),
+    "Adafactor": (None, None),  # not run yet
     "Prodigy": (None, None),  # not run yet
     "ADOPT": (3.0, 3e-3),
     "Adan": (0.1, 3e-3),

@@ -18,6 +18,14 @@ GENOPT_INLINE constexpr bool is_block(DType type) {
   return type >= DType::kInt8;
 }
 
+// The distance from 1 to the next number, of numbers.
+GENOPT_INLINE constexpr double epsilon_of(DType type) {
+  return type == DType::kFloat64    ? 0x1p-52
+         : type == DType::kFloat32  ? 0x1p-23
+         : type == DType::kBFloat16 ? 0x1p-7
+                                    : 0x1p-10;
+}
+
 GENOPT_INLINE int32_t signed_bits(float x) {
   return static_cast<int32_t>(bits_of(x));
 }

@@ -13,6 +13,10 @@ using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, 
 using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
 // What the elements of one span add to a row's totals.
 using TotalKernel = void (*)(const void* scalars, const Row& row, int64_t span, double* totals);
+// Adds up the squares of the gradient in so many rows of a matrix, from element `start` on: those of each row, and to
+// `down` those of each column.
+using SquaresKernel = void (*)(const void* scalars, const Row& row, int64_t start, int64_t rows, double* across,
+                               double* down);
 // Writes what Control::gradients leaves in tiles [begin, end) of a row's gradient.
 using GradientKernel = void (*)(const Row& row, const Control& control, int64_t begin, int64_t end);
 struct KernelTable {
@@ -21,6 +25,7 @@ struct KernelTable {
   std::array<TileKernel, 2> only_average{};  // EMA-only rows, with Transfer's Scalars
   std::array<std::array<SpanKernel, 2>, 3> spans{};
   std::array<std::array<std::array<TotalKernel, 2>, kWithAverage>, kRules> totals{};  // by set of states
+  std::array<std::array<SquaresKernel, 2>, kRules> squares{};                         // of rules with factors
   GradientKernel leave_gradient = nullptr;
 };
 

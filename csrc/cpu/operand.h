@@ -120,6 +120,7 @@ class TileOperand {
   }
 
   T* load(const Row& row, int operand, int64_t start, int count, int padded) {
+    if (row.is_factor(operand)) return load_factor(row, operand, start, count, padded);
     T* const values = place(row, operand, start, count, padded);
     if (in_place_) return values;
     if (operand >= kState && is_block(dtype_)) {
@@ -163,6 +164,30 @@ class TileOperand {
  private:
   float& scale() const {
     return row_->scales[operand_ - kState][start_ / kTile];
+  }
+  // What each element of the tile has of its row or column. It is never stored.
+  T* load_factor(const Row& row, int operand, int64_t start, int count, int padded) {
+    in_place_ = true;
+    std::fill(buffer_ + count, buffer_ + padded, T(0));
+    const bool are_rows = operand == row.factors;
+    const auto& [matrices, rows, columns] = row.matrices;
+    const T* const numbers = static_cast<const T*>(row.data[operand]);
+    const T* const divisors = static_cast<const T*>(row.divisors);
+    int64_t at = start / columns, column = start % columns, matrix = at / rows, row_of_next = (matrix + 1) * rows;
+    for (int i = 0; i < count; column = 0, ++at) {
+      if (at == row_of_next) {
+        ++matrix;
+        row_of_next += rows;
+      }
+      const int some = static_cast<int>(std::min<int64_t>(count - i, columns - column));
+      if (are_rows) {
+        std::fill_n(buffer_ + i, some, numbers[at] / divisors[matrix]);
+      } else {
+        std::copy_n(numbers + matrix * columns + column, some, buffer_ + i);
+      }
+      i += some;
+    }
+    return buffer_;
   }
   // Codes are contiguous, and only beside parameters that compute in float.
   void load_block() {

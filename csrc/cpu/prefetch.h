@@ -35,7 +35,7 @@ GENOPT_INLINE void with_prefetch(Visit visit) {
 // Prefetches an operand from element `start` on. Loading, computing and storing a tile take turns;
 // with the next tile under way the memory is not idle while the rule computes.
 inline void prefetch(const Row& row, int operand, int64_t start, int count) {
-  if (!row.data[operand] || (row.layout && !row.layout->strides[operand].empty())) return;
+  if (!row.data[operand] || row.is_factor(operand) || (row.layout && !row.layout->strides[operand].empty())) return;
   const int size = size_of(row.dtype[operand]);
   const char* const from = static_cast<const char*>(row.data[operand]) + start * size;
   for (int byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);

@@ -128,6 +128,12 @@ int64_t host_spans(const Row& row) {
   return row.spans(kHost);
 }
 
+// Calls visit(number) with number `at` of those at an address, in double or float.
+template <class Visit>
+double with_number(void* numbers, int64_t at, bool in_double, Visit visit) {
+  return in_double ? visit(static_cast<double*>(numbers)[at]) : visit(static_cast<float*>(numbers)[at]);
+}
+
 double join_spans(const double* spans, int64_t count, Norm norm) {
   if (count == 1) return spans[0];
   LaneSums sums(norm);
@@ -194,9 +200,110 @@ int64_t end_of_some(const Plan& plan, int64_t first, int threads) {
   for (; first < rows && bytes < most; ++first) {
     const Row& row = plan.rows[first];
     for (int k = 0; k < kOperands; ++k)
-      if (plan.rule.totaled >> k & 1) bytes += row.tiles(kHost) * kTile * size_of(row.dtype[k]);
+      if (plan.rule.totaled >> k & 1 && row.data[k] && !row.is_factor(k))
+        bytes += row.tiles(kHost) * kTile * size_of(row.dtype[k]);
   }
   return first;
+}
+
+// Where what is known of a row's matrices stands, among that of all rows.
+struct FactorPlaces {
+  int64_t across = 0;    // sums of the rows of all its matrices
+  int64_t down = 0;      // of the columns, for each band
+  int64_t divisors = 0;  // in bytes
+};
+
+// Gives rows with factors what these become by this step's gradients, from the sums of their squares.
+void renew_factors(Plan& plan, const Row& row, const double* across, const double* down, char* divisors, int threads) {
+  const auto [count, rows, columns] = row.matrices;
+  const int64_t bands = row.matrices.bands();
+  const Prepared& prepared = plan.prepared()[row.prepared];
+  const auto renew = [&](int operand, int64_t at, double mean_square) {
+    return with_number(row.data[operand], at, prepared.in_double, [&](auto& number) -> double {
+      return number = static_cast<std::remove_reference_t<decltype(number)>>(
+                 plan.rule.factor(prepared.scalars, prepared.in_double, number, mean_square));
+    });
+  };
+  constexpr int64_t kNumbersPerThread = 4096, kColumnsTogether = 64, kLanesOfSums = 32;
+  in_parallel(count, 1 + kNumbersPerThread / (rows + columns), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      LaneSums of_rows(Norm::kOne);
+      for (int64_t i = 0; i < rows; i += kRowsTogether) {
+        LaneSums some(Norm::kOne);
+        for (int64_t k = 0; k < std::min<int64_t>(kRowsTogether, rows - i); ++k) {
+          const int64_t at = m * rows + i + k;
+          some.add(k, renew(row.factors, at, across[at] / static_cast<double>(columns)));
+        }
+        of_rows.add(i / kRowsTogether, some.total());
+      }
+      with_number(divisors, m, prepared.in_double, [&](auto& number) -> double {
+        return number = static_cast<std::remove_reference_t<decltype(number)>>(plan.rule.divisor(
+                   prepared.scalars, prepared.in_double, of_rows.total() / static_cast<double>(rows)));
+      });
+      for (int64_t j = 0; j < columns; j += kColumnsTogether) {
+        const int64_t some = std::min(kColumnsTogether, columns - j);
+        double sums[kLanesOfSums][kColumnsTogether] = {};  // as LaneSums, of several columns at once
+        for (int64_t b = 0; b < bands; ++b)
+          for (int64_t k = 0; k < some; ++k) sums[b % kLanesOfSums][k] += down[(m * bands + b) * columns + j + k];
+        for (int64_t half = kLanesOfSums / 2; half >= 1; half /= 2)
+          for (int64_t i = 0; i < half && i + half < bands; ++i)
+            for (int64_t k = 0; k < some; ++k) sums[i][k] += sums[i + half][k];
+        for (int64_t k = 0; k < some; ++k)
+          renew(row.factors + 1, m * columns + j + k, sums[0][k] / static_cast<double>(rows));
+      }
+    }
+  });
+}
+
+// Gives rows [first, last) their factors. Returns the memory of these' divisors.
+std::vector<char> factor(Plan& plan, RowRange range, int threads) {
+  const auto& kernels = kernel_table().squares[plan.rule.index];
+  std::vector<FactorPlaces> places(range.last - range.first);
+  const auto is_factored = [](const Row& row) { return row.factors && row.spans(kHost) > 0; };
+  FactorPlaces end;
+  for (int64_t r = range.first; r < range.last; ++r) {
+    const Row& row = plan.rows[r];
+    if (!is_factored(row)) continue;
+    const auto [count, rows, columns] = row.matrices;
+    places[r - range.first] = end;
+    end.across += count * rows;
+    end.down += count * row.matrices.bands() * columns;
+    end.divisors += count * static_cast<int64_t>(sizeof(double));
+  }
+  std::vector<double> across(end.across), down(end.down);
+  std::vector<char> divisors(end.divisors);
+  const int64_t before = plan.first_tile(range.first), count = plan.first_tile(range.last) - before;
+  in_parallel(count, kTilesPerThread, threads, [&](int64_t begin, int64_t end) {
+    for_range(plan, &Row::first_tile, host_tiles, 1u << kGrad, before + begin, before + end,
+              [&](int64_t r, int64_t first, int64_t last) {
+                const Row& row = plan.rows[r];
+                if (!is_factored(row)) return;
+                const Prepared& prepared = plan.prepared()[row.prepared];
+                const auto [matrices, rows, columns] = row.matrices;
+                const int64_t band = row.matrices.band(), bands = row.matrices.bands(), size = rows * columns;
+                // The first band that begins at an element or after it.
+                const auto band_from = [&](int64_t element) {
+                  return element / size * bands +
+                         std::min((element % size + band * columns - 1) / (band * columns), bands);
+                };
+                const FactorPlaces& place = places[r - range.first];
+                const int64_t stop = band_from(std::min(last * kTile, row.numel));
+                for (int64_t b = band_from(first * kTile); b < stop; ++b) {
+                  const int64_t first_row = b / bands * rows + b % bands * band;
+                  kernels[prepared.in_double](prepared.scalars, row, first_row * columns,
+                                              std::min(band, rows - b % bands * band),
+                                              &across[place.across + first_row], &down[place.down + b * columns]);
+                }
+              });
+  });
+  for (int64_t r = range.first; r < range.last; ++r) {
+    Row& row = plan.rows[r];
+    if (!is_factored(row)) continue;
+    const FactorPlaces& place = places[r - range.first];
+    row.divisors = &divisors[place.divisors];
+    renew_factors(plan, row, &across[place.across], &down[place.down], &divisors[place.divisors], threads);
+  }
+  return divisors;
 }
 
 // Adds up what rows need to know as a whole before they are stepped.
@@ -287,6 +394,7 @@ void step(Plan& plan, int threads) {
   } else {
     for (RowRange some{}; some.first < all.last; some.first = some.last) {
       some.last = end_of_some(plan, some.first, threads);
+      const std::vector<char> divisors = factor(plan, some, threads);
       total(plan, some, threads);
       plan.settle(some.first, some.last);
       run(plan, some, threads);

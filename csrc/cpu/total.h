@@ -18,7 +18,7 @@ __attribute__((noinline)) void add_shares(const Scalars<Rule, T>& shared, T* con
   const bool plain = scalars.around.is_plain();
   const auto share = [&](int i, V(&given)[kMaxTotals]) __attribute__((always_inline)) {
     const auto value = [&](int k) __attribute__((always_inline)) {
-      return Rule::kTotaled >> k & 1 ? load_values<Values<T>>(values[k] + i) : V(0);
+      return kTotaledOf<Rule, kUsed> >> k & 1 ? load_values<Values<T>>(values[k] + i) : V(0);
     };
     const V p = value(kParam), g = value(kGrad);
     V x[kMaxStates];
@@ -47,7 +47,7 @@ template <class Rule, unsigned kUsed, class T>
 void total(const void* storage, const Row& row, int64_t span, double* totals) {
   constexpr int kCount = kTotalsOf<Rule>;
   using M = TotalOf<Rule>;
-  static_assert((Rule::kTotaled >> kState & ~kUsed) == 0);
+  constexpr unsigned kRead = kTotaledOf<Rule, kUsed>;
   Scalars<Rule, T> scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   scalars.around.factor *= static_cast<T>(row.factor);
   const int64_t first = span * kSpan * kTile, stop = std::min(first + int64_t{kSpan} * kTile, row.numel);
@@ -59,11 +59,11 @@ void total(const void* storage, const Row& row, int64_t span, double* totals) {
     const int padded = (count + kLanes - 1) & -kLanes;
     if (cpu::tuning.prefetch)
       for (int k = 0; k < kAverage; ++k)
-        if (Rule::kTotaled >> k & 1 && start + 3 * kTile <= stop) prefetch(row, k, start + 2 * kTile, kTile);
+        if (kRead >> k & 1 && start + 3 * kTile <= stop) prefetch(row, k, start + 2 * kTile, kTile);
     const auto load = [&](int k) { return operands[k].load(row, k, start, count, padded); };
     for (int k = 0; k < kAverage; ++k)
-      if (Rule::kTotaled >> k & 1 && is_used(row.used, k)) values[k] = load(k == kParam ? row.param() : k);
-    if (Rule::kTotaled & kOfParam && row.extra == Extra::kCompensation) {
+      if (kRead >> k & 1) values[k] = load(k == kParam ? row.param() : k);
+    if (kRead & kOfParam && row.extra == Extra::kCompensation) {
       const T* const rest = load(kExtra);
       for (int i = 0; i < padded; ++i) values[kParam][i] += rest[i];  // in a buffer, as it has 16 bits in memory
     }

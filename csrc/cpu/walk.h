@@ -8,6 +8,7 @@
 
 #include "buffered.h"
 #include "coded.h"
+#include "factor.h"
 #include "gradient.h"
 #include "in_place.h"
 #include "kernels.h"
@@ -26,11 +27,12 @@ constexpr bool kHasAllLoops = true;
 // What is stepped where it lies. Returns where that ended. kFlag: kMayBeCautious, of which there are fewer loops, or 0.
 template <class Rule, unsigned kUsed, unsigned kFlag>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
-  if constexpr (!kHasAllLoops || kUsed >= kWithAverage || kFlag != 0) return start;
+  if constexpr (!kHasAllLoops || kUsed >= kWithAverage || kFlag != 0 || (kUsed & kFactorsOf<Rule>) != 0) return start;
   return run_plain<Rule, kUsed, Float64, Float64, false>(scalars, row, start, stop);
 }
 template <class Rule, unsigned kUsed, unsigned kFlag>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, float>& scalars, const Row& row, int64_t start, int64_t stop) {
+  if constexpr ((kUsed & kFactorsOf<Rule>) != 0) return start;
   if constexpr (kHasAllLoops || kUsed < kWithAverage)
     start = run_plain<Rule, kUsed | kFlag, Float32, Float32, false>(scalars, row, start, stop);
   if constexpr (kHasAllLoops && kUsed < kWithAverage) {
@@ -77,6 +79,7 @@ void fill(KernelTable& table, int rule, StateMasks<kMasks...>) {
     if constexpr (kTotalsOf<Rule> > 0 && kUsed < kWithAverage)
       table.totals[rule][kUsed] = {total<Rule, kUsed, float>, total<Rule, kUsed, double>};
   };
+  if constexpr (kFactorsOf<Rule> != 0) table.squares[rule] = {add_squares<Rule, float>, add_squares<Rule, double>};
   (set(StateMasks<kMasks>{}), ...);
   (set(StateMasks<kMasks | kWithAverage>{}), ...);
 }

@@ -56,8 +56,9 @@ int DevicePlan::kind_of(const Row& row, const Options& options, const Control& c
   return row.dtype[kParam] == DType::kFloat64 ? kDouble : kFloat;
 }
 
-void DevicePlan::put_row(int r, const Row& row, const Options& options, const Control& control) {
+void DevicePlan::put_row(int r, const Row& row, const Options& options, const Control& control, int64_t factors_at) {
   DeviceRow made = device_row(row, options, kind_of(row, options, control), rule_.needs_totals(options));
+  made.factors_at = factors_at;
   if (row.layout) {
     const std::vector<uint64_t> words = words_of(*row.layout);
     made.layout = layout_end_;
@@ -81,6 +82,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   wanted.rows = static_cast<int>(rows.size());
   wanted.groups = static_cast<int>(groups.size());
   const bool sums_given = tensors[kRowSums].address && !control.only_measure;
+  wanted.factored = rule_.factored ? wanted.rows : 0;
   int measured = 0, active = 0;  // rows
   bool measures[kMeasured] = {};
   for (const Row& row : rows) {
@@ -97,6 +99,9 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   for (int r = 0; (control.measure || totals) && r < wanted.rows; ++r) {
     DeviceRow known{};
     if (memory_ && r < table_.rows) std::memcpy(&known, &image_[table_.row(r)], sizeof known);
+    if (totals && wanted.factored)
+      wanted.factor_words +=
+          std::max(rows[r].factors ? factor_words(rows[r].matrices) : 0, factor_words(known.matrices));
     const int64_t most = std::max(spans_of(rows[r].numel), spans_of(known.numel)) + 1;
     if (control.measure) wanted.norm_spans += most;
     if (totals) wanted.total_spans += most;
@@ -107,21 +112,29 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   const bool stale = !captured_.empty() && captured_.back() == memory_;
   const bool anew = !memory_ || stale || (queue.stream != stream_ && !queue.capturing) || wanted.rows != table_.rows ||
                     wanted.groups != table_.groups || wanted.layout_words > table_.layout_words ||
-                    wanted.norm_spans > table_.norm_spans || wanted.total_spans > table_.total_spans;
+                    wanted.norm_spans > table_.norm_spans || wanted.total_spans > table_.total_spans ||
+                    wanted.factor_words > table_.factor_words;
   if (anew) renew(wanted, queue);
   if (queue.capturing) captured_.push_back(memory_);
 
   // First what mostly stays: the prologue reads rows from the table.
   if (anew) changes_ = {{table_.first_tile(0), static_cast<int64_t>(image_.size())}};
   layout_end_ = 0;
-  int64_t spans = 0;
+  int64_t spans = 0, pieces = 0, factor_groups = 0, factors_at = 0;
   std::vector<Kind> kinds(kFirstLean + kernels_.lean.size());
   std::vector<DeviceRow> known(wanted.rows);  // inactive ones too, as they will return
   for (int r = 0; r < wanted.rows; ++r) {
-    if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group], control);
+    if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group], control, factors_at);
     put(table_.first_span(r), spans);
     std::memcpy(&known[r], &image_[table_.row(r)], sizeof(DeviceRow));
     spans += spans_of(known[r].numel);
+    if (table_.factored) {
+      put(table_.first_piece(r), pieces);
+      put(table_.first_factor_group(r), factor_groups);
+      pieces += pieces_of(known[r].matrices);
+      factor_groups += factor_groups_of(known[r].matrices);
+      factors_at += factor_words(known[r].matrices);
+    }
     Kind& kind = kinds[known[r].kind];
     ++kind.range.rows;
     kind.range.tiles += tiles_of(known[r].numel);
@@ -145,6 +158,8 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     put(table_.first_row(g), static_cast<uint64_t>(r));
   }
   table_.spans = spans;
+  table_.pieces = pieces;
+  table_.factor_groups = factor_groups;
   table_.measures = control.measure;
   table_.totals_rows = totals;
   table_.sums_given = sums_given;
@@ -183,6 +198,14 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   }
   if (control.only_measure) return;
   const auto is_totaled = [&](const Row& row) { return is_here(row) && row.numel && plan.needs_totals(row); };
+  for (const bool in_double : {false, true}) {
+    const auto is_factored = [&](const Row& row) {
+      return row.factors && is_totaled(row) && (row.dtype[kParam] == DType::kFloat64) == in_double;
+    };
+    if (!rule_.factored || std::none_of(rows.begin(), rows.end(), is_factored)) continue;
+    launch(kernels_.squares[in_double], pieces * kWarp, queue, table_);
+    launch(kernels_.factors[in_double], factor_groups * kWarp, queue, table_);
+  }
   for (int i = 0; i < static_cast<int>(kinds.size()); ++i) {
     if (!kinds[i].totaled) continue;
     const TotalKernel total = i == kFloat    ? kernels_.total_float

@@ -58,7 +58,7 @@ class DevicePlan {
   void put(int64_t at, uint64_t word) {
     put(at, &word, 1);
   }
-  void put_row(int r, const Row& row, const Options& options, const Control& control);
+  void put_row(int r, const Row& row, const Options& options, const Control& control, int64_t factors_at);
   int kind_of(const Row& row, const Options& options, const Control& control) const;
   void flush(int rows, const Queue& queue);
   void send(Range range, int rows, const Queue& queue);

@@ -49,7 +49,7 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind, bo
     made.dtype[k] = row.dtype[k];
     if (!is_used(row.used, k) || (k == kGrad && row.only_average)) continue;
     if (k != kGrad) made.data[k] = row.data[k];
-    halves = halves && size_of(row.dtype[k]) <= 2;
+    halves = halves && (row.is_factor(k) || size_of(row.dtype[k]) <= 2);
     if (row.layout && !row.layout->strides[k].empty()) made.strided |= 1 << k;
   }
   made.numel = row.numel;
@@ -60,6 +60,8 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind, bo
   std::copy(row.running_dtype.begin(), row.running_dtype.end(), made.running_dtype);
   made.group = row.group;
   made.used = static_cast<uint8_t>(row.used);
+  made.factors = static_cast<uint8_t>(row.factors);
+  if (row.factors) made.matrices = row.matrices;
   made.only_average = row.only_average;
   made.clips_alone = clips_alone(options.data());
   made.by_tensor = clips_by_tensor(options.data());
@@ -72,6 +74,20 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind, bo
   made.kind = static_cast<uint8_t>(kind);
   made.piece_bits = row.dtype[kParam] == DType::kFloat64 ? 1 : halves ? 3 : 2;
   return made;
+}
+
+// Words that a row's matrices need among the factors: see FactorColumns in factor.cuh.
+inline int64_t factor_words(const Matrices& matrices) {
+  const auto& [count, rows, columns] = matrices;
+  const int64_t row_groups = (rows + kRowsTogether - 1) / kRowsTogether;
+  return count * (2 + row_groups + matrices.panels() * rows + matrices.bands() * columns);
+}
+inline int64_t pieces_of(const Matrices& matrices) {
+  return matrices.count * matrices.bands() * matrices.panels();
+}
+inline int64_t factor_groups_of(const Matrices& matrices) {
+  const int64_t row_groups = (matrices.rows + kRowsTogether - 1) / kRowsTogether;
+  return matrices.count * (row_groups + (matrices.columns + kWarp - 1) / kWarp);
 }
 
 // A layout in the table: dims, sizes[dims], strides[operand][dims].

@@ -53,6 +53,10 @@ struct RuleKernels {
   UpdateKernel update_float, update_double;  // of rows of any kind that compute in float, in double
   std::vector<LeanKernel> lean;
   TotalKernel total_float = nullptr, total_double = nullptr;
+  // Of rows with factors that compute in float, in double: the sums of squared gradients, and what the factors become;
+  // null: the rule has none.
+  void (*squares[2])(Table) = {};
+  void (*factors[2])(Table) = {};
   // Gives all rows the scalars that follow from the totals of all; null: the rule needs none of all rows together.
   void (*settle)(Table, int first) = nullptr;
 };

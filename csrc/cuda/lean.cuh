@@ -4,6 +4,7 @@
 // keep memory busy. The same rules, codecs and bits.
 #pragma once
 
+#include "factor.cuh"
 #include "lean_operand.cuh"
 
 namespace genopt::cuda {
@@ -68,10 +69,11 @@ struct LeanTile {
 
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
 // computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
-// registers let five, with four four.
+// registers let five, with four, or with factors, four.
 template <class Rule>
 constexpr int lean_blocks(unsigned used, const Way& way, bool cautious) {
   constexpr bool kFewScalars = sizeof(typename Rule::template Update<float>) <= 9 * sizeof(float);
+  if (used & kFactorsOf<Rule>) return 4;
   return used == 0b1111 ? 4 : used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars && !cautious ? 7 : 6;
 }
 
@@ -82,7 +84,8 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   constexpr Way kStored = kWays[kWay];
   constexpr bool kHasMaster = kStored.extra == Extra::kMaster, kHasRest = kStored.extra == Extra::kCompensation;
   constexpr Form kSeen = kHasMaster ? Form::kFloat : kStored.param;  // the parameter as the rule sees it
-  constexpr bool kHasFloats = kSeen == Form::kFloat || (kUsed && kStored.state == Form::kFloat);
+  constexpr unsigned kGiven = kUsed & kFactorsOf<Rule>, kKept = kUsed & ~kGiven;
+  constexpr bool kHasFloats = kSeen == Form::kFloat || (kKept && kStored.state == Form::kFloat);
   constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand
   if (warp_here() >= range.tiles) return;
   const TileHere found = find_lean_tile(table, range);
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   const DType dtype = row.dtype[kParam];
   const bool zeroes = table.gradients == Gradients::kZeroed;
   void* const gradient = reinterpret_cast<void*>(grad);
-  LeanTile<Rule, kOfParam | kOfGrad | kUsed * kOfFirstState, kWay, kPiece> x;
+  LeanTile<Rule, kOfParam | kOfGrad | kKept * kOfFirstState, kWay, kPiece> x;
   float values[kState + kMaxStates][kElements];
   const auto leave_zeros = [&] {
 #pragma unroll
@@ -108,6 +111,9 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
 
   x.load(row, gradient, tile);
   const auto scalars = scalars_of<Scalars<Rule, float>>(table, row, found.row);
+  if constexpr (kGiven != 0)
+    load_factors(values[kState + kFirstFactor<Rule>], values[kState + kFirstFactor<Rule> + 1], table, row, tile,
+                 [&](int j) { return tile.template element<kPiece>(j); });
   x.decode(values, dtype);
 #pragma unroll
   for (int j = 0; j < kElements; ++j)
@@ -146,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   if constexpr (kStored.state == Form::kCodes) __syncwarp();  // all lanes have read the scales that one writes
 #pragma unroll
   for (int i = 0; i < kMaxStates; ++i) {
-    if (!(kUsed >> i & 1)) continue;
+    if (!(kKept >> i & 1)) continue;
     float (&state)[kElements] = values[kState + i];
     if constexpr (kStored.state == Form::kCodes) {
       with_block_of<Rule>(i, x.scales[i], [&]<class Block>(const Block&) {

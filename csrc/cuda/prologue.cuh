@@ -109,6 +109,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const double factor = table.measures ? 1.0 : group_scale(table, word, row.group);
   double options[kAllOptions];
   read_options<Rule>(table, word, row.group, options);
+  if constexpr (constexpr int kEps = kEpsOf<Rule>; kEps >= 0)
+    if (options[kEps] == kUnset) options[kEps] = epsilon_of(row.dtype[row.param()]);
   constexpr int kRunning = kRunningOf<Rule>;
   double running[kMaxRunning > kMaxShared ? kMaxRunning : kMaxShared];
   for (int i = 0; i < kRunning; ++i) {

@@ -1,6 +1,7 @@
 // The kernels of one rule. Included once by each rule's .cu.
 #pragma once
 
+#include "factor.cuh"
 #include "lean.cuh"
 #include "prologue.cuh"
 #include "total.cuh"
@@ -14,7 +15,9 @@ template <class Rule>
 std::vector<LeanKernel> lean_kernels() {
   std::vector<LeanKernel> kernels;
   const auto add = [&]<unsigned kUsed, int kWay>() {
-    if constexpr (!std::is_same_v<Rule, Transfer> && (kUsed || kWays[kWay].state == Form::kFloat)) {
+    constexpr bool kInFloat = kWays[kWay].state == Form::kFloat;
+    // Where there are factors, states are float whatever is asked.
+    if constexpr (!std::is_same_v<Rule, Transfer> && (kInFloat || (kUsed && kFactorsOf<Rule> == 0))) {
       TotalKernel total = nullptr;
       if constexpr (kTotalsOf<Rule> > 0) total = lean_total<Rule, kUsed, kWay>;
       kernels.push_back({kUsed, kWay, false, lean_update<Rule, kUsed, kWay, false>, total});
@@ -39,6 +42,12 @@ RuleKernels make_rule_kernels() {
     kernels.total_float = total<Rule, float>;
     kernels.total_double = total<Rule, double>;
     if constexpr (kSharedOf<Rule> > 0) kernels.settle = settle<Rule>;
+  }
+  if constexpr (kFactorsOf<Rule> != 0) {
+    kernels.squares[0] = add_squares<Rule, float>;
+    kernels.squares[1] = add_squares<Rule, double>;
+    kernels.factors[0] = renew_factors<Rule, float>;
+    kernels.factors[1] = renew_factors<Rule, double>;
   }
   return kernels;
 }

@@ -14,9 +14,12 @@
 //   spans    [row]             spans of all rows before this one
 //   rows     [row]             DeviceRow
 //   firsts   [group]           the group's first row, and after the last group the number of rows
+//   pieces   [row]             of rules with factors: pieces of the matrices of all rows before this one
+//   groups   [row]             likewise, groups of 32 rows or columns
 //   layouts                    of rows that are not contiguous: dims, sizes[dims], strides[operand][dims]
 //   norms                      where gradients are measured, written by kernels alone: see norm_columns.h
 //   totals                     where the rule needs totals of a row, likewise
+//   factors                    where rows have factors, likewise: see factor.cuh
 //
 // What changes at every step (options, control, grads) stands together: it travels in one launch's arguments.
 #pragma once
@@ -38,13 +41,16 @@ struct DeviceRow {
   int64_t numel;
   void* step;  // null: the rule counts none
   void* running[kMaxRunning];
-  int64_t origin;  // as Row::origin
-  int64_t layout;  // words from the start of the layouts
+  int64_t origin;      // as Row::origin
+  Matrices matrices;   // where it has factors
+  int64_t factors_at;  // words from the start of the factors
+  int64_t layout;      // words from the start of the layouts
   int32_t group;
   DType dtype[kOperands];
   DType step_dtype;
   DType running_dtype[kMaxRunning];
   uint8_t used;         // as Row::used
+  uint8_t factors;      // as Row::factors
   uint8_t strided;      // operands that have strides in the layout, as a mask
   uint8_t piece_bits;   // a lane holds 1 << piece_bits elements side by side
   uint8_t clips_alone;  // its group is left out of the optimizer's norm
@@ -97,17 +103,19 @@ struct Table {
   uint64_t* words;
   int32_t groups, rows;
   int64_t spans;
-  int64_t layout_words, norm_spans, total_spans;  // that there is room for
-  bool measures, totals_rows;                     // this step
-  Gradients gradients;                            // what is left in them
-  bool sums_given;                                // of rows, by kRowSums: nothing is measured
+  int64_t pieces, factor_groups;                                // of matrices
+  int64_t layout_words, norm_spans, total_spans, factor_words;  // that there is room for
+  int32_t factored;                                             // rows, of a rule with factors; else 0
+  bool measures, totals_rows;                                   // this step
+  Gradients gradients;                                          // what is left in them
+  bool sums_given;                                              // of rows, by kRowSums: nothing is measured
   bool may_skip;
   bool some_clip_alone;  // groups: they have norms of their own
 
   // Where the columns stand, in words: place() knows, so that no kernel has to multiply.
   static constexpr int64_t kSkip = 0, kRowsDone = 1, kUnscale = 2, kShared = 4, kHeader = kShared + kMaxShared;
-  int64_t sources_at, options_at, control_at, grads_at, tiles_at, order_at, spans_at, rows_at, groups_at, layouts_at,
-      norms_at;
+  int64_t sources_at, options_at, control_at, grads_at, tiles_at, order_at, spans_at, rows_at, groups_at, pieces_at,
+      layouts_at, norms_at;
 
   // Once it is known how much there is of each.
   void place() {
@@ -120,7 +128,8 @@ struct Table {
     spans_at = order_at + rows;
     rows_at = spans_at + rows;
     groups_at = rows_at + int64_t{rows} * kRowWords;
-    layouts_at = groups_at + groups + 1;
+    pieces_at = groups_at + groups + 1;
+    layouts_at = pieces_at + 2 * int64_t{factored};
     norms_at = layouts_at + layout_words;
   }
 
@@ -161,6 +170,12 @@ struct Table {
   GENOPT_INLINE int64_t first_row(int group) const {
     return groups_at + group;
   }
+  GENOPT_INLINE int64_t first_piece(int row) const {
+    return pieces_at + row;
+  }
+  GENOPT_INLINE int64_t first_factor_group(int row) const {
+    return pieces_at + factored + row;
+  }
   GENOPT_INLINE int64_t layouts() const {
     return layouts_at;
   }
@@ -170,8 +185,11 @@ struct Table {
   GENOPT_INLINE int64_t totals() const {
     return norms() + (norm_spans ? groups + 3 * rows + 2 * norm_spans : 0);
   }
-  GENOPT_INLINE int64_t end() const {
+  GENOPT_INLINE int64_t factors() const {
     return totals() + (total_spans ? (1 + kMaxTotals) * int64_t{rows} + kMaxTotals * total_spans : 0);
+  }
+  GENOPT_INLINE int64_t end() const {
+    return factors() + factor_words;
   }
 };
 

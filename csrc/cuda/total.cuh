@@ -31,7 +31,7 @@ __device__ void add_shares(const Scalars<Rule, T>& scalars, Value value, IsPaddi
                            double (&sums)[kTotalsOf<Rule>][kElements]) {
 #pragma unroll
   for (int j = 0; j < kElements; ++j) {
-    const auto x = [&](int k) { return Rule::kTotaled >> k & 1 ? value(k, j) : T(0); };
+    const auto x = [&](int k) { return kTotaledOf<Rule, kUsed> >> k & 1 ? value(k, j) : T(0); };
     T states[] = {x(kState), x(kState + 1), x(kState + 2), x(kState + 3)}, shares[kMaxTotals];
     scalars.update.template share<kUsed>(shares, x(kParam), scalars.around.gradient(x(kGrad)), states[0], states[1],
                                          states[2], states[3]);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const auto add_up = [&](const DeviceRow& row, const Scalars<Rule, T>& scalars, void* gradient, const Span& span,
                           int lane, double (&sums)[kTotalsOf<Rule>][kElements]) {
     const RowOperands operands{row, reinterpret_cast<uint64_t>(gradient), false, row.extra == Extra::kMaster,
-                               Rule::kTotaled};
+                               Rule::kTotaled & loaded_of<Rule>(row)};
     const uint64_t* const layout = table.words + table.layouts() + row.layout;
 #pragma unroll 1
     for (int64_t start = span.begin; start < span.end; start += kTile) {
@@ -100,7 +100,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       LaneOperand<T> x[kOperands];
       load_operands(x, operands, here, slots);
       if (operands.loads(kParam) && row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
-      const auto value = [&](int k, int j) { return x[k].values[j]; };
+      find_factors<Rule>(table, here, slots);
+      const auto value = [&](int k, int j) {
+        return is_factor<Rule>(k) ? slots.values[k][j][threadIdx.x] : x[k].values[j];
+      };
       const auto is_padding = [&](int j) { return here.element(j) >= here.count; };
       [&]<unsigned... kMasks>(StateMasks<kMasks...>) {
         ((row.used % kWithAverage == kMasks ? add_shares<kMasks>(scalars, value, is_padding, sums) : void()), ...);
@@ -113,17 +116,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
 // How many blocks are to run on a processor: as many as registers let, of which sums and operands take most. `read`:
 // operands, as a mask.
-constexpr int total_blocks(unsigned read, const Way& way) {
+constexpr int total_blocks(unsigned read, const Way& way, bool factored) {
+  if (factored) return 3;
   const int most = !(read & kOfParam) || read < kOfFirstState ? 6 : way == kWays[0] ? 4 : 5;
   return read & kOfParam && way.extra == Extra::kCompensation ? most - 1 : most;
 }
 
 // Of lean rows (lean.cuh), all of one kind.
 template <class Rule, unsigned kUsed, int kWay>
-__global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[kWay]))
+__global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[kWay], (kUsed & kFactorsOf<Rule>) != 0))
     lean_total(const __grid_constant__ Table table, int kind) {
   constexpr Way kStored = kWays[kWay];
-  constexpr unsigned kRead = Rule::kTotaled & (kOfParam | kOfGrad | kUsed * kOfFirstState);
+  constexpr unsigned kGiven = kUsed & kFactorsOf<Rule>;
+  constexpr unsigned kRead = kTotaledOf<Rule, kUsed & ~kGiven>;
   constexpr bool kHasFloats = kStored.param == Form::kFloat || (kRead & kOfParam && kStored.extra == Extra::kMaster) ||
                               (kRead >= kOfFirstState && kStored.state == Form::kFloat);
   constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand that is read
@@ -133,6 +138,9 @@ __global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[k
       LeanTile<Rule, kRead, kWay, kPiece> x;
       x.load(row, gradient, tile);
       float values[kState + kMaxStates][kElements];
+      if constexpr (kGiven != 0)
+        load_factors(values[kState + kFirstFactor<Rule>], values[kState + kFirstFactor<Rule> + 1], table, row, tile,
+                     [&](int j) { return tile.template element<kPiece>(j); });
       x.decode(values, row.dtype[kParam]);
       const auto value = [&](int k, int j) { return values[k][j]; };
       add_shares<kUsed>(scalars, value, [&](int j) { return tile.template element<kPiece>(j) >= tile.count; }, sums);

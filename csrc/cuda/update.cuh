@@ -4,6 +4,7 @@
 
 #include <iterator>
 
+#include "factor.cuh"
 #include "lane_operand.cuh"
 
 namespace genopt::cuda {
@@ -148,6 +149,38 @@ __device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands
     if (k != kGrad && operands.loads(k)) x[k].store_slots(tile, operands.source(k), slots.values[k], phase);
 }
 
+// Operands that are loaded as they are, as a mask: all but factors.
+template <class Rule>
+__device__ unsigned loaded_of(const DeviceRow& row) {
+  if constexpr (kFactorsOf<Rule> == 0) {
+    return ~0u;
+  } else {
+    return row.factors ? ~(kFactorsOf<Rule> << kState) : ~0u;
+  }
+}
+
+template <class Rule>
+__device__ constexpr bool is_factor(int k) {
+  return kFactorsOf<Rule> << kState >> k & 1;
+}
+
+// Puts the factors of a tile's elements into their slots, where the row has some.
+template <class Rule, int kUsable, class T>
+__device__ void find_factors(const Table& table, const RowTile& tile, Slots<T, kUsable>& slots) {
+  if constexpr (kFactorsOf<Rule> != 0) {
+    if (!tile.row.factors) return;
+    constexpr int kRow = kState + kFirstFactor<Rule>;
+    TileFactors<T> factors(table, tile.row, tile);
+#pragma unroll 1
+    for (int j = 0; j < kElements; ++j) {
+      T of_row = 0, of_column = 0;
+      if (const int e = tile.element(j); e < tile.count) factors.find(e, of_row, of_column);
+      slots.values[kRow][j][threadIdx.x] = of_row;
+      slots.values[kRow + 1][j][threadIdx.x] = of_column;
+    }
+  }
+}
+
 // Of rows that compute in T.
 template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || std::size(Rule::kStates) > 3 ? 2 : 3)
@@ -166,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || std::size(Rule::kS
   const int64_t rest = row.numel - start;
   const RowTile here{{start, count_of(rest), lane_here()}, row, table.words + table.layouts() + row.layout};
   constexpr int kUsable = kState + static_cast<int>(std::size(Rule::kStates));
-  const RowOperands operands{row, grad, only_average, row.extra == Extra::kMaster};
+  const RowOperands operands{row, grad, only_average, row.extra == Extra::kMaster, loaded_of<Rule>(row)};
   __shared__ Slots<T, kUsable> slots;
   LaneOperand<T> x[kOperands];
   if (skips) {
@@ -177,6 +210,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || std::size(Rule::kS
   load_operands(x, operands, here, slots);
   if (!only_average) {
     if (row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
+    find_factors<Rule>(table, here, slots);
+#pragma unroll
+    for (int k = kState; k < kUsable; ++k) {
+      if (!is_factor<Rule>(k) || !row.factors) continue;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) x[k].values[j] = slots.values[k][j][threadIdx.x];
+    }
     apply<Rule>(scalars, row.used, x);
     if (row.extra == Extra::kCompensation) part_rest(x[kParam], here, slots.values[kParam]);
     if (operands.has_master) store_rounded(x[kParam], here, slots.values[kParam]);

@@ -145,24 +145,27 @@ void Plan::settle_together() {
 
 void Plan::prepare() {
   prepared_.clear();
-  // Rows mostly share their group's step count: the last one made for a group and a compute type is tried first. Rows
-  // of a group have the same states, but for those of which only the average moves.
+  // Rows mostly share their group's step count: the last one made for a group, a compute type and rows with or without
+  // factors is tried first. These mostly have the same states, but for those of which only the average moves.
   struct Last {
     double t = -1;
     bool only_average = false;
+    DType seen{};  // of the parameter as the rule sees it
     Running before{}, after{};
     int prepared = 0;
   };
-  std::vector<Last> last(groups.size() * 2);
+  std::vector<Last> last(groups.size() * 4);
   const bool has_running = !rule.running.empty();
   static const RuleInfo& averaging = rule_info(Transfer::kName);  // the average is no rule's matter
   for (Row& row : rows) {
     if (!row.active || row.device != kHost) continue;
     const double t = row.step && !row.only_average ? advance_step(row) : 0;
     const bool in_double = row.dtype[kParam] == DType::kFloat64;
-    Last& memo = last[row.group * 2 + in_double];
+    Last& memo = last[row.group * 4 + (row.factors ? 2 : 0) + in_double];
     const bool runs = has_running && !row.only_average;
-    if (memo.t != t || memo.only_average != row.only_average || (runs && memo.before != running_of(row))) {
+    const DType seen = row.dtype[row.param()];
+    if (memo.t != t || memo.only_average != row.only_average || (rule.eps >= 0 && memo.seen != seen) ||
+        (runs && memo.before != running_of(row))) {
       Prepared& made = prepared_.emplace_back();
       made.used = row.used;
       made.group = row.group;
@@ -170,9 +173,11 @@ void Plan::prepare() {
       made.in_double = in_double;
       const Running before = runs ? running_of(row) : Running{};
       Running after = before;
+      Options options = groups[row.group];
+      if (rule.eps >= 0 && options[rule.eps] == kUnset) options[rule.eps] = epsilon_of(seen);
       (row.only_average ? averaging : rule)
-          .make_scalars(groups[row.group], t, rule.shared ? shared : after.data(), in_double, made.scalars);
-      memo = {t, row.only_average, before, after, static_cast<int>(prepared_.size()) - 1};
+          .make_scalars(options, t, rule.shared ? shared : after.data(), in_double, made.scalars);
+      memo = {t, row.only_average, seen, before, after, static_cast<int>(prepared_.size()) - 1};
     }
     if (runs) keep_running(row, memo.after);
     row.prepared = memo.prepared;

@@ -46,7 +46,7 @@ struct Source {
 };
 using Sources = std::array<Source, kMaxOptions>;
 
-// What rows of the same group, step count, compute type and running numbers share.
+// What rows of the same group, states, step count, dtype and running numbers share.
 struct Prepared {
   unsigned used;
   int group;

@@ -6,6 +6,7 @@
 
 #include "../codecs/int8_block.h"
 #include "layout.h"
+#include "matrices.h"
 #include "tiles.h"
 
 namespace genopt {
@@ -58,12 +59,18 @@ struct Row {
   bool is_part = false;       // of a tensor that is spread over processes
   int64_t origin = 0;         // of a part: the place of its first element in the whole
   Extra extra = Extra::kNone;
+  int factors = 0;                 // the first of its two operands that are factors (rules/rule.h); 0: it has none
+  Matrices matrices{};             // that these are of: contiguous as all the row is, in what the rule computes in
+  const void* divisors = nullptr;  // of each matrix, likewise; this step's
   int group = 0;
   int prepared = 0;              // index into Plan::prepared
   double norm = 0, weights = 0;  // of gradient and parameter, where measured
   std::array<double, kMaxTotals> totals{};
   double factor = 1;  // of the gradient
 
+  bool is_factor(int operand) const {
+    return factors != 0 && (operand == factors || operand == factors + 1);
+  }
   // Tiles to step on the device `on_device`.
   int64_t tiles(int on_device) const {
     return active && device == on_device ? tiles_of(numel) : 0;

@@ -56,6 +56,29 @@ void settle_shared(void* scalars, bool in_double, const Options& values, const d
   }
 }
 
+// Calls visit(update) with that of Scalars.
+template <class Rule, class Visit>
+double with_update(const void* scalars, bool in_double, Visit visit) {
+  return in_double ? visit(static_cast<const Scalars<Rule, double>*>(scalars)->update)
+                   : visit(static_cast<const Scalars<Rule, float>*>(scalars)->update);
+}
+
+template <class Rule>
+double factor(const void* scalars, bool in_double, double state, double mean_square) {
+  if constexpr (kFactorsOf<Rule> != 0)
+    return with_update<Rule>(scalars, in_double, [=](const auto& update) -> double {
+      return update.factor(static_cast<decltype(update.divisor(0))>(state), mean_square);
+    });
+  return 0;
+}
+
+template <class Rule>
+double divisor(const void* scalars, bool in_double, double mean) {
+  if constexpr (kFactorsOf<Rule> != 0)
+    return with_update<Rule>(scalars, in_double, [=](const auto& update) -> double { return update.divisor(mean); });
+  return 1;
+}
+
 template <class Rule>
 RuleInfo describe(int index) {
   static_assert(std::size(Rule::kOptions) <= kMaxOptions && std::size(Rule::kStates) <= kMaxStates &&
@@ -87,6 +110,8 @@ RuleInfo describe(int index) {
           kWeightsOf<Rule>,
           structural,
           cautious,
+          kEpsOf<Rule>,
+          kFactorsOf<Rule>,
           totaled,
           used_states<Rule>,
           [](const Options& values, double t, double* running, bool in_double, void* storage) {
@@ -95,6 +120,8 @@ RuleInfo describe(int index) {
           needs_totals<Rule>,
           settle<Rule>,
           allows<Rule>,
+          factor<Rule>,
+          divisor<Rule>,
           settle_shared<Rule>};
 }
 

@@ -37,6 +37,8 @@ struct RuleInfo {
   unsigned weights;     // states that are weights, as a mask
   unsigned structural;  // options that used_states depends on, as a mask
   int cautious;         // the option of that name; -1: there is none
+  int eps;              // the option of which None is the epsilon of the parameter's dtype; -1: there is none
+  unsigned factored;    // states that are factors, as a mask
   unsigned totaled;     // operands that a row's totals are made of, as a mask; 0: there are none
   unsigned (*used_states)(const Options&);
   // Builds the rule's Scalars for step count t in `storage`, and advances its running numbers; those that rows share
@@ -46,6 +48,9 @@ struct RuleInfo {
   // Gives Scalars the totals of a row of `count` elements.
   void (*settle)(void* scalars, bool in_double, const double* totals, double count);
   bool (*allows)(const Options&);
+  // Of a rule with factors: what a factor becomes, and a matrix' divisor.
+  double (*factor)(const void* scalars, bool in_double, double state, double mean_square);
+  double (*divisor)(const void* scalars, bool in_double, double mean);
   // Gives Scalars the totals of all rows, and advances the numbers that these share.
   void (*settle_shared)(void* scalars, bool in_double, const Options&, const double* totals, double* shared);
 };

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "adadelta.h"
+#include "adafactor.h"
 #include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
@@ -33,7 +34,7 @@ namespace genopt {
 
 using Rules = std::tuple<Adam, Sgd, RMSprop, Adagrad, Lion, Adamax, Adadelta, RAdam, Rprop, AdEMAMix, NAdam, Asgd,
                          Adopt, Adan, AdamWScheduleFree, SgdScheduleFree, RAdamScheduleFree, Lars, Lamb, StableAdamW,
-                         Prodigy, MuonMomentum, MuonUpdate, Transfer>;
+                         Prodigy, Adafactor, MuonMomentum, MuonUpdate, Transfer>;
 
 constexpr int kRules = static_cast<int>(std::tuple_size_v<Rules>);
 constexpr int kMaxStates = 4;

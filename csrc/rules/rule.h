@@ -25,12 +25,22 @@
 //                              with kPlainTotals they themselves
 //     .settle(totals, count)     takes what all `count` elements come to
 //
+// Or, before that, something of each row and each column of the matrices that a tensor's last two dimensions make, as
+// Adafactor how large its gradients are. It then has states that are factors:
+//
+//   kFactored                  two states next to one another, as a mask, which tensors of two dimensions and more have
+//                              in the place of all others: a number for each row, and one for each column. An element
+//                              is given that of its row, divided by its matrix' divisor, and that of its column
+//     .factor(state, mean_square)   what one becomes, of the mean square of its gradients, in double
+//     .divisor(mean)           of a matrix, of the mean of what its rows have become
+//
 // Or of all rows together, as Prodigy the distance from where training began. It then has numbers that all rows share:
 //
 //   kShared                    how many; Update<T>(options, t, shared) reads them
 //     .settle(options, totals, shared)   takes what all rows come to, and advances them
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <iterator>
 #include <type_traits>
@@ -50,6 +60,7 @@ struct OptionName {
   bool is_optional = false;
   const char* words[2] = {};
   bool may_be_infinite = false;
+  bool is_eps = false;  // None is the machine epsilon of the parameter's dtype
 };
 
 // One of a rule's: its name, and where the rule's struct Options holds it.
@@ -92,6 +103,26 @@ constexpr unsigned kWeightsOf = [] {
   }
 }();
 
+template <class Rule>
+constexpr unsigned kFactorsOf = [] {
+  if constexpr (requires { Rule::kFactored; }) {
+    return Rule::kFactored;
+  } else {
+    return 0u;
+  }
+}();
+
+template <class Rule>
+constexpr int kFirstFactor = std::countr_zero(kFactorsOf<Rule>);
+
+// Of a rule's options: the one of which None is an epsilon; -1: there is none.
+template <class Rule>
+constexpr int kEpsOf = [] {
+  for (size_t i = 0; i < std::size(Rule::kOptions); ++i)
+    if (Rule::kOptions[i].name.is_eps) return static_cast<int>(i);
+  return -1;
+}();
+
 constexpr int kMaxShared = 4;  // of a rule
 
 template <class Rule>
@@ -124,6 +155,16 @@ constexpr int kTotalsOf = [] {
     return Rule::kTotals;
   } else {
     return 0;
+  }
+}();
+
+// The operands that totals are made of, of rows with the states in kUsed.
+template <class Rule, unsigned kUsed>
+constexpr unsigned kTotaledOf = [] {
+  if constexpr (kTotalsOf<Rule> > 0) {
+    return Rule::kTotaled & (kOfParam | kOfGrad | kUsed * kOfFirstState);
+  } else {
+    return 0u;
   }
 }();
 

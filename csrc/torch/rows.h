@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
+#include <bit>
 #include <deque>
 #include <optional>
 #include <string>
@@ -51,6 +52,11 @@ class RowReader {
       if (!THPVariable_Unpack(object).requires_grad() && !state.find(r, objects)) return true;
       row.used = kWithAverage;
     }
+    row.factors = 0;
+    if (grad && rule_.factored && param.dim() > 1) {
+      row.used = rule_.factored | (row.used & kWithAverage);
+      row.factors = kState + std::countr_zero(rule_.factored);
+    }
     objects.has_grad[r] = grad != nullptr;
     if (watched_) return refuse(parameter_, Reason::kWatched);
     if (grad && storage.differentiable) return refuse(gradient_, Reason::kDifferentiable);
@@ -58,6 +64,9 @@ class RowReader {
     if (spread_ && !serves_spread(r, groups.needs_totals(row.group), objects)) return false;
     row.device = kernel_device(param);
     if (!(row.device == kHost ? serves_host_ : serves_devices_)) return refuse(parameter_, Reason::kNoKernel);
+    // The matrices of others are no rows and columns of numbers, or lie in another order.
+    if (rule_.factored && (param.is_complex() || (row.factors && !param.is_contiguous())))
+      return refuse(parameter_, Reason::kNoKernel);
     if (!may_be_written(param)) return refuse(parameter_, Reason::kInference);
     if (!is_backed(param)) return refuse(parameter_, Reason::kFreed);
     if (grad) {
@@ -76,6 +85,7 @@ class RowReader {
     const auto stored = storage.states_of(param, spread_ != nullptr);
     choose_storage(row, storage, stored, param);
     if (!find_origin(row) || !read_state(row, state.find(r, objects), stored, handles)) return false;
+    if (row.factors && !read_factors(row, handles)) return false;
     objects.wholes[r] = wholes_;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
     row.active = locate(row, handles);
@@ -193,7 +203,10 @@ class RowReader {
     const at::Tensor& param = *handles[kParam];
     const int handle = key.handle;
     const bool are_scales = handle >= kFirstScales;
-    if (are_weights(handle)) stored = may_mix(param.scalar_type()) ? std::optional(at::kFloat) : std::nullopt;
+    if (are_weights(handle))
+      stored = may_mix(param.scalar_type()) ? std::optional(at::kFloat)
+               : rule_.factored             ? std::optional(param.scalar_type())
+                                            : std::nullopt;
     const bool coded = stored == at::kChar;
     const bool is_extra = handle == kExtra;
     if (is_extra && key.form != form_of(row.extra)) {
@@ -235,7 +248,7 @@ class RowReader {
     } else {
       const bool has_codes = key.form == Form::kCodes;
       (has_codes ? found.codes : found.numbers) |= 1u << handle;
-      if (t.sizes() != param.sizes()) return refuse(key.name, Reason::kShape);
+      if (!has_shape_of(row, handle, t, param)) return refuse(key.name, Reason::kShape);
       const at::ScalarType type = t.scalar_type();
       const bool fits = has_codes ? !param.is_complex() && type == code_type(handle)
                                   : plain_dtype(type).has_value() && t.is_complex() == param.is_complex();
@@ -244,12 +257,31 @@ class RowReader {
       const bool is_as_asked =
           is_extra ? type == (row.extra == Extra::kMaster ? at::kFloat : param.scalar_type())
                    : handle == kAverage || (has_codes == coded && (coded || !stored || type == *stored));
-      if (!is_as_asked) {
+      if (!is_as_asked || (row.is_factor(handle) && !t.is_contiguous())) {
         problems_.push_back({key.name, Reason::kStorage});
         return true;
       }
     }
     handles[handle] = &t;
+    return true;
+  }
+
+  // Whether a state has the parameter's shape, or of a factor the one that it has.
+  static bool has_shape_of(const Row& row, int handle, const at::Tensor& t, const at::Tensor& param) {
+    if (!row.is_factor(handle)) return t.sizes() == param.sizes();
+    std::vector<int64_t> sizes = param.sizes().vec();
+    sizes[sizes.size() - (handle == row.factors ? 1 : 2)] = 1;
+    return t.sizes() == at::IntArrayRef(sizes);
+  }
+
+  // Of a row with factors, its matrices. False: the kernels do not reach the factors.
+  bool read_factors(Row& row, const Handles& handles) {
+    const at::Tensor& param = *handles[kParam];
+    for (const int k : {row.factors, row.factors + 1})
+      if (reinterpret_cast<uintptr_t>(handles[k]->const_data_ptr()) % handles[k]->element_size() != 0)
+        return refuse(keys_.name(k), Reason::kUnaligned);
+    const int64_t columns = param.size(-1), size = param.size(-2) * columns;
+    row.matrices = {size ? param.numel() / size : 0, param.size(-2), columns};
     return true;
   }
 
@@ -348,14 +380,16 @@ class RowReader {
       }
       const at::Tensor& t = *handles[k];
       contiguous = contiguous && t.is_contiguous();
-      same_strides = same_strides && t.strides() == param.strides();
+      same_strides = same_strides && (row.is_factor(k) || t.strides() == param.strides());
       row.dtype[k] = stored_dtype(t.scalar_type());
       row.data[k] = address_of(t, k);
       if (!is_aligned(row, k)) return refuse(name_of(row, k), Reason::kUnaligned);
     }
     row.layout = nullptr;
     if (contiguous || same_strides) return true;
-    row.layout = &layouts_.emplace_back(layout_of(handles));
+    Handles of_elements = handles;
+    if (row.factors) of_elements[row.factors] = of_elements[row.factors + 1] = nullptr;
+    row.layout = &layouts_.emplace_back(layout_of(of_elements));
     // Codes share a scale in the order in which they lie, which has to be the one that tiles have.
     for (int k = kState; k < kAverage; ++k)
       if (handles[k] && is_block(row.dtype[k]) && !row.layout->strides[k].empty())

@@ -42,6 +42,7 @@ class Witnesses {
     }
     now.numel = handles[kParam]->numel();
     now.keys = handles[kParam]->key_set();
+    now.factors = row.factors;
     now.contiguous = true;
     now.count = 0;
     objects.for_each_present(r, handles, [&](int k, const at::Tensor& t) {
@@ -76,9 +77,10 @@ class Witnesses {
       const int k = std::countr_zero(rest);
       if (!was.is_at(*++place, k)) return false;
       const at::Tensor& t = *place->handle;
-      const bool lies = k < kOperands  ? was.lies_as(t, param, sizes)
-                        : is_number(k) ? t.numel() == 1
-                                       : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
+      const bool lies = was.is_factor(k) ? was.lies_as_factor(k, t, sizes)
+                        : k < kOperands  ? was.lies_as(t, param, sizes)
+                        : is_number(k)   ? t.numel() == 1
+                                         : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
       if (!lies) return false;
     }
     return true;
@@ -143,6 +145,7 @@ class Witnesses {
     c10::DispatchKeySet keys;                       // of all tensors
     std::array<caffe2::TypeMeta, kHandles> dtypes;  // by handle
     bool contiguous = false;                        // all operands are; else they have the parameter's strides
+    int factors = 0;                                // as Row::factors
     int count = 0;                                  // of places
     std::array<TensorWitness, kHandles> places;     // of the handles that there are, in order, but for the gradient
 
@@ -157,6 +160,16 @@ class Witnesses {
     // `sizes`: the parameter's.
     GENOPT_INLINE bool lies_as(const at::Tensor& t, const at::Tensor& param, at::IntArrayRef sizes) const {
       return equal(t.sizes(), sizes) && (contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
+    }
+    GENOPT_INLINE bool is_factor(int handle) const {
+      return factors != 0 && (handle == factors || handle == factors + 1);
+    }
+    bool lies_as_factor(int handle, const at::Tensor& t, at::IntArrayRef sizes) const {
+      const size_t dims = sizes.size(), one = dims - (handle == factors ? 1 : 2);
+      if (dims < 2 || t.sizes().size() != dims || !t.is_contiguous()) return false;
+      for (size_t d = 0; d < dims; ++d)
+        if (t.sizes()[d] != (d == one ? 1 : sizes[d])) return false;
+      return true;
     }
   };
 

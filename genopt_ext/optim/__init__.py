@@ -8,6 +8,7 @@ from torch.optim import *  # noqa: F403
 
 from .adadelta import Adadelta as Adadelta
 from .adadelta import Adadelta8bit as Adadelta8bit
+from .adafactor import Adafactor as Adafactor
 from .adagrad import Adagrad as Adagrad
 from .adagrad import Adagrad8bit as Adagrad8bit
 from .adam import Adam as Adam

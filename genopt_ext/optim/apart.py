@@ -158,7 +158,7 @@ class _Part:
 
 def _part(step: Step, place: Place, g: Tensor | None) -> _Part:
     p, rule = place[2], step.rule
-    state, names = step.state_of(p), rule.state_names(step.group(place))
+    state, names = step.state_of(p), rule.state_names(step.group(place), p)
     whole = _Part(rule, names, p, g, state)
     if not sharding.is_spread(p):
         return whole
@@ -176,6 +176,8 @@ def _loading(step: Step, place: Place, scale: Number) -> dict[str, Any]:
     """What a row's rule is told beside it. ``scale``: of its gradient."""
     p, group = place[2], step.group(place)
     options = {name: _option(value) for name, value in step.rule.options(group).items()}
+    if (eps := step.rule.dtype_eps) is not None and options[eps] is None:
+        options[eps] = torch.finfo(torch.float32 if states.extra(group, p) == "master" else p.dtype).eps
     return dict(factor=scale, clip_value=group.get("clip_grad_value"), extra=states.extra(group, p), **options)
 
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from .. import reference, tracing
 from ..reference.codecs import STEPPED
-from . import options, problems, refusals
+from . import problems, refusals
 from . import state as states
 from .options import GROUP_OPTIONS, NORM_CLIPS, STORAGE_OPTIONS, check_storage, clips_alone, is_step_count
 from .problems import Row
@@ -201,7 +201,7 @@ class _Reader:
         if absent := [name for name in self.rule_of(old).ranges if name in old and name not in new]:
             self.refuse(f"group {i} has no '{absent[0]}'", f"add it, as {absent[0]}={old[absent[0]]!r}")
         with self.naming(lambda: f"group {i}"):
-            options.check(f"{self.where}: group {i}", self.rule_of(new).ranges, new)
+            self.rule_of(new).check(f"{self.where}: group {i}", new)
         states.complete(new)
 
     def known_names(self, group: dict[str, Any]) -> frozenset[str]:
@@ -265,9 +265,10 @@ class _Reader:
         if t.is_meta and not p.is_meta:
             refuse(f"state '{name}' is on meta, where there are no numbers", _WHOLE)
         is_number = name == "step" or name in self.optimizer.rule.running
-        if not is_number and not name.endswith("_scales") and t.shape != p.shape:  # before it takes memory
+        shape = self.optimizer.rule.state_shape(name, p)
+        if not is_number and not name.endswith("_scales") and t.shape != shape:  # before it takes memory
             refuse(
-                f"state '{name}' has shape {list(t.shape)}, expected {list(p.shape)}", "load a checkpoint of this model"
+                f"state '{name}' has shape {list(t.shape)}, expected {list(shape)}", "load a checkpoint of this model"
             )
         subclasses = tracing.is_subclass(t) or tracing.is_subclass(p)
         if not is_number and subclasses and hasattr(t, "device_mesh") != hasattr(p, "device_mesh"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import clip, tracing
-from . import adam, apart, options, refusals, routing, unserved
+from . import adam, apart, refusals, routing, unserved
 from . import state as states
 from .muon_matrices import (
     PRODUCT_OPTIONS,
@@ -136,7 +136,7 @@ class MuonStepper(Stepper):
 
     def _check(self, i: int, group: Group) -> None:
         where = f"{self.owner}: group {i}"
-        options.check(where, self.rule_of(group).ranges, group)
+        self.rule_of(group).check(where, group)
         check(where, group)
 
     @torch.no_grad()

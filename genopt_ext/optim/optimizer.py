@@ -116,13 +116,13 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
             if name not in StepOptions.__annotations__:
                 raise TypeError(f"{where}.__init__() got an unexpected keyword argument '{name}'")
         step_options.setdefault("state_dtype", self.default_state_dtype)
-        options.check(where, self.rule.ranges, {**given, **step_options})
+        self.rule.check(where, {**given, **step_options})
         _backend.resolve(backend)
         self.backend = backend
 
     def _set_options(self, step_options: StepOptions, **more: Any) -> None:
         """The end of every constructor: options that torch's lacks. Groups have a key only where it is set."""
-        options.check(type(self).__name__, self.rule.ranges, {**self.defaults, **more})
+        self.rule.check(type(self).__name__, {**self.defaults, **more})
         given: dict[str, Any] = {**step_options, **more}
         self.max_grad_norm = given.pop("max_grad_norm", None)
         self.skip_nonfinite = bool(given.pop("skip_nonfinite", False))
@@ -137,7 +137,7 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, bound: float | None) -> None:
-        options.check(type(self).__name__, self.rule.ranges, {"max_grad_norm": bound})
+        self.rule.check(type(self).__name__, {"max_grad_norm": bound})
         self._max_grad_norm = None if bound is None else float(bound)
 
     @property

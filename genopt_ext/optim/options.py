@@ -47,6 +47,8 @@ class Range:
         if not isinstance(value, (tuple, list)) or len(value) != len(self.each):
             raise TypeError(f"{where}: {name} must be {len(self.each)} numbers, got {value!r}")
         for i, (item, allowed) in enumerate(zip(value, self.each, strict=True)):
+            if item is None and allowed.is_optional:
+                continue
             shown = ", ".join(map(str, value)) if allowed.label == self.label else item
             allowed._check_number(where, f"{name}[{i}]", item, shown)
 

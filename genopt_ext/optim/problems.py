@@ -67,6 +67,8 @@ def _find_in_gradient(row: Row, g: Tensor) -> Problem | None:
         return "gradient", "device"
     if p.dtype not in STEPPED:
         return "parameter", "dtype"
+    if row.rule.is_real and p.is_complex():
+        return "parameter", "complex"
     if states.is_stochastic(group, p) and tracing.is_subclass(p) and not sharding.knows_places(p):
         return "parameter", "stochastic"
     if p.is_meta and group.get("fused"):
@@ -93,7 +95,7 @@ def find_in_state(row: Row, only_averages: bool) -> Sequence[Problem]:
     rule, group = row.rule, row.group
     further = ["ema"] if only_averages else states.further_names(rule, group, row.p)
     counts = ["step"] if rule.counts_steps else []
-    own = [] if only_averages else [*counts, *rule.running, *rule.state_names(group)]
+    own = [] if only_averages else [*counts, *rule.running, *rule.state_names(group, row.p)]
     state = {name: t for name, t in row.state.items() if t is not None}
     found: list[Problem] = []
     for name, t in state.items():
@@ -140,7 +142,7 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
         dtype, shape = form_of_codes(row, name)
         fits = t.dtype == dtype and not p.is_complex()
     else:
-        shape, fits = p.shape, t.dtype in STEPPED and t.is_complex() == p.is_complex()
+        shape, fits = row.rule.state_shape(stem, p), t.dtype in STEPPED and t.is_complex() == p.is_complex()
     if t.shape != shape:
         return "shape"
     if not fits:

@@ -78,7 +78,7 @@ def words(row: Row, operand: str, reason: str) -> tuple[str, str]:
         return f"its state has {sorted(row.state)} but no '{operand}', which the group's options ask for", _WHOLE
     if reason in ("shape", "not a tensor"):
         got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-        return f"{what} has {got}, expected {list(p.shape)}", _OF_THIS_MODEL
+        return f"{what} has {got}, expected {list(row.rule.state_shape(operand, p))}", _OF_THIS_MODEL
     assert reason == "dtype", reason
     return f"{what} is {t.dtype}, parameter is {p.dtype}", f"cast it to {p.dtype}"
 
@@ -91,6 +91,7 @@ def _of_parameter(row: Row, reason: str) -> tuple[str, str]:
             f"parameter is {p.dtype} and has a gradient",
             "clear it, or use float32, float64, bfloat16, float16, complex64 or complex128",
         ),
+        "complex": (f"{row.owner} does not support complex parameters", "use Adam or another class"),
         "stochastic": (
             f"param_rounding is 'stochastic', but it is a {type(p).__name__}",
             "use 'kahan' or master_weights=True",
@@ -151,6 +152,8 @@ def tell_reference(step: Step, place: Place) -> None:
     if _backend.native.is_watched() or (step.resolved == "auto" and not tracing.has_number(p)):
         return
     what = type(p).__name__ if tracing.is_subclass(p) else f"{p.device.type} {p.layout}"
+    if step.rule.factors and p.dim() > 1 and not p.is_contiguous():
+        what = f"non-contiguous {what}"
     reason = f"there are no kernels for {what} parameters such as {step.describe(place)}"
     if step.resolved != "auto":
         raise RuntimeError(f"{step.owner}.step: backend is {step.resolved!r}, but {reason}; use 'auto'")

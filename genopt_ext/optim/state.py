@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _backend, tracing
+from .. import _backend, sharding, tracing
 from ..reference import codecs
 from ..reference.codecs import BLOCK, HALVES, MIXES
 
@@ -33,6 +33,8 @@ def state_dtype(group: Group, p: Tensor) -> torch.dtype | None:
 
 def stored_dtype(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
     """As :func:`state_dtype`, of the state ``name``."""
+    if name in rule.precise:
+        return torch.float32 if p.dtype in MIXES else p.dtype
     if name in rule.weights:
         return torch.float32 if p.dtype in MIXES else None
     return state_dtype(group, p)
@@ -92,7 +94,7 @@ def is_as_asked(rule: Rule, group: Group, p: Tensor, name: str, t: Tensor) -> bo
         return dtype != torch.int8 or t.is_contiguous()
     if name.endswith("_codes"):
         return dtype == torch.int8 and _lie_alike(t, p)
-    return dtype is None or t.dtype == dtype
+    return (dtype is None or t.dtype == dtype) and (name not in rule.factors or t.is_contiguous())
 
 
 def _lie_alike(codes: Tensor, p: Tensor) -> bool:
@@ -136,7 +138,7 @@ def further_names(rule: Rule, group: Group, p: Tensor) -> list[str]:
 
 def moments(rule: Rule, group: Group) -> list[str]:
     """The states that ``state_dtype`` is of."""
-    return [name for name in rule.state_names(group) if name not in rule.weights]
+    return [name for name in rule.state_names(group) if name not in rule.weights | rule.precise]
 
 
 def counts_steps(rule: Rule, group: Group, p: Tensor) -> bool:
@@ -211,6 +213,8 @@ def make_missing(owner: str, rule: Rule, missing: Missing) -> list[dict[str, Ten
                 state[name] = next(counters[device])
             elif name in rule.running:
                 state[name] = torch.full((), value.real, dtype=rule.running_dtype, device=device)
+            elif name in rule.factors:
+                state[name] = _factor(rule, p, name, dtype)
             elif value is _ZERO and dtype != torch.int8:
                 state[name] = torch.zeros_like(p, dtype=dtype)  # in half the time of make()
             else:
@@ -221,6 +225,15 @@ def make_missing(owner: str, rule: Rule, missing: Missing) -> list[dict[str, Ten
 
 
 _ZERO = 0.0
+
+
+def _factor(rule: Rule, p: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+    """Zeros for the rows or columns of ``p``'s matrices."""
+    if not tracing.is_subclass(p):
+        return torch.zeros(rule.state_shape(name, p), dtype=dtype or p.dtype, device=p.device)
+    # Spread over devices as the parameter is, and whole on all of them along what is summed.
+    zeros = torch.zeros_like(p, dtype=dtype).sum(-1 - rule.factors.index(name), keepdim=True)
+    return sharding.without_partial_sums(zeros)
 
 
 def _form(rule: Rule, group: Group, p: Tensor, name: str) -> tuple[str, complex, torch.dtype | None, bool]:
@@ -242,11 +255,13 @@ def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str,
     They have to be states of ``p``: see ``problems.find_in_state``.
     """
     complete(group)
-    for name in rule.state_names(group):
+    for name in rule.state_names(group, p):
         there = [key for key in (name, name + "_codes", name + "_scales") if state.get(key) is not None]
         if any(not is_as_asked(rule, group, p, key, state[key]) for key in there):
             refuse_capture(owner)
             convert(state, name, p, stored_dtype(rule, group, p, name), signed=name not in rule.squares)
+            if name in rule.factors:
+                state[name] = state[name].contiguous()
     for name, dtype in (("master", torch.float32), ("compensation", p.dtype)):
         if name != extra(group, p):
             state.pop(name, None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, clip, sharding
-from . import apart, options, refusals, repeats, unserved
+from . import apart, refusals, repeats, unserved
 from . import state as states
 from .options import NORM_CLIPS, clips_alone
 from .problems import Problem
@@ -185,7 +185,7 @@ class Stepper:
         return self.rule
 
     def check_group(self, groups: list[Group], i: int) -> None:
-        options.check(f"{self.owner}: group {i}", self.rule_of(groups[i]).ranges, groups[i])
+        self.rule_of(groups[i]).check(f"{self.owner}: group {i}", groups[i])
 
     def refuse_repeats(self, groups: list[Group], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Raises where a parameter that has a gradient is listed twice, which sums of gradients can not go with."""

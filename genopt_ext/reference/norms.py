@@ -37,12 +37,40 @@ def _in_turn(x: Tensor, join: Join) -> Tensor:
 
 
 def join(sums: Tensor) -> Tensor:
-    """The sum of a vector, in the order in which a norm's parts are added up."""
-    return _by_halves(_in_turn(_padded(sums, _SUMS).view(-1, _SUMS), torch.add), torch.add)
+    """The sum over the last dimension, in the order in which a norm's parts are added up."""
+    return _by_halves(_in_turn(_padded(sums, _SUMS).unflatten(-1, (-1, _SUMS)), torch.add), torch.add)
+
+
+_BAND, _PIECES = 64, 1024  # of Matrices in csrc/plan/matrices.h
+
+
+def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row and of each column of the matrices in the last two dimensions of ``x``, in float64."""
+    if tracing.is_subclass(x):  # in its own order of additions
+        squares = x.double().square()
+        return squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
+    *_, rows, columns = x.shape
+    squares = x.double().square()
+    band = _BAND * -(-rows * -(-columns // _TILE) // (_BAND * _PIECES))
+    panels = _padded(squares, _TILE).unflatten(-1, (-1, _TILE // _SUMS, _SUMS))
+    across = join(_by_halves(_in_turn(panels, torch.add), torch.add))
+    bands = _padded(squares.mT, band).mT.unflatten(-2, (-1, band)) if rows > band else squares.unsqueeze(-3)
+    down = join(_in_turn(bands, torch.add).mT)
+    return (across / columns).unsqueeze(-1), (down / rows).unsqueeze(-2)
+
+
+def mean_of_rows(of_rows: Tensor) -> Tensor:
+    """Of what matrices have of each row, in float64."""
+    if tracing.is_subclass(of_rows):
+        return of_rows.double().mean(-2, keepdim=True)
+    rows = of_rows.shape[-2]
+    together = _padded(of_rows.squeeze(-1).double(), _SUMS).unflatten(-1, (-1, _SUMS))
+    return (join(_by_halves(together, torch.add)) / rows)[..., None, None]
 
 
 def _padded(x: Tensor, multiple: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -len(x) % multiple)) if len(x) else x.new_zeros(multiple)
+    size = x.shape[-1]
+    return torch.nn.functional.pad(x, (0, -size % multiple)) if size else x.new_zeros((*x.shape[:-1], multiple))
 
 
 def _of_subclass(x: Tensor, of: Of, join: Join) -> Tensor:

@@ -52,7 +52,7 @@ inline Options options_of(const RuleInfo& info, double lr) {
   Options options = kNoOptions;
   for (size_t i = 0; i < info.options.size(); ++i) {
     const std::string key = info.options[i].key;
-    options[i] = key == "lr" ? lr : key == "eps" ? 1e-8 : key == "maximize" ? 0.0 : 0.5;
+    options[i] = key == "lr" ? lr : key == "beta2_decay" ? -0.5 : key == "eps" ? 1e-8 : key == "maximize" ? 0.0 : 0.5;
   }
   return options;
 }

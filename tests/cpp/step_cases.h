@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -71,11 +72,15 @@ struct Tensor {
   float step;
   double step64;
   std::array<float, kMaxRunning> running{0.5f, 0.75f};
-  int runs = 0;  // how many of them the rule has
+  int runs = 0;     // how many of them the rule has
+  int factors = 0;  // as Row::factors
+  Matrices matrices{};
+  std::vector<double> divisors;  // of each matrix, in this step
 
   // `turn` varies what need not be combined with all else. Gradients have the sign under which no term of an
-  // update can cancel another, unless `any_sign`; every 17th is zero.
-  Tensor(const DType (&dtypes)[3], int64_t numel, Kind kind, int turn, unsigned used, double sign, bool any_sign)
+  // update can cancel another, unless `any_sign`; every 17th is zero. `factored`: the rule's states that are factors.
+  Tensor(const DType (&dtypes)[3], int64_t numel, Kind kind, int turn, unsigned used, double sign, bool any_sign,
+         unsigned factored)
       : numel(numel), kind(kind), active(turn % 4 != 3), unset(turn % 3 == 1), double_step(turn % 5 == 2), used(used) {
     static std::minstd_rand random(1);
     step64 = step = static_cast<float>(turn % 2 + (turn % 7 == 0 ? 0 : 4));
@@ -83,14 +88,27 @@ struct Tensor {
     while (rows > 1 && numel % rows) --rows;
     rows = std::max<int64_t>(rows, 1);
     sizes = {rows, numel / rows};
+    if (used & factored) {
+      factors = kState + std::countr_zero(factored);
+      const int64_t count = rows % 4 == 0 ? 4 : 1;
+      matrices = {count, rows / count, sizes[1]};
+    }
     std::array<const int64_t*, kOperands> pointers{};
     for (int k = 0; k < kOperands; ++k) {
       if (k >= kState && !(used >> (k - kState) & 1)) continue;
       Buffer& buffer = operands[k];
       buffer.dtype = dtypes[std::min<int>(k, kState)];
+      if (is_factor(k)) {
+        buffer.dtype = dtypes[0] == k64 ? k64 : k32;
+        const int64_t numbers = k == factors ? sizes[0] : matrices.count * sizes[1];
+        buffer.bytes.resize(numbers * size_of(buffer.dtype));
+        for (int64_t i = 0; i < numbers; ++i) buffer.set(i, unset ? -0.0 : 0.01 + (random() % 65536) / 65536.0);
+        continue;
+      }
       buffer.shift = kind == kOneElementOn ? size_of(buffer.dtype) : kind == kOneByteOn ? 1 : 0;
       buffer.strides = {sizes[1], 1};
-      const int way = (k + turn) % 3;  // operands of one tensor lie differently
+      // Operands of one tensor lie differently; but matrices are contiguous.
+      const int way = factors && k == kParam ? 0 : (k + turn) % 3;
       if (kind == kTransposed && way != 0) buffer.strides = {1, sizes[0]};
       if (kind == kSliced && way != 0) buffer.strides = {sizes[1] * way + 3, way};
       pointers[k] = buffer.strides.data();
@@ -109,8 +127,14 @@ struct Tensor {
     layout = make_layout({sizes[0], sizes[1]}, pointers);
   }
 
+  bool is_factor(int k) const {
+    return factors && (k == factors || k == factors + 1);
+  }
+
   Row row(int group) {
     Row row;
+    row.factors = factors;
+    row.matrices = matrices;
     row.numel = numel;
     row.active = active;
     row.used = used;
@@ -129,12 +153,14 @@ struct Tensor {
   // The reference: one step, element by element in the order of plain indexing. Counts what did not move. `shared`: the
   // numbers of all rows, which are advanced by `all`, their totals.
   template <class Rule, unsigned kUsed, class T>
-  int64_t expect(const Options& options, std::array<double, kMaxShared>& shared,
-                 const std::array<double, kMaxTotals>& all) {
+  int64_t expect(Options options, std::array<double, kMaxShared>& shared, const std::array<double, kMaxTotals>& all) {
+    if (constexpr int kEps = kEpsOf<Rule>; kEps >= 0 && options[kEps] == kUnset)
+      options[kEps] = epsilon_of(operands[kParam].dtype);
     const double count = double_step ? step64 += 1 : step += 1;
     std::array<double, kMaxRunning> now{running[0], running[1]};
     Scalars<Rule, T> scalars(options.data(), count, kSharedOf<Rule> > 0 ? shared.data() : now.data());
     for (int i = 0; i < kRunningOf<Rule>; ++i) running[i] = static_cast<float>(now[i]);
+    if constexpr (kUsed != 0 && kUsed == kFactorsOf<Rule>) renew_factors<Rule, T>(scalars);
     bool only_measures = std::is_same_v<Rule, Adopt> && count == 1;
     if constexpr (std::is_same_v<Rule, RAdamScheduleFree>) only_measures = !is_set(scalars.update.average.rate);
     if constexpr (kSharedOf<Rule> > 0) {
@@ -151,7 +177,7 @@ struct Tensor {
       scalars.update.template apply<kUsed % kWithAverage | kAnyDecay<Rule>>(
           x[kParam], scalars.around.gradient(g), x[kState], x[kState + 1], x[kState + 2], x[kState + 3]);
       for (int k = 0; k < kOperands; ++k)
-        if (k != kGrad && !operands[k].bytes.empty()) operands[k].set(at[k], x[k]);
+        if (k != kGrad && !is_factor(k) && !operands[k].bytes.empty()) operands[k].set(at[k], x[k]);
       still += !only_measures && g != 0 && operands[kParam].template get<T>(at[kParam]) == before;
     }
     return still;
@@ -162,9 +188,63 @@ struct Tensor {
     std::array<T, kOperands> x{};
     for (int k = 0; k < kOperands; ++k) {
       at[k] = i / sizes[1] * operands[k].strides[0] + i % sizes[1] * operands[k].strides[1];
+      if (is_factor(k)) {
+        const int64_t row = i / sizes[1], matrix = row / matrices.rows;
+        at[k] = k == factors ? row : matrix * sizes[1] + i % sizes[1];
+        x[k] = operands[k].template get<T>(at[k]);
+        if (k == factors && !divisors.empty()) x[k] = x[k] / static_cast<T>(divisors[matrix]);
+        continue;
+      }
       if (!operands[k].bytes.empty()) x[k] = operands[k].template get<T>(at[k]);
     }
     return x;
+  }
+
+  // In the order of csrc/README.md.
+  template <class Rule, class T>
+  void renew_factors(const Scalars<Rule, T>& scalars) {
+    const auto& [count, rows, columns] = matrices;
+    divisors.clear();
+    if (numel == 0) return;
+    const auto square = [&](int64_t row, int64_t column) {
+      int64_t at[kOperands];
+      const double g = scalars.around.gradient(load<T>(row * columns + column, at)[kGrad]);
+      return g * g;
+    };
+    const auto renew = [&](int k, int64_t at, double mean) {
+      const T number = scalars.update.factor(operands[k].template get<T>(at), mean);
+      operands[k].set(at, number);
+      return static_cast<double>(number);
+    };
+    std::vector<double> made;
+    for (int64_t m = 0; m < count; ++m) {
+      LaneSums of_rows(Norm::kTwo);
+      for (int64_t first = 0; first < rows; first += 32) {
+        LaneSums together(Norm::kTwo);
+        for (int64_t i = first; i < std::min(first + 32, rows); ++i) {
+          LaneSums panels(Norm::kTwo);
+          for (int64_t start = 0; start < columns; start += 256) {
+            LaneSums panel(Norm::kTwo);
+            for (int64_t j = start; j < std::min(start + 256, columns); ++j) panel.add(j, square(m * rows + i, j));
+            panels.add(start / 256, panel.total());
+          }
+          together.add(i, renew(factors, m * rows + i, panels.total() / static_cast<double>(columns)));
+        }
+        of_rows.add(first / 32, together.total());
+      }
+      made.push_back(scalars.update.divisor(of_rows.total() / static_cast<double>(rows)));
+      for (int64_t j = 0; j < columns; ++j) {
+        LaneSums bands(Norm::kTwo);
+        const int64_t band = matrices.band();
+        for (int64_t first = 0; first < rows; first += band) {
+          double sum = 0;
+          for (int64_t i = first; i < std::min(first + band, rows); ++i) sum += square(m * rows + i, j);
+          bands.add(first / band, sum);
+        }
+        renew(factors + 1, m * columns + j, bands.total() / static_cast<double>(rows));
+      }
+    }
+    divisors = made;
   }
 
   // Of the elements in the order in which the parameter lies in memory.
@@ -238,7 +318,8 @@ std::array<double, kMaxTotals> totals_of_all(const std::vector<Tensor>& tensors,
 template <class Rule, unsigned kUsed>
 int test(const TestedBackend& backend, const Options& options, double sign, bool any_sign) {
   const RuleInfo& info = rule_info(Rule::kName);
-  if (info.used_states(options) != kUsed) return 0;
+  const bool factored = kUsed != 0 && kUsed == kFactorsOf<Rule>;
+  if (!factored && info.used_states(options) != kUsed) return 0;
   // There the parameter is the gradient itself.
   if ((std::is_same_v<Rule, Transfer> || std::is_same_v<Rule, MuonMomentum>) && options[0] == 0) return 1;
   std::vector<Tensor> initial;
@@ -247,7 +328,7 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
     for (int kind = 0; kind < backend.kinds; ++kind, turn += 3)  // so that no size always meets the same turns
       for (int64_t numel : kSizes) {
         if (kind != kContiguous && numel > 1000) numel = numel / 1024 * 256 + numel % 1024;  // fewer tiles, the same tail
-        initial.emplace_back(dtypes, numel, static_cast<Kind>(kind), turn++, kUsed, sign, any_sign);
+        initial.emplace_back(dtypes, numel, static_cast<Kind>(kind), turn++, kUsed, sign, any_sign, info.factored);
       }
   for (Tensor& t : initial) t.runs = kRunningOf<Rule>;
 
@@ -301,6 +382,9 @@ inline double value_of(const OptionName& option, bool on, int word) {
   const std::string key = option.key;
   if (std::find(std::begin(kFlags), std::end(kFlags), key) != std::end(kFlags)) return on;
   if (key == "lr") return 0.25;
+  if (option.is_eps) return on ? 1e-8 : kUnset;
+  if (key == "beta2_decay") return on ? -0.75 : -0.5;
+  if (key == "d") return on ? 2 : 1;
   if (key == "eps") return 1e-8;
   if (key == "d0") return on ? 0.5 : 0.25;  // of d: whether it is still the first
   if (key == "d_coef") return on ? 2 : 1;

@@ -48,10 +48,15 @@ struct Twins {
   }
 
   void add(int64_t numel, Kind kind, const DType (&dtypes)[3], int turn = 0, unsigned more = 0) {
-    tensors.emplace_back(dtypes, numel, kind, turn, info.used_states(groups[0]) | more, 1.0, true);
+    tensors.emplace_back(dtypes, numel, kind, turn, used_by(turn) | more, 1.0, true, info.factored);
     tensors.back().active = true;
     on_device.emplace_back(tensors.back());
     group_of.push_back(static_cast<int>(random() % groups.size()));
+  }
+
+  // Every other tensor has factors, if the rule knows such.
+  unsigned used_by(int turn) const {
+    return info.factored && turn % 2 ? info.factored : info.used_states(groups[0]);
   }
 
   void set_loss_scale(float scale) {
@@ -131,7 +136,7 @@ void test_changes(const char* rule) {
       if (twins.random() % 20 == 0) {
         // Another tensor in its place: of another size, dtype and layout.
         t = Tensor(kDTypes[twins.random() % 8], kSizes[twins.random() % 6],
-                   static_cast<Kind>(twins.random() % kOneByteOn), step, info.used_states(twins.groups[0]), 1.0, true);
+                   static_cast<Kind>(twins.random() % kOneByteOn), step, twins.used_by(step), 1.0, true, info.factored);
         twins.on_device[i] = OnDevice(t);
       }
     }
@@ -244,8 +249,10 @@ void test_graphs(const char* rule) {
     twins.capturing = true;
     const int64_t launches = twins.step_on_device();
     // A prologue, one for each of four kinds of rows, as many before those where the rule needs totals, and one more
-    // where these are of all rows.
-    CHECK(!warm || launches <= 5 + (info.totaled ? 4 : 0) + (info.shared ? 1 : 0), launches);
+    // where these are of all rows; two for factors in float, and in double. One more kind where some have factors.
+    const int kinds = info.factored ? 6 : 4;
+    CHECK(!warm || launches <= 1 + kinds + (info.totaled ? kinds : 0) + (info.shared ? 1 : 0) + (info.factored ? 4 : 0),
+          launches);
     twins.capturing = false;
     std::swap(twins.stream, stream);
     cudaGraph_t graph = nullptr;

@@ -25,7 +25,8 @@ std::vector<Tensor> make_tensors(const RuleInfo& info, const Options& options) {
   std::vector<Tensor> tensors;
   const auto add = [&](int64_t numel, Kind kind, int dtypes, unsigned more = 0) -> Tensor& {
     const int turn = static_cast<int>(tensors.size());
-    tensors.emplace_back(kDTypes[dtypes], numel, kind, turn, info.used_states(options) | more, 1.0, true);
+    const unsigned used = info.factored && turn % 2 == 0 ? info.factored : info.used_states(options);
+    tensors.emplace_back(kDTypes[dtypes], numel, kind, turn, used | more, 1.0, true, info.factored);
     return tensors.back();
   };
   // Lean rows: floats, halves, codes; a short last tile, several spans.

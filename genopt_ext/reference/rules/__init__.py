@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .adafactor import adafactor
 from .adams import adam, adamax, adan, ademamix, adopt, nadam, radam
 from .others import adadelta, adagrad, asgd, lion, muon_momentum, muon_update, rmsprop, rprop, sgd
 from .prodigy import prodigy, prodigy_shares
@@ -18,7 +19,7 @@ from .schedule_free import adamw_schedule_free, radam_schedule_free, sgd_schedul
 from .trust import lamb, lars, stable_adamw
 
 # Those that are given `total`.
-TOTALED = frozenset({"adam", "lion", "lars", "lamb", "stable_adamw"})
+TOTALED = frozenset({"adam", "lion", "lars", "lamb", "stable_adamw", "adafactor"})
 # Of these, those whose totals are no sums of squares.
 PLAIN = frozenset({"stable_adamw"})
 # Those that are given `shared` and `totals` of all tensors together, and what each element adds to these.
@@ -47,6 +48,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
         sgd_schedule_free,
         radam_schedule_free,
         prodigy,
+        adafactor,
         muon_momentum,
         muon_update,
     )
