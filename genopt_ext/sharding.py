@@ -66,6 +66,16 @@ def cut_as(t: Tensor, like: Tensor) -> Tensor:
     return t.redistribute(placements=like.placements)  # type: ignore[attr-defined]
 
 
+def spread_as(t: Tensor, like: Tensor) -> Tensor:
+    """``t``; where ``like`` is a DTensor, one that is spread as it, of which this process has ``t``."""
+    if not is_spread(like):
+        return t
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(t, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def summed(t: Tensor) -> Tensor:
     """``t``; of a DTensor that is yet to be added up over processes: its sum, in all of them."""
     if not is_spread(t) or not any(each.is_partial() for each in t.placements):  # type: ignore[attr-defined]

@@ -235,7 +235,8 @@ def is_refused(given: dict[str, Any], is_narrow_test: bool) -> bool:
         given: the parameters.
         is_narrow_test: the test asks for narrow state whatever they are: marked ``narrow_state``.
     """
-    names = {x.name if isinstance(x, Case) else x for x in given.values() if isinstance(x, (Case, str))}
+    values = [x for value in given.values() for x in (value if isinstance(value, tuple) else [value])]
+    names = {x.name if isinstance(x, Case) else x for x in values if isinstance(x, (Case, str))}
     rules = [getattr(optim, name).rule for name in names & set(optim.OURS)]
     narrow = (torch.int8, torch.bfloat16)
 
@@ -243,9 +244,9 @@ def is_refused(given: dict[str, Any], is_narrow_test: bool) -> bool:
         options = x.options if isinstance(x, Storage) else x
         return isinstance(options, dict) and options.get("state_dtype") in narrow
 
-    asks = is_narrow_test or any(map(is_narrow, given.values()))
+    asks = is_narrow_test or any(map(is_narrow, values))
     asks = asks or any(given.get(name) in narrow for name in ("state_dtype", "first", "second", "asked", "wanted"))
-    is_complex = any(isinstance(x, torch.dtype) and x.is_complex for x in given.values())
+    is_complex = any(isinstance(x, torch.dtype) and x.is_complex for x in values)
     return any((rule.precise and asks) or (rule.is_real and is_complex) for rule in rules)
 
 

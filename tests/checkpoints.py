@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 
 import torch
-from cases import DTYPES, INF, NAN, assert_same_bits, made, parameters, set_grads
+from cases import DTYPES, INF, NAN, assert_same_bits, is_refused, made, parameters, set_grads
 
 from genopt_ext import optim
 
@@ -25,6 +25,11 @@ KINDS = [
     for options in ({}, dict(state_dtype=torch.int8), dict(ema_decay=0.9), dict(master_weights=True), dict(half=True))
 ]
 HALF = dict(param_rounding="kahan", state_dtype=torch.bfloat16)
+KINDS = [
+    (name, options)
+    for name, options in KINDS
+    if not is_refused({"name": name, "options": HALF if "half" in options else options}, False)
+]
 
 
 def make(name, options, backend):

@@ -26,6 +26,7 @@ pytestmark = [
         *(("factors", size) for size in (2, 4)),
         *(("same_bits", size) for size in (1, 2, 3, 4)),
         *(("parts_change", size) for size in (1, 2, 3)),
+        *(("muon", size) for size in (1, 2, 3, 4)),
     ],
 )
 def test_world(name, size, succeeds):

@@ -33,6 +33,8 @@ _RADAM_FREE = "rule=radam_schedule_free options=2.5e-3,0.9,0.999,1e-8,0.01,0,2,1
 _LARS = "rule=lars options=1,0.9,0,0.01,0,1e-3,1e-8,0,0,0"
 _LAMB = "rule=lamb options=1e-3,1,0.9,0.999,1e-6,0.01,1,0,0,0,0"
 _STABLE = "rule=stable_adamw options=1e-3,0.9,0.99,1e-6,0.01,0"
+_PRODIGY = "rule=prodigy options=1,0.9,0.999,-1,1e-8,0.01,1,0,0,1e-6,1,inf,0"
+_ADAFACTOR = "rule=adafactor options=1e-2,-0.8,1e-30,1e-3,1,0,0"
 _MUON_MOMENTUM = "rule=muon_momentum options=0.95,1"
 _MUON_UPDATE = "rule=muon_update options=1e-3,1,0.1,0"
 _HALVES = "weights=bfloat16 gradient=bfloat16"
@@ -80,6 +82,9 @@ SIGNATURES = {
     "LAMB bf16, fp32 state": f"kind=step {_LAMB} {_HALVES}",
     "LAMB fp32, int8 state": f"kind=step {_LAMB} states=int8",
     "StableAdamW fp32": f"kind=step {_STABLE}",
+    "Prodigy fp32": f"kind=step {_PRODIGY}",
+    "Adafactor fp32, matrix": f"kind=step {_ADAFACTOR} columns=8",
+    "Adafactor fp32, vector": f"kind=step {_ADAFACTOR}",
     # Where matrices of bf16 are made orthogonal, whatever the parameter's dtype.
     "Muon momentum fp32": f"kind=step {_MUON_MOMENTUM} weights=bfloat16",
     "Muon momentum bf16": f"kind=step {_MUON_MOMENTUM} {_HALVES} states=bfloat16",
@@ -90,6 +95,8 @@ SIGNATURES = {
     "LAMB bf16, fp32 state, totals": f"kind=step totals=1 {_LAMB} {_HALVES}",
     "LAMB fp32, int8 state, totals": f"kind=step totals=1 {_LAMB} states=int8",
     "StableAdamW fp32, totals": f"kind=step totals=1 {_STABLE}",
+    "Prodigy fp32, totals": f"kind=step totals=1 {_PRODIGY}",
+    "Adafactor fp32, matrix, squares": f"kind=step totals=1 {_ADAFACTOR} columns=8",
     "norm fp32": f"kind=step measures=1 {_ADAMW}",
     "norm bf16": f"kind=step measures=1 {_ADAMW} {_HALVES}",
     "quantize fp32 in blocks of 256": "kind=quantize",

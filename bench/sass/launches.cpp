@@ -9,6 +9,7 @@
 //   memory   name; address; bytes               before the first launch, and again after the last one
 #include <sys/mman.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -177,6 +178,11 @@ struct Step {
     row.numel = given.integer("numel");
     row.active = true;
     row.used = plan.rule.used_states(options);
+    if (const int64_t columns = given.integer("columns")) {
+      row.used = plan.rule.factored;
+      row.factors = kState + std::countr_zero(row.used);
+      row.matrices = {1, row.numel / columns, columns};
+    }
     const std::string extra = given.text("extra", "none");
     if (extra != "none") row.used |= kWithExtra;
     row.extra = extra == "master" ? Extra::kMaster : extra == "none" ? Extra::kNone : Extra::kCompensation;
@@ -202,8 +208,8 @@ struct Step {
       if (k >= kAverage) row.dtype[k] = row.extra == Extra::kMaster ? DType::kFloat32 : row.dtype[kParam];
       if (square && row.dtype[k] == DType::kInt8) row.dtype[k] = DType::kUInt8;
       if (!is_used(row.used, k)) continue;
-      row.data[k] = memory.allocate(kNames[k] + suffix, row.numel * size_of(row.dtype[k]));
-      fill(row.data[k], row.dtype[k], row.numel, [&] {
+      row.data[k] = memory.allocate(kNames[k] + suffix, numbers_of(row, k) * size_of(row.dtype[k]));
+      fill(row.data[k], row.dtype[k], numbers_of(row, k), [&] {
         if (k != kParam && given.integer("zeros")) return 0.0;
         if (is_block(row.dtype[k]))
           return std::trunc(random.uniform() * 127) * (square || random.uniform() < 0.5 ? 1 : -1);
@@ -219,6 +225,11 @@ struct Step {
     }
   }
 
+  static int64_t numbers_of(const Row& row, int operand) {
+    if (!row.is_factor(operand)) return row.numel;
+    return operand == row.factors ? row.matrices.rows : row.matrices.columns;
+  }
+
   // The CPU kernels' row is a copy of this one.
   void copy_to_twin() {
     Row& row = twin.rows.emplace_back(plan.rows.back());
@@ -228,7 +239,7 @@ struct Step {
       expected.emplace_back(data, std::vector<unsigned char>(from, from + bytes));
       data = static_cast<T*>(static_cast<void*>(expected.back().second.data()));
     };
-    for (int k = 0; k < kOperands; ++k) copy(row.data[k], row.numel * size_of(row.dtype[k]));
+    for (int k = 0; k < kOperands; ++k) copy(row.data[k], numbers_of(row, k) * size_of(row.dtype[k]));
     for (float*& scales : row.scales) copy(scales, tiles_of(row.numel) * sizeof(float));
     copy(row.step, sizeof(float));
     for (void*& running : row.running) copy(running, sizeof(float));
@@ -239,6 +250,11 @@ struct Step {
     DeviceTensors tensors{};
     double* const norm = static_cast<double*>(memory.allocate("norm", sizeof(double)));
     tensors[kGradNorm] = {norm, DType::kFloat64, 1};
+    std::array<double, kMaxShared> shared{0.5, 0.75, 0.25, 3};
+    void* const on_device = memory.allocate("shared", sizeof shared);
+    std::memcpy(on_device, shared.data(), sizeof shared);
+    if (plan.rule.shared) tensors[kSharedNumbers] = {on_device, DType::kFloat64, plan.rule.shared};
+    twin.shared = shared.data();
     device.step(plan, std::vector<Sources>(1), tensors, {nullptr, false, [](size_t bytes) {
                                                            void* const at = memory.allocate("table", bytes);
                                                            return std::shared_ptr<void>(at, [](void*) {});
@@ -255,6 +271,7 @@ struct Step {
     cpu::step(twin, 1);
     for (const auto& [data, bytes] : expected)
       if (std::memcmp(data, bytes.data(), bytes.size()) != 0) fail("the step is not that of the CPU kernels");
+    if (std::memcmp(on_device, shared.data(), sizeof shared) != 0) fail("numbers of all rows are not the CPU kernels'");
   }
 };
 

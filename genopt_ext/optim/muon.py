@@ -93,13 +93,16 @@ class Muon(FusedOptimizer, torch.optim.Muon):
     ``row_square_avg`` (float32, one for each row); of AdamW as of :class:`AdamW`. Checkpoints of
     :class:`torch.optim.Muon` load, and ours into it where all parameters are matrices.
 
+    DTensors are stepped by all processes: each matrix is made orthogonal by one, which is sent the others' parts.
+
     Products are torch's, in bfloat16 whatever the parameters' dtype, on a CPU in float32 for sides up to 16: the same
     bits on one device with the same matrices, and not across devices.
 
     Raises:
         TypeError: an argument or a parameter of the wrong type.
         ValueError: an argument out of its range; a parameter that its group asks Muon to step and that is no whole
-            matrix: of one dimension, flattened, sharded or complex; one of three dimensions without ``stacked``.
+            matrix: of one dimension, flattened or complex; one of three dimensions without ``stacked``; a DTensor that
+            is cut along more than one dimension of its mesh, or with ``normuon`` or ``cautious="update"``.
     """
 
     rule = MUON

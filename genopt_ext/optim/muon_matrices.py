@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import sharding
 from ..reference import codecs
 from . import routing
 from . import state as states
+from .muon_owners import Loads, Owners
 from .orthogonal import Coefficients, coefficients_of, dtype_of, orthogonalized
 from .rule import Group
 from .step import Place, describe
@@ -48,7 +50,8 @@ UPDATE_OPTIONS = (
 
 def form_of(p: Tensor) -> tuple[Any, ...]:
     """All of a parameter that decides with which others it is stepped."""
-    return p.dtype == torch.float64, p.device, p.shape, p.stride()
+    cut = (p.device_mesh, p.placements) if sharding.is_spread(p) else None  # type: ignore[attr-defined]
+    return p.dtype == torch.float64, p.device, p.shape, p.stride(), cut
 
 
 def shape_scale(scaling: str | None, rows: int, columns: int) -> float:
@@ -64,7 +67,8 @@ class Batch:
 
     Attributes:
         places: where they stand.
-        updates: what is made orthogonal for each: ``[parameters, *shape]``.
+        updates: what is made orthogonal for each: ``[parameters, *shape]``, of DTensors this process' parts.
+        owners: who makes them orthogonal, where processes have parts.
         dtype: of products.
         blocks: the rows of the matrices in each, one below the other, and ``scales``, theirs.
         columns: of them all.
@@ -75,6 +79,7 @@ class Batch:
 
     places: list[Place]
     updates: Tensor
+    owners: Owners | None
     dtype: torch.dtype
     blocks: tuple[int, ...]
     columns: int
@@ -85,7 +90,7 @@ class Batch:
     is_cautious: bool
 
     @classmethod
-    def make(cls, places: list[Place], group: Group) -> Batch:
+    def make(cls, places: list[Place], group: Group, loads: Loads) -> Batch:
         p = places[0][2]
         blocks = routing.matrix_blocks(p, group)
         assert blocks is not None
@@ -95,6 +100,7 @@ class Batch:
         return cls(
             places,
             _room(len(places), p, torch.float64 if p.dtype == torch.float64 else dtype),
+            Owners.make(p, len(places), loads) if sharding.is_spread(p) else None,
             dtype,
             blocks,
             columns,
@@ -109,7 +115,8 @@ class Batch:
         self, state: MutableMapping[Tensor, Any], found_inf: Any, gradient: Callable[[Tensor], Any]
     ) -> Sequence[Tensor]:
         """The updates, each matrix made orthogonal, in the parameters' shape. ``gradient``: of a parameter."""
-        x = self.updates.reshape(len(self.places), sum(self.blocks), self.columns).to(self.dtype)
+        whole = self.updates if self.owners is None else self.owners.gather(self.updates)
+        x = whole.reshape(len(whole), sum(self.blocks), self.columns).to(self.dtype)
         if x.numel() == 0:
             made = x
         elif len(set(self.blocks)) == 1:
@@ -121,7 +128,12 @@ class Batch:
             self._normalize_rows(made, state, found_inf, self.beta2)
         if self.is_cautious:
             self._mask(made, [gradient(p) for _, _, p in self.places])
-        return made.reshape(self.updates.shape).unbind()
+        made = made.reshape(whole.shape)
+        return self.as_parameters(made if self.owners is None else self.owners.scatter(made, self.updates))
+
+    def as_parameters(self, made: Tensor) -> Sequence[Tensor]:
+        """``[parameters, *shape]`` one by one; of DTensors, from this process' parts, DTensors."""
+        return [sharding.spread_as(t, p) for t, (_, _, p) in zip(made.unbind(), self.places, strict=True)]
 
     def _of_unequal_blocks(self, x: Tensor) -> Tensor:
         parts = []
@@ -208,6 +220,7 @@ def _rows_of(p: Tensor, group: Group) -> int:
 
 def _room(count: int, p: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for ``count`` matrices that lie as ``p`` does."""
+    p = sharding.local(p)
     order = codecs.order_of(p)
     with torch.inference_mode(False):  # it is kept for steps outside of it
         room = torch.empty([count, *(p.shape[d] for d in order)], dtype=dtype, device=p.device)
@@ -271,10 +284,11 @@ class Chunk:
     """
 
     def __init__(self, groups: list[Group], batches: list[list[Place]]) -> None:
-        self.batches = [Batch.make(places, groups[places[0][0]]) for places in batches]
+        loads: Loads = {}
+        self.batches = [Batch.make(places, groups[places[0][0]], loads) for places in batches]
         self.momentum, self.update = Made(MOMENTUM_OPTIONS), Made(UPDATE_OPTIONS)
         for b, batch in enumerate(self.batches):
-            for r, (place, u) in enumerate(zip(batch.places, batch.updates.unbind(), strict=True)):
+            for r, (place, u) in enumerate(zip(batch.places, batch.as_parameters(batch.updates), strict=True)):
                 self.momentum.add(groups, place, u, source=place[2])
                 self.update.add(groups, place, place[2], source=(b, r), shape_scale=batch.scales[0])
         self.grads_of: list[Tensor] = self.momentum.sources

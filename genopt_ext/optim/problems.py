@@ -69,7 +69,9 @@ def _find_in_gradient(row: Row, g: Tensor) -> Problem | None:
         return "parameter", "dtype"
     if row.rule.is_real and p.is_complex():
         return "parameter", "complex"
-    if states.is_stochastic(group, p) and tracing.is_subclass(p) and not sharding.knows_places(p):
+    # Factors are of whole matrices, which the reference steps as they are.
+    knows_places = sharding.knows_places(p) and not (row.rule.factors and p.dim() > 1)
+    if states.is_stochastic(group, p) and tracing.is_subclass(p) and not knows_places:
         return "parameter", "stochastic"
     if p.is_meta and group.get("fused"):
         return "parameter", "meta"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import sharding, tracing
+from . import muon_owners
 
 ALGORITHMS = ("muon", "adamw")
 
@@ -79,7 +80,9 @@ def refuse_no_matrix(where: str, p: Tensor, group: dict[str, Any]) -> None:
             f"{where} belongs to FullyShardedDataParallel (FSDP1), which flattens and cuts it, and Muon needs whole "
             "matrices; use torch.distributed.fsdp.fully_shard and give Muon what is not sharded, or another optimizer"
         )
-    if tracing.is_subclass(p):
+    if sharding.is_spread(p):
+        _refuse_spread(where, p, group)
+    elif tracing.is_subclass(p):
         raise ValueError(
             f"{where} is a {type(p).__name__}, of which a process may hold a part, and Muon needs whole matrices; "
             "give it a plain tensor, or route it by algorithm='adamw'"
@@ -102,6 +105,20 @@ def refuse_no_matrix(where: str, p: Tensor, group: dict[str, Any]) -> None:
         sizes, heads, (_, rows, _) = group.get("split_sizes"), group.get("num_heads"), matrices(p, group)
         what = f"num_heads={heads} does not divide" if sizes is None else f"split_sizes={sizes} do not add up to"
         raise ValueError(f"{where} has {rows} rows, which {what}; give that option in a group of its own")
+
+
+def _refuse_spread(where: str, p: Tensor, group: dict[str, Any]) -> None:
+    """Raises for a DTensor whose matrices are not served, or an option of its group that is not."""
+    if (why := muon_owners.why_not(p)) is not None:
+        placements = p.placements  # type: ignore[attr-defined]
+        raise ValueError(f"{where} is a DTensor of {placements}, {why}; route it by algorithm='adamw'")
+    asked = ["normuon=True"] * bool(group.get("normuon"))
+    asked += ["cautious='update'"] * (group.get("cautious") == "update")
+    if asked:
+        raise ValueError(
+            f"{where} is a DTensor, and {' and '.join(asked)} is served for plain tensors alone; leave it out, or "
+            "route it by algorithm='adamw'"
+        )
 
 
 def _is_ambiguous(p: Tensor, group: dict[str, Any]) -> bool:

@@ -90,7 +90,7 @@ class Rule:
         """Raises TypeError or ValueError for an option out of its range, or that can not go with another."""
         options.check(where, self.ranges, group)
         dtype = group.get("state_dtype")
-        if self.precise.issuperset(self.states) and dtype not in (None, torch.float32):
+        if self.states and self.precise.issuperset(self.states) and dtype not in (None, torch.float32):
             raise ValueError(
                 f"{where}: Invalid state_dtype: {dtype}; the state is float32 whatever is asked, as there are few "
                 "numbers beside a parameter's own: leave it out"

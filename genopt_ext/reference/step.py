@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tracing
+from .. import sharding, tracing
 from ..tracing import Number
 from . import codecs, norms, rounding
 from .math import compute_dtype, is_unset, lerp, real, rounded
@@ -129,6 +129,9 @@ def step(
         count = (param if whole is None else whole).numel() * (2 if param.is_complex() else 1)
         given["total"] = Total(lambda x: tracing.number(join(add_up(x, like=param))), count)
     new = RULES[rule](start, g, values, t=t, **given)
+    if sharding.is_spread(param):  # torch's operations may have left it cut in another way
+        new = sharding.cut_as(new, param)
+        values.update({name: sharding.cut_as(values[name], state[name]) for name in names if name in state})
     for name, number in numbers.items():
         state[name].copy_(torch.as_tensor(number, dtype=torch.float64, device=state[name].device))
     _store(param, new, state, extra)

@@ -327,7 +327,8 @@ int test(const TestedBackend& backend, const Options& options, double sign, bool
   for (const auto& dtypes : kDTypes)
     for (int kind = 0; kind < backend.kinds; ++kind, turn += 3)  // so that no size always meets the same turns
       for (int64_t numel : kSizes) {
-        if (kind != kContiguous && numel > 1000) numel = numel / 1024 * 256 + numel % 1024;  // fewer tiles, the same tail
+        if (kind != kContiguous && numel > 1000)
+          numel = numel / 1024 * 256 + numel % 1024;  // fewer tiles, the same tail
         initial.emplace_back(dtypes, numel, static_cast<Kind>(kind), turn++, kUsed, sign, any_sign, info.factored);
       }
   for (Tensor& t : initial) t.runs = kRunningOf<Rule>;

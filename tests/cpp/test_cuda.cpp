@@ -195,7 +195,7 @@ void test_gradient_path(const char* rule) {
   for (int i = 0; i < 80; ++i)
     twins.add(kSizes[i % std::size(kSizes)] * (i % 7 == 0 ? 5 : 1), static_cast<Kind>(i % kOneByteOn), kDTypes[i % 8],
               i, kWithAverage);
-  if (info.totaled || info.index == 0)  // norms are no rule's own
+  if (info.totaled || info.index == 0)                                            // norms are no rule's own
     twins.add(kSpan * kTile * 33 + 5, kContiguous, kDTypes[0], 1, kWithAverage);  // more than 32 spans
   twins.set_loss_scale(3);
   using enum Gradients;

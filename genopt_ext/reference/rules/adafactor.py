@@ -27,7 +27,7 @@ def adafactor(
     maximize: bool,
 ) -> Tensor:
     """Adafactor: ``csrc/rules/adafactor.h``. Empty tensors are left as they are."""
-    if p.numel() == 0:
+    if total.count == 0:
         return p
     root_of_t = 1.0 / root(t)
     rho, weight = choose(lr < root_of_t, lr, root_of_t), rounded(real_power(t, beta2_decay), p)
@@ -45,6 +45,6 @@ def adafactor(
     floor = rounded(floor * floor, p)
     square = torch.where(v < floor, floor, v)
     u = torch.where(square == 0, 0.0, g / sqrt(square))
-    p_size, u_size = root(total(p) / p.numel()), root(total(u) / p.numel()) / d
+    p_size, u_size = root(total.mean(p)), root(total.mean(u)) / d
     rate = rounded(rho * choose(p_size > eps2, p_size, eps2) / choose(u_size > 1.0, u_size, 1.0), p)
     return less(p, u * rate, rounded(lr * weight_decay, p))
