@@ -617,6 +617,59 @@ def zero1(rank):
         train(3)
 
 
+def ddp(rank):
+    """Under DDP, with a static graph and with sums over backward passes of which the last alone is reduced."""
+    from contextlib import nullcontext
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    for more in (dict(static_graph=True), dict(gradient_as_bucket_view=True)):
+        nets = [DistributedDataParallel(model(), **more) for _ in range(2)]
+        asked = dict(lr=0.1, max_grad_norm=0.1, skip_nonfinite=True, ema_decay=0.9)
+        opts = [
+            optim.AdamW(net.parameters(), backend=b, **asked)
+            for net, b in zip(nets, ("auto", "reference"), strict=True)
+        ]
+        for step in range(4):
+            for net, opt in zip(nets, opts, strict=True):
+                for last in (False, True):
+                    with nullcontext() if last or "static_graph" in more else net.no_sync():
+                        net(randn((4, 7), 10 * step + 2 * rank + last)).square().sum().backward()
+                if step == 1 and rank == 0:  # the sum has it already: it is found everywhere
+                    next(net.parameters()).grad.view(-1)[0] = NAN
+                if step == 1:
+                    dist.all_reduce(next(net.parameters()).grad)
+                opt.step_and_zero_()
+        assert opts[0].skipped_steps == 1
+        for p, q in zip(*(net.parameters() for net in nets), strict=True):
+            assert_same_bits(p.detach(), q.detach(), f"{more}")
+            all_of = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+            dist.all_gather(all_of, p.detach())
+            for each in all_of:
+                assert_same_bits(each, p.detach(), f"{more}, other processes")
+
+
+def in_backward(rank):
+    """Steps in backward of FSDP2's parameters are those after it, and hold no gradient."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    nets = [model() for _ in range(2)]
+    for net in nets:
+        for layer in (net[0], net[2], net):
+            fully_shard(layer, mesh=mesh)
+    opts = [optim.AdamW(net.parameters(), lr=0.1, clip_grad_value=0.05) for net in nets]
+    with step_in_backward(opts[1]):
+        for step in range(3):
+            for net, opt in zip(nets, opts, strict=True):
+                net(randn((4, 7), 10 * step + rank)).square().sum().backward()
+                if opt is opts[0]:
+                    opt.step_and_zero_()
+            assert all(p.grad is None for p in nets[1].parameters())
+            for p, q in zip(*(net.parameters() for net in nets), strict=True):
+                assert_same_bits(local(p).detach(), local(q).detach(), f"step {step}")
+
+
 def tensor_parallel(rank):
     """A module cut by parallelize_module has DTensors of two cuts beside plain tensors, and one norm of all."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

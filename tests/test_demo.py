@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
@@ -35,20 +40,45 @@ def test_demo_in_small(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_fsdp_in_small(tmp_path):
-    """One process that resumes where two were comes to their loss."""
+    """Two processes that are killed and resume end with the bits of a run that nothing disturbed, and one that resumes
+    where two were with their loss.
+    """
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
     path = Path(__file__).parent.parent / "examples" / "train_fsdp.py"
-    small = "--layers 1 --width 32 --context 16 --batch 8 --save-every 4".split()
+    small = "--layers 1 --width 32 --context 16 --batch 8 --save-every 4 --steps 16".split()
 
-    def run(processes):
+    def start(processes, folder):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        given = [str(path), *small, "--steps", "8", "--checkpoints", str(tmp_path)]
-        done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        given = [str(path), *small, "--checkpoints", str(folder)]
+        return subprocess.Popen([*launch, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    whole = run(2)
-    (tmp_path / "step-8" / ".metadata").unlink()  # as if it had been killed while it saved
-    resumed = run(1)
-    assert "resumes from" not in whole and f"resumes from {tmp_path / 'step-4'}" in resumed
-    losses = [float(text.split("step 8: loss ")[1].split(",")[0]) for text in (resumed, whole)]
+    def output(started):
+        out, _ = started.communicate(timeout=300)
+        assert started.returncode == 0, out[-3000:]
+        return out
+
+    def trained(folder):
+        dcp_to_torch_save(folder / "step-16", folder / "all.pt")
+        saved = torch.load(folder / "all.pt", weights_only=False)
+        return saved["model"], saved["optimizer"]["state"]
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    started = start(2, killed)
+    while not (killed / "step-4" / ".metadata").exists():
+        assert started.poll() is None, started.stdout.read()
+        time.sleep(0.005)
+    for process in Path("/proc").glob("[0-9]*/cmdline"):  # the launcher and what it launched
+        with contextlib.suppress(OSError):
+            if str(killed).encode() in process.read_bytes():
+                os.kill(int(process.parent.name), signal.SIGKILL)
+    started.communicate()
+    text = output(start(2, whole))
+    assert "resumes from" not in text and f"resumes from {killed}" in output(start(2, killed))
+    cases.assert_same_bits(trained(killed), trained(whole))
+
+    (whole / "step-16" / ".metadata").unlink()  # as if it had been killed while it saved
+    resumed = output(start(1, whole))
+    assert f"resumes from {whole / 'step-12'}" in resumed
+    losses = [float(told.split("step 16: loss ")[1].split(",")[0]) for told in (resumed, text)]
     assert abs(losses[0] - losses[1]) < 2e-3

@@ -20,6 +20,8 @@ pytestmark = [
         *(("clips", size) for size in (2, 4)),
         ("scalers", 4),
         ("zero1", 2),
+        ("ddp", 2),
+        ("in_backward", 2),
         ("tensor_parallel", 2),
         ("no_leaks", 2),
         ("estimates", 4),
