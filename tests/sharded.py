@@ -617,6 +617,15 @@ def zero1(rank):
         train(3)
 
 
+def sends(rank):
+    """Processes make the calls that bench.experiments.scale tells, of which its tables for thousands are made."""
+    from bench.experiments import scale
+
+    size = dist.get_world_size()
+    for way in ("fsdp2", "zero1", "muon", *(["hsdp"] if size == 4 else [])):
+        assert not scale.differences(*scale.counted(way)), (way, scale.differences(*scale.counted(way)))
+
+
 def ddp(rank):
     """Under DDP, with a static graph and with sums over backward passes of which the last alone is reduced."""
     from contextlib import nullcontext

@@ -20,6 +20,7 @@ pytestmark = [
         *(("clips", size) for size in (2, 4)),
         ("scalers", 4),
         ("zero1", 2),
+        *(("sends", size) for size in (1, 2, 3, 4)),
         ("ddp", 2),
         ("in_backward", 2),
         ("tensor_parallel", 2),
@@ -39,3 +40,10 @@ def test_world(name, size, succeeds):
 def test_resharded(tmp_path, succeeds):
     """A checkpoint of torch.distributed.checkpoint goes on in a world of another size, to the bit."""
     succeeds(f"import sharded; sharded.resharded({str(tmp_path)!r})")
+
+
+def test_tables_of_larger_worlds_are_those_of_the_model():
+    from bench.experiments import scale
+    from bench.readme import between
+
+    assert between(scale.PAGE.read_text(), scale.BEGIN).strip() == scale.tables().strip()
