@@ -44,6 +44,7 @@ cuda-on-cpu: $(STAMP)
 	  ASAN_OPTIONS=detect_leaks=0 GENOPT_TEST_CUDA_ON_CPU=build/sanitize/_C.so \
 	  $(BIN)/python -m pytest -n 2 tests/test_bits.py tests/test_state.py tests/test_cuda.py tests/test_clip.py \
 	    tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py tests/test_int8_format.py tests/test_quant.py \
+	    tests/test_sharding.py \
 	    --deselect tests/test_bits.py::test_no_less_accurate_than_torch # as the bits are those of the CPU
 
 instructions: $(STAMP)

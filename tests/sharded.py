@@ -712,7 +712,7 @@ def tensor_parallel(rank):
 def no_leaks(rank):
     """Steps make nothing that stays: no object, and no memory."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    params = [torch.nn.Parameter(spread(randn((6, 4), i), (mesh, [Shard(0)]))) for i in range(20)]
+    params = [torch.nn.Parameter(spread(randn((6, 4), i), (mesh, [Shard(0)]))) for i in range(10)]
     opt = optim.AdamW(params, max_grad_norm=0.5)
 
     def some(steps):
@@ -721,11 +721,16 @@ def no_leaks(rank):
                 p.grad = spread(torch.ones(6, 4), (mesh, [Shard(0)]))
             opt.step()
         gc.collect()
-        return len(gc.get_objects())
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        return len(gc.get_objects()), pages * os.sysconf("SC_PAGE_SIZE")
 
     some(3)
-    before = some(3)
-    assert some(200) <= before + 20  # a leak would be of one for each step at least
+    objects, held = some(100)
+    after, holds = some(1000)
+    assert after <= objects + 20  # a leak would be of one for each step at least
+    # A spec for each of ten parameters would be more; gloo takes some hundred kB.
+    assert holds - held < 3_000_000, holds - held
 
 
 # Checkpoints
