@@ -559,10 +559,13 @@ def scalers(rank):
     for (name, places), make in product(placements(*meshes()), (genopt_ext.GradScaler, torch.amp.GradScaler)):
         if make is torch.amp.GradScaler and len({at and at[0] for at in places}) > 1:
             continue  # torch's own does not unscale plain tensors and DTensors, or two meshes, together
-        for fused in (True, False) if make is genopt_ext.GradScaler else (True,):
-            what = f"{name}, {make}, fused: {fused}, process {rank}"
+        classes = {"AdamW": {"fused": True}, "Adam": {"fused": False}, "Muon": {"stacked": True}}
+        for each, options in classes.items() if make is genopt_ext.GradScaler else [("AdamW", {"fused": True})]:
+            if (each, name) == ("Muon", "2-D"):
+                continue
+            what = f"{name}, {make}, {each}, process {rank}"
             params = [torch.nn.Parameter(spread(randn(shape, 0), at)) for shape, at in zip(SHAPES, places, strict=True)]
-            opt = optim.AdamW(params, lr=0.1, fused=fused)
+            opt = getattr(optim, each)(params, lr=0.1, **options)
             scaler = make("cpu", init_scale=4.0)
             scaler.scale(torch.ones(1))
             for step in range(2):
