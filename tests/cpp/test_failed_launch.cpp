@@ -9,7 +9,7 @@ namespace {
 
 struct Case {
   const RuleInfo& info;
-  Tensor tensor{{k32, k32, k32}, 8, kContiguous, 1, info.used_states(options_of(info, 0.1)), 1.0, true};
+  Tensor tensor{{k32, k32, k32}, 8, kContiguous, 1, info.used_states(options_of(info, 0.1)), 1.0, true, 0};
   OnDevice on_device{tensor};
   cuda::DevicePlan plan{info, kHost};
 
