@@ -42,10 +42,9 @@ cuda-on-cpu: $(STAMP)
 	ctest --test-dir build/sanitize --output-on-failure -j 2
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GENOPT_TEST_CUDA_ON_CPU=build/sanitize/_C.so \
-	  $(BIN)/python -m pytest -n 2 tests/test_bits.py tests/test_state.py tests/test_cuda.py tests/test_clip.py \
-	    tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py tests/test_int8_format.py tests/test_quant.py \
-	    tests/test_sharding.py \
-	    --deselect tests/test_bits.py::test_no_less_accurate_than_torch # as the bits are those of the CPU
+	  $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_bits.py tests/test_state.py tests/test_cuda.py \
+	    tests/test_clip.py tests/test_gradient_path.py tests/test_amp.py tests/test_ema.py tests/test_int8_format.py tests/test_quant.py \
+	    tests/test_sharding.py --deselect tests/test_bits.py::test_no_less_accurate_than_torch # as the bits are those of the CPU
 
 instructions: $(STAMP)
 	$(BIN)/python -m bench.instructions --check

@@ -291,13 +291,15 @@ void test_graphs(const char* rule) {
 
 }  // namespace
 
-// With any argument: few cases, for checkers that are slow.
-int main(int count, char**) {
-  test_backend({run_on_device, {0}, kOneByteOn, count > 1});
+// test_cuda [rules | plans | few]: halves of it, or few cases, for checkers that are slow; else all.
+int main(int count, char** arguments) {
+  const std::string asked = count > 1 ? arguments[1] : "";
+  if (asked != "plans") test_backend({run_on_device, {0}, kOneByteOn, asked == "few"});
+  if (asked == "rules") return 0;
   for (const RuleInfo& info : rule_infos()) {
     test_changes(info.name);
     test_gradient_path(info.name);
     test_graphs(info.name);
   }
-  if (count == 1) test_launches();
+  if (asked != "few") test_launches();
 }
