@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from cases import EMULATED, NATIVE
@@ -36,6 +38,8 @@ def test_world(name, size, succeeds):
     """What each process looks at is in sharded.py."""
     if NATIVE != "cpu" and not (EMULATED and (name, size) in ON_STAND_IN):
         pytest.skip("for CPU kernels")
+    if name == "sends" and not find_spec("bench"):
+        pytest.skip("needs the bench, which is not installed")
     succeeds(f"import conftest, sharded; sharded.world({size}, {name!r})")  # conftest loads the stand-in
 
 
@@ -47,7 +51,7 @@ def test_resharded(tmp_path, succeeds):
 
 @on_cpu
 def test_tables_of_larger_worlds_are_those_of_the_model():
-    from bench.experiments import scale
+    scale = pytest.importorskip("bench.experiments.scale")
     from bench.readme import between
 
     assert between(scale.PAGE.read_text(), scale.BEGIN).strip() == scale.tables().strip()
