@@ -108,7 +108,7 @@ def is_plain(t: Tensor) -> bool:
 def _total_norm(tensors: list[Tensor], norm: float) -> Tensor | None:
     """In float64, on the first tensor's device; None where only torch serves the tensors."""
     if norm in NORMS and any(map(sharding.is_spread, tensors)):
-        return _norm_over_processes([sharding.summed(t) for t in tensors], norm)
+        return _norm_over_processes([sharding.without_partial_sums(t) for t in tensors], norm)
     # The kernels take a complex number as two: right for squares alone.
     real = [t.abs() if t.is_complex() and norm != 2 else t for t in tensors]
     norms = _norms(real, norm if norm in NORMS else math.inf)

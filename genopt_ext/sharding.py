@@ -76,17 +76,6 @@ def spread_as(t: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(t, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def summed(t: Tensor) -> Tensor:
-    """``t``; of a DTensor that is yet to be added up over processes: its sum, in all of them."""
-    if not is_spread(t) or not any(each.is_partial() for each in t.placements):  # type: ignore[attr-defined]
-        return t
-    from torch.distributed.tensor import Replicate
-
-    return t.redistribute(  # type: ignore[attr-defined]
-        placements=[Replicate() if each.is_partial() else each for each in t.placements]  # type: ignore[attr-defined]
-    )
-
-
 def is_first(p: Tensor) -> bool:
     """Whether this process comes first in the mesh of a DTensor, or has ``p`` alone."""
     return not is_spread(p) or not any(p.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]

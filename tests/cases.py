@@ -228,7 +228,7 @@ def stored(*axes: Sequence[Any], storages: Sequence[Storage] = tuple(STORAGE)) -
     return [(*row, next(dtypes[row[-1].name])) for row in pairs(*axes, storages)]
 
 
-def is_refused(given: dict[str, Any], is_narrow_test: bool) -> bool:
+def is_refused(given: dict[str, Any], is_narrow_test: bool = False) -> bool:
     """Whether a test's parameters have a class with what it refuses, as test_adafactor.py finds.
 
     Args:

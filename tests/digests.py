@@ -86,7 +86,7 @@ def stepped(case: Case, stored: dict[str, Any], dtype: torch.dtype, around: dict
 
 def steps() -> Digests:
     for (i, case), (k, (stored, dtype)) in product(enumerate(RULES), enumerate(STORED)):
-        if (k >= PLAIN and (i + k) % 2) or is_refused({"case": case, "options": stored}, False):
+        if (k >= PLAIN and (i + k) % 2) or is_refused({"case": case, "options": stored}):
             continue
         around = AROUND[(i + k // 2) % len(AROUND)]
         yield f"{case} {stored} {dtype} {around}", functools.partial(stepped, case, stored, dtype, around)

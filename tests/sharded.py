@@ -322,7 +322,7 @@ def same_bits(rank):
     whole_kinds = [each for each in cases.STORAGE if "int8" not in each.name]
     rows = cases.stored(cases.STATEFUL, list(cuts()), storages=whole_kinds)
     for n, (case, (name, at, follows), storage, dtype) in enumerate(rows):
-        if n % 4 != size % 4 or cases.is_refused({"case": case, "storage": storage, "dtype": dtype}, False):
+        if n % 4 != size % 4 or cases.is_refused({"case": case, "storage": storage, "dtype": dtype}):
             continue
         asked, way = ASKED[n % len(ASKED)], ("step", "accumulate", "step_and_zero_")[n // 3 % 3]
         adds_up = case.name in WHOLES

@@ -92,7 +92,7 @@ def spoil(draw, opt, p):
 
 def is_served(case, kept):
     dtype, storage = KEPT[kept]
-    return not is_refused(dict(case=case, dtype=dtype, storage=storage), False)
+    return not is_refused(dict(case=case, dtype=dtype, storage=storage))
 
 
 @pytest.mark.parametrize(("case", "kept"), [row for row in product(STATEFUL, KEPT) if is_served(*row)], ids=str)

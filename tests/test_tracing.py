@@ -48,7 +48,7 @@ NARROW = {
 }
 TABLE = [(case, name, torch.float32) for case in STATEFUL for name in OPTIONS]
 TABLE += [(case, name, torch.bfloat16) for case in STATEFUL for name in NARROW]
-TABLE = [row for row in TABLE if not is_refused({"case": row[0], "options": {**OPTIONS, **NARROW}[row[1]]}, False)]
+TABLE = [row for row in TABLE if not is_refused({"case": row[0], "options": {**OPTIONS, **NARROW}[row[1]]})]
 
 
 def described(opt):

@@ -346,7 +346,7 @@ def assert_same_world(a, b):
 
 
 def assert_alike(case, kept, actions, more=0):
-    if is_refused({"case": case, "options": KEPT[kept][1]}, False):
+    if is_refused({"case": case, "options": KEPT[kept][1]}):
         return
     told, forgetful = (World(case, kept, forgets, more) for forgets in (False, True))
     for name, seed in [("step", 0), ("step", 0), *(each for action in actions for each in (action, ("step", 0)))]:

@@ -88,6 +88,19 @@ def adamax(
     return p - m * rounded(lr / (1.0 - power(beta1, t)), p) / u
 
 
+def rectification(beta2: Number, t: Number) -> tuple[Number, Number, Callable[[], Number]]:
+    """Of RAdam (arXiv 1908.03265): ``1 - beta2^t``, the length of the average, and the ratio of variances, above 4."""
+    beta2_t = power(beta2, t)
+    correction2 = 1.0 - beta2_t
+    longest = 2.0 / (1.0 - beta2) - 1.0
+    length = longest - 2.0 * t * beta2_t / correction2
+    return (
+        correction2,
+        length,
+        lambda: (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length),
+    )
+
+
 def radam(
     p: Tensor,
     g: Tensor,
@@ -103,18 +116,14 @@ def radam(
     decoupled_weight_decay: bool,
 ) -> Tensor:
     """RAdam: ``csrc/rules/radam.h``."""
-    beta2_t = power(beta2, t)
-    correction2 = 1.0 - beta2_t
-    longest = 2.0 / (1.0 - beta2) - 1.0
-    length = longest - 2.0 * t * beta2_t / correction2
+    correction2, length, ratio = rectification(beta2, t)
     plain = lr / (1.0 - power(beta1, t))
     l2, decay = decays(p, lr, weight_decay, decoupled_weight_decay)
     g = with_penalty(g, p, l2, maximize)
     m, v = moments(p, g, state, beta1, beta2)
 
     def rectified() -> Tensor:
-        ratio = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
-        return m * rounded(plain * (root(correction2) * root(ratio)), p) / (sqrt(v) + rounded(eps, p))
+        return m * rounded(plain * (root(correction2) * root(ratio())), p) / (sqrt(v) + rounded(eps, p))
 
     if isinstance(length, Tensor):
         u = torch.where(length > 5.0, rectified(), m * rounded(plain, p))

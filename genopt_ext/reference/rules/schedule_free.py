@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...tracing import Number
 from ..math import average_square, lerp, may_count, multiply_add, power, real_power, root, rounded, sqrt
+from .adams import rectification
 from .shared import with_penalty
 
 
@@ -119,22 +120,14 @@ def radam_schedule_free(
     maximize: bool,
 ) -> Tensor:
     """RAdamScheduleFree: ``csrc/rules/radam_schedule_free.h``."""
-    beta2_t = power(beta2, t)
-    correction2 = 1.0 - beta2_t
-    longest = 2.0 / (1.0 - beta2) - 1.0
-    length = longest - 2.0 * t * beta2_t / correction2
+    correction2, length, ratio = rectification(beta2, t)
     plain = 0.0 if silent_sgd_phase else lr
     g = -g if maximize else g
     v = state["exp_avg_sq"] = average_square(state["exp_avg_sq"], g, rounded(1.0 - beta2, p))
     u = normalized(g, v, root(correction2), eps)
-
-    def rectified() -> Number:
-        ratio = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
-        return lr * root(ratio)
-
     if isinstance(length, Tensor):
-        lr, u = torch.where(length > 4.0, rectified(), plain), torch.where(length > 4.0, u, g)
+        lr, u = torch.where(length > 4.0, lr * root(ratio()), plain), torch.where(length > 4.0, u, g)
     else:
-        lr, u = (rectified(), u) if length > 4.0 else (plain, g)
+        lr, u = (lr * root(ratio()), u) if length > 4.0 else (plain, g)
     u = with_penalty(u, p, rounded(weight_decay, p), False)
     return averaged(p, u, state, running, t=t, lr=lr, beta=beta1, r=r, weight_lr_power=weight_lr_power)
