@@ -12,6 +12,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from itertools import product
+from unittest import mock
 
 import cases
 import pytest
@@ -421,6 +422,18 @@ def muon(rank):
             for key, t in of_whole.items():
                 same(full(of_part[key]), t, f"{what}, parameter {i}, {key}")
         assert opts[0].skipped_steps == opts[1].skipped_steps == ("skip_nonfinite" in asked), what
+    # All skip what one process alone is told to, plain tensors of AdamW too; asked once for both algorithms.
+    q = torch.nn.Parameter(spread(randn((12, 8), 0), (line, [Shard(0)])))
+    bias = torch.nn.Parameter(randn((8,), 1))
+    opt = optim.Muon([("layer.weight", q), ("layer.bias", bias)], lr=0.1)
+    q.grad, bias.grad = torch.ones_like(q), torch.ones_like(bias)
+    before = [local(p).detach().clone() for p in (q, bias)]
+    opt.found_inf = torch.tensor(float(rank == size - 1))
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as asked:
+        opt.step()
+    assert asked.call_count == (size > 1), asked.call_count
+    assert_same_bits([local(p).detach() for p in (q, bias)], before, f"skipped, process {rank}")
+
     refuses = [({}, [Shard(0), Shard(1)])] if grids else []
     refuses += [({"normuon": True}, None), ({"cautious": "update"}, None)]
     for options, placements in refuses:

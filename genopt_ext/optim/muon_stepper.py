@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import clip, tracing
+from .. import clip, sharding, tracing
 from . import adam, apart, refusals, routing, unserved
 from . import state as states
 from .muon_matrices import (
@@ -114,6 +114,8 @@ class MuonStepper(Stepper):
         # The first looks at parameters, gradients and state as a whole, and steps none.
         self.whole, self.momentum, self.update = (Stepper(owner, rule, backend) for rule in (MUON, MUON, UPDATE))
         self.both = Stepper(owner, UPDATE, backend)  # looks at what the two algorithms share
+        for each in (self.adamw, self.momentum, self.update):
+            each.asks_others = False  # all of them were asked at once
         self._last: tuple[Any, list[Chunk]] = None, []  # what the last step was of, and how it was taken
         self._captured: list[list[Chunk]] = []  # their memory is that of graphs, for as long as they may be replayed
 
@@ -152,6 +154,8 @@ class MuonStepper(Stepper):
             each.backend = self.backend
         for i, group in enumerate(groups):
             self._check(i, on_host(group))
+        if inputs.found_inf is not None and sharding.is_distributed():
+            inputs = self._agreed(groups, inputs)
         of_adamw, of_muon = ([_share(group, self.rule_of(group), rule) for group in groups] for rule in (ADAMW, MUON))
         seen = dataclasses.replace(
             inputs, max_grad_norm=None, skip_nonfinite=False, checks=False, grad_scale=None, found_inf=None

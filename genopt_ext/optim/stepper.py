@@ -77,6 +77,7 @@ class Stepper:
 
     def __init__(self, owner: str, rule: Rule, backend: str) -> None:
         self.owner, self.rule, self.backend = owner, rule, backend
+        self.asks_others = True  # whether processes that share parameters agree on steps that are skipped
         self.results: Results | None = None
         self.plan: Any = None  # the native stepper, with its plan
         self.shared: Tensor | None = None  # the numbers that all parameters share: float64, of the rule's names
@@ -112,7 +113,7 @@ class Stepper:
             RuntimeError: something that can not be served; nothing is changed then.
             TypeError, ValueError: an option out of its range.
         """
-        if inputs.found_inf is not None and sharding.is_distributed():
+        if self.asks_others and inputs.found_inf is not None and sharding.is_distributed():
             inputs = self._agreed(groups, inputs)
         plain = only is not None or (inputs is NOTHING_ELSE and not any(map(clips_alone, groups)))
         arguments = {} if plain and self.shared is None else self.arguments(groups, inputs, None)
