@@ -25,8 +25,8 @@ Gradients gradients_of(const std::string& left) {
 }
 
 // The names that Python has for the kinds in DeviceTensorKind, in its order: each a list with a tensor a device.
-constexpr const char* kTensorNames[] = {"grad_scale", "found_inf",     "group_scales", "grad_norm",
-                                        "nonfinite",  "skipped_steps", "shared",       "row_sums"};
+constexpr const char* kTensorNames[] = {"grad_scale",    "found_inf", "group_scales", "grad_norm", "nonfinite",
+                                        "skipped_steps", "shared",    "row_parts",    "row_sums"};
 static_assert(std::size(kTensorNames) == kDeviceTensors);
 
 StepArguments arguments_of(const py::kwargs& given) {

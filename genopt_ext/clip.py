@@ -1,7 +1,7 @@
 """Gradient clipping: drop-ins for ``torch.nn.utils``, and what the optimizers' own clipping shares with them.
 
-Gradients are read once, and written only where clipping really changes them. The norm is summed in double in a fixed
-order: the same bits for every number of threads and run after run. Nothing waits for a GPU, except with
+Gradients are read once, and written only where clipping really changes them. The norm is summed such that no
+order counts: the same bits for every number of threads and processes, and run after run. Nothing waits for a GPU, except with
 ``error_if_nonfinite=True``. Of DTensors each process measures its own part, and the parts of all are joined at once,
 whatever their meshes, also beside plain tensors. Other tensor subclasses go through torch's own functions, which refuse
 sparse gradients, and p-norms other than 1, 2 and infinity through torch operations in float64.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
-from . import _backend, overlap, reference, sharding, tracing
+from . import _backend, binned, overlap, reference, sharding, tracing
 from .tracing import Number, opaque
 
 NORMS = {2.0: 0, 1.0: 1, math.inf: 2}  # as Norm in csrc/plan/norm.h
@@ -94,8 +94,8 @@ def _norms(tensors: Sequence[Tensor], norm: float) -> list[Tensor] | None:
         if not _run(here, list(here), {}, norm=NORMS[norm], measure=True, only_measure=True, grad_norm=[total]):
             if not all(is_plain(t) for t in here):
                 return None
-            sums = torch.stack([reference.measure(t, t, norm) for t in here])
-            total = sums.max() if norm == math.inf else reference.join(sums)
+            words = torch.stack([reference.measure(t, norm) for t in here])
+            total = binned.largest(words).max() if norm == math.inf else reference.join(binned.value(words))
             total = total.sqrt() if norm == 2 else total
         found.append(total)
     return found
@@ -138,8 +138,8 @@ def _norm_over_processes(tensors: list[Tensor], norm: float) -> Tensor:
     real = [t.abs() if t.is_complex() and norm != 2 else t for t in local]
     rows, joining = measure_rows(real, real, norm), sharding.Joining(tensors)
     if norm == math.inf:
-        return joining.largest(rows).max()
-    total = reference.join(joining(rows))
+        return joining.largest(binned.largest(rows)).max()
+    total = reference.join(joining.sums(rows))
     return total.sqrt() if norm == 2 else total
 
 
@@ -171,25 +171,26 @@ def is_precise(tensors: Iterable[Tensor]) -> bool:
 
 
 def measure_rows(targets: Sequence[Tensor], rows: Sequence[Tensor | None], norm: float = 2.0) -> Tensor:
-    """What each row's norm (of :data:`NORMS`) is made of; float64, on the first target's device; 0 of None.
+    """What each row's norm (of :data:`NORMS`) is made of: int64, [rows, words of :mod:`.binned`].
 
     Args:
-        targets: parameters, in whose order in memory elements are taken. Of DTensors, here and in ``rows``, the local
+        targets: parameters, on whose first one's device the words are. Of DTensors, here and in ``rows``, the local
             tensors are measured.
-        rows: for each target a tensor of its shape, or None.
+        rows: for each target a tensor of its shape, or None, of which there is nothing.
     """
     targets, rows = ([sharding.local(t) for t in each] for each in (targets, rows))
     devices = _by_device(t for t in rows if t is not None)
-    found = {device: torch.zeros(2 * len(rows), dtype=torch.float64, device=device) for device in devices}
+    shape = 2, len(rows), binned.WORDS
+    found = {device: torch.zeros(shape, dtype=torch.int64, device=device) for device in devices}
     given = [*found.values()]
-    if not _run(targets, rows, {}, norm=NORMS[norm], measure=True, only_measure=True, row_sums=given):
-        for i, (t, row) in enumerate(zip(targets, rows, strict=True)):
+    if not _run(targets, rows, {}, norm=NORMS[norm], measure=True, only_measure=True, row_parts=given):
+        for i, row in enumerate(rows):
             if row is not None:
-                found[row.device].select(0, i).copy_(reference.measure(row, t, norm))
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=targets[0].device)
+                found[row.device][0, i].copy_(reference.measure(row, norm))
+    words = torch.zeros(shape[1:], dtype=torch.int64, device=targets[0].device)
     for each in given:
-        sums += each.narrow(0, 0, len(rows)).to(sums.device)
-    return sums
+        words += each[0].to(words.device)
+    return words
 
 
 def add_(targets: list[Tensor], grads: list[Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _backend
+from . import _backend, binned
 
 MARK = "_fsdp_flattened"  # by which FSDP1 knows its flat parameters and the views of them
 
@@ -164,7 +164,7 @@ def agree(found: Tensor, params: Iterable[Tensor]) -> Tensor:
 class Joining:
     """Joins what each process has added up of its part of each parameter: of DTensors, over their meshes.
 
-    What several processes have alike counts once, and where one of them has NaN or infinity, all get NaN.
+    What several processes have alike counts once; where one of them has NaN or infinity, so have all.
 
     Args:
         params: DTensors and others, in an order that all processes share.
@@ -174,8 +174,9 @@ class Joining:
         self._params, self._specs = list(params), [getattr(p, "_spec", None) for p in params]
         self._turns: list[tuple[_Line, Tensor]] = []
         for ranks, line in _lines(params).items():
-            counts = [float(line.number == 0 or _is_cut_along(p, ranks)) for p in params]
-            self._turns.append((line, torch.tensor(counts, dtype=torch.float64, device="cpu")))
+            counts = [int(line.number == 0 or _is_cut_along(p, ranks)) for p in params]
+            self._turns.append((line, torch.tensor(counts, device="cpu")))
+        self._is_narrow = not any(p.dtype in (torch.float64, torch.complex128) for p in params)
 
     def serves(self, params: Sequence[Tensor]) -> bool:
         """Whether it was made for these, spread as they are."""
@@ -185,16 +186,28 @@ class Joining:
     def __call__(self, sums: Tensor) -> Tensor:
         """
         Args:
-            sums: float64, a column for each parameter.
+            sums: with a column for each parameter.
         """
         for turn, (line, counts) in enumerate(self._turns):
             if counts.device != sums.device:
                 counts = counts.to(sums.device)
                 self._turns[turn] = line, counts
             given = (sums * counts).to(line.device)
+            if not sums.is_floating_point():  # of which others may count where this has not: binned.spread()
+                given.select(-2, -1).copy_(sums.select(-2, -1))
             dist.all_reduce(given, group=line.group)
             sums = given.to(sums.device)
         return sums
+
+    def sums(self, words: Tensor) -> Tensor:
+        """Exact sums of what the words of :mod:`.binned` say: float64, [..., parameters].
+
+        Args:
+            words: int64, [..., parameters, words].
+        """
+        if self._turns:
+            words = binned.gathered(self(binned.spread(words, self._is_narrow).mT).mT, self._is_narrow)
+        return binned.value(words)
 
     def largest(self, numbers: Tensor) -> Tensor:
         """As calling it, for the largest of each column (float64, at least 0) in the place of sums; NaN stays NaN."""

@@ -33,7 +33,7 @@ from low_precision import KEPT, WIDER, gradient
 from torch import Tensor
 
 import genopt_ext
-from genopt_ext import _backend, quant, reference
+from genopt_ext import _backend, binned, quant, reference
 
 Digests = Iterator[tuple[str, Callable[[], list[Tensor]]]]
 
@@ -97,8 +97,8 @@ def norm_of(tensors: list[Tensor], norm: float) -> Tensor:
     if _backend.resolve("auto") != "reference":
         return genopt_ext.get_total_norm(tensors, norm)
     # The reference's sums, without torch's square root of them, which is not always exactly rounded.
-    sums = torch.stack([reference.measure(t, t, norm) for t in tensors])
-    total = sums.max() if norm == INF else reference.join(sums)
+    words = torch.stack([reference.measure(t, norm) for t in tensors])
+    total = binned.largest(words).max() if norm == INF else reference.join(binned.value(words))
     return torch.tensor(math.sqrt(total) if norm == 2 else total.item(), dtype=torch.float64)
 
 

@@ -476,9 +476,9 @@ def test_environment_variables(fresh):
     code = STEP + "import genopt_ext._backend as b; print(b.resolve('auto'), b.resolve('cpu'))"
     assert fresh(code, GENOPT_BACKEND="reference").stdout.split()[-2:] == ["reference", "cpu"]
     code = STEP + "from genopt_ext import _C; print(_C.cpu_capability(), _C.cpu_tuning())"
-    out = fresh(code, GENOPT_CPU_CAPABILITY="default", GENOPT_CPU_TUNING="prefetch=5")
-    assert out.stdout.split()[-2:] == ["default", "prefetch=5"]
-    for tuning in ("prefetch", "prefetch=-1", "prefetch=2x", "prefetch=1000", "stores=1"):
+    out = fresh(code, GENOPT_CPU_CAPABILITY="default", GENOPT_CPU_TUNING="prefetch=5,norm=3")
+    assert out.stdout.split()[-2:] == ["default", "prefetch=5,norm=3"]
+    for tuning in ("prefetch", "prefetch=-1", "prefetch=2x", "prefetch=1000", "stores=1", "prefetch=1,norm=", "norm=1"):
         assert f"GENOPT_CPU_TUNING is '{tuning}', expected prefetch=N" in fresh(STEP, GENOPT_CPU_TUNING=tuning).stderr
 
 
@@ -488,7 +488,7 @@ def test_env_report(succeeds):
     for line in ("genopt_ext", "torch", "built with", "cpu", "cuda"):
         assert re.search(rf"^{line}\b.*: \S", said, re.MULTILINE), said
     if _backend.native is not None:
-        assert "prefetch=7 (set by GENOPT_CPU_TUNING)" in succeeds(report, GENOPT_CPU_TUNING="prefetch=7")
+        assert "prefetch=7,norm=0 (set by" in succeeds(report, GENOPT_CPU_TUNING="prefetch=7,norm=0")
     assert "GENOPT_CPU_CAPABILITY is 'none'" in succeeds(report, GENOPT_CPU_CAPABILITY="none")
 
 

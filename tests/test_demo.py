@@ -40,17 +40,17 @@ def test_demo_in_small(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_fsdp_in_small(tmp_path):
-    """Two processes that are killed and resume end with the bits of a run that nothing disturbed, and one that resumes
-    where two were with their loss.
+    """Four processes that are killed, and two that resume, end with the bits of four that nobody disturbed; one that
+    resumes where four were, with their loss.
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     path = Path(__file__).parent.parent / "examples" / "train_fsdp.py"
     small = "--layers 1 --width 32 --context 16 --batch 8 --save-every 4 --steps 16".split()
 
-    def start(processes, folder):
+    def start(processes, folder, *more):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        given = [str(path), *small, "--checkpoints", str(folder)]
+        given = [str(path), *small, *more, "--checkpoints", str(folder)]
         return subprocess.Popen([*launch, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def output(started):
@@ -63,8 +63,8 @@ def test_fsdp_in_small(tmp_path):
         saved = torch.load(folder / "all.pt", weights_only=False)
         return saved["model"], saved["optimizer"]["state"]
 
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    started = start(2, killed)
+    killed, whole, in_order = tmp_path / "killed", tmp_path / "whole", ("--fixed-order", "4")
+    started = start(4, killed, *in_order)
     while not (killed / "step-4" / ".metadata").exists():
         assert started.poll() is None, started.stdout.read()
         time.sleep(0.005)
@@ -73,8 +73,8 @@ def test_fsdp_in_small(tmp_path):
             if str(killed).encode() in process.read_bytes():
                 os.kill(int(process.parent.name), signal.SIGKILL)
     started.communicate()
-    text = output(start(2, whole))
-    assert "resumes from" not in text and f"resumes from {killed}" in output(start(2, killed))
+    text = output(start(4, whole, *in_order))
+    assert "resumes from" not in text and f"resumes from {killed}" in output(start(2, killed, *in_order))
     cases.assert_same_bits(trained(killed), trained(whole))
 
     (whole / "step-16" / ".metadata").unlink()  # as if it had been killed while it saved

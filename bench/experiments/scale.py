@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genopt_ext import optim
+from genopt_ext import binned, optim
 
 from ..method import ROOT
 from ..readme import write_between
@@ -127,8 +127,9 @@ def of_zero1(model: Shapes, ranks: int, weight: int = 2, grad: int = 2) -> list[
 
 
 def of_norm(model: Shapes, *lines: int) -> list[Call]:
-    """Two numbers in double for each parameter, along each dimension of the mesh."""
-    return [Call("all_reduce", ranks, 16 * model.rows) for ranks in lines if ranks > 1]
+    """Exact sums of each parameter's squares (genopt_ext.binned), along each dimension of the mesh."""
+    words = binned.spread(torch.zeros(binned.WORDS, dtype=torch.int64), is_narrow=True)
+    return [Call("all_reduce", ranks, words.nbytes * model.rows) for ranks in lines if ranks > 1]
 
 
 def owned(model: Shapes, ranks: int) -> list[Counter[tuple[int, ...]]]:

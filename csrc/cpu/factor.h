@@ -1,7 +1,9 @@
 // What a rule with factors (rules/rule.h) needs to know of the rows and columns of a matrix: sums of squares.
 #pragma once
 
-#include "measure.h"
+#include "../plan/norm.h"
+#include "operand.h"
+#include "places.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 

@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "../plan/binned.h"
 #include "../plan/plan.h"
 
 namespace genopt {
@@ -10,7 +11,7 @@ namespace genopt {
 // Runs tiles [begin, end) of a row with a rule's Scalars.
 using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, int64_t end);
 // Measures one span of an operand.
-using SpanKernel = double (*)(const Row& row, int operand, int64_t span);
+using SpanKernel = Binned (*)(const Row& row, int operand, int64_t span);
 // What the elements of one span add to a row's totals.
 using TotalKernel = void (*)(const void* scalars, const Row& row, int64_t span, double* totals);
 // Adds up the squares of the gradient in so many rows of a matrix, from element `start` on: those of each row, and to

@@ -1,6 +1,10 @@
 // See run.h.
 #include "run.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -58,20 +62,31 @@ Capability choose() {
                            "', but this processor and build have " + names + "; set it to one of these, or unset it");
 }
 
-// Two tiles ahead is 10 to 20 % faster on one Intel Xeon and 13 % slower on an AMD Zen 4: bench/NOTES.md. Others have
-// not been measured.
+#if defined(__x86_64__)
+// 26 is Zen 5.
+int amd_family() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  return static_cast<int>((a >> 8 & 0xf) + (a >> 20 & 0xff));
+}
+#endif
+
+// Tiles ahead: bench/NOTES.md has what was measured. In steps two are 10 to 20 % faster on one Intel Xeon and 13 %
+// slower on an AMD Zen 4; in norms eight take a fifth off on a Zen 5. Others have not been measured.
 Tuning choose_tuning() {
   Tuning chosen;
 #if defined(__x86_64__)
   if (__builtin_cpu_is("intel")) chosen.prefetch = 2;
+  if (amd_family() >= 26) chosen.norm = 8;
 #endif
   const char* const wanted = std::getenv("GENOPT_CPU_TUNING");
   if (!wanted || !*wanted) return chosen;
   int read = 0;
-  if (std::sscanf(wanted, "prefetch=%d%n", &chosen.prefetch, &read) != 1 || wanted[read] || chosen.prefetch < 0 ||
-      chosen.prefetch > kSpan)
+  const int found = std::sscanf(wanted, "prefetch=%d%n,norm=%d%n", &chosen.prefetch, &read, &chosen.norm, &read);
+  const auto fits = [](int tiles) { return tiles >= 0 && tiles <= kSpan; };
+  if (found < 1 || wanted[read] || !fits(chosen.prefetch) || !fits(chosen.norm))
     throw std::runtime_error("GENOPT_CPU_TUNING is '" + std::string(wanted) +
-                             "', expected prefetch=N with N from 0 to " + std::to_string(kSpan) +
+                             "', expected prefetch=N or prefetch=N,norm=N with N from 0 to " + std::to_string(kSpan) +
                              ", the tiles to prefetch ahead; or unset it");
   return chosen;
 }
@@ -134,9 +149,9 @@ double with_number(void* numbers, int64_t at, bool in_double, Visit visit) {
   return in_double ? visit(static_cast<double*>(numbers)[at]) : visit(static_cast<float*>(numbers)[at]);
 }
 
-double join_spans(const double* spans, int64_t count, Norm norm) {
+double join_spans(const double* spans, int64_t count) {
   if (count == 1) return spans[0];
-  LaneSums sums(norm);
+  LaneSums sums(Norm::kTwo);
   for (int64_t i = 0; i < count; ++i) sums.add(i, spans[i]);
   return sums.total();
 }
@@ -155,7 +170,7 @@ std::vector<std::string> capabilities() {
 
 std::string tuning_in_use() {
   chosen();
-  return "prefetch=" + std::to_string(tuning.prefetch);
+  return "prefetch=" + std::to_string(tuning.prefetch) + ",norm=" + std::to_string(tuning.norm);
 }
 
 const KernelTable& kernel_table() {
@@ -165,7 +180,7 @@ const KernelTable& kernel_table() {
 void measure(Plan& plan, int threads) {
   const KernelTable& kernels = kernel_table();
   const int norm = static_cast<int>(plan.control.norm);
-  std::vector<double> spans(plan.total_spans()), weights;
+  std::vector<Binned> spans(plan.total_spans()), weights;
   bool weighs = false;
   for (const Options& group : plan.groups) weighs = weighs || group[kAgc] >= 0;
   if (weighs) weights.resize(spans.size());
@@ -179,11 +194,18 @@ void measure(Plan& plan, int threads) {
       }
     });
   });
-  for (Row& row : plan.rows) {
-    const int64_t count = row.spans(kHost);
-    if (count == 0) continue;
-    row.norm = join_spans(&spans[row.first_span], count, plan.control.norm);
-    if (plan.groups[row.group][kAgc] >= 0) row.weights = join_spans(&weights[row.first_span], count, plan.control.norm);
+  const Norm kind = plan.control.norm;
+  const int64_t rows = static_cast<int64_t>(plan.rows.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    Row& row = plan.rows[r];
+    const auto join = [&](const std::vector<Binned>& of_spans, int64_t column) {
+      BinnedTotal sum{};
+      for (int64_t s = 0; s < row.spans(kHost); ++s) sum = joined(sum, widened(of_spans[row.first_span + s]));
+      if (plan.row_parts) plan.row_parts[column * rows + r] = sum;
+      return sum.value(kind);
+    };
+    row.norm = join(spans, 0);
+    if (plan.groups[row.group][kAgc] >= 0) row.weights = join(weights, 1);
   }
 }
 
@@ -329,8 +351,7 @@ void total(Plan& plan, RowRange range, int threads) {
   for (int64_t r = range.first; r < range.last; ++r) {
     Row& row = plan.rows[r];
     if (const int64_t own = row.spans(kHost))
-      for (int n = 0; n < kMaxTotals; ++n)
-        row.totals[n] = join_spans(&spans[n * count + row.first_span - before], own, Norm::kTwo);
+      for (int n = 0; n < kMaxTotals; ++n) row.totals[n] = join_spans(&spans[n * count + row.first_span - before], own);
   }
 }
 
@@ -367,17 +388,13 @@ void step(Plan& plan, int threads) {
     row.norm = row.weights = 0;
     row.factor = 1;
   }
-  if (control.measure && plan.row_sums && !control.only_measure) {
+  if (control.measure && plan.row_sums) {
     for (size_t r = 0; r < plan.rows.size(); ++r) {
       plan.rows[r].norm = plan.row_sums[r];
       plan.rows[r].weights = plan.row_sums[plan.rows.size() + r];
     }
   } else if (control.measure) {
     measure(plan, threads);
-    for (size_t r = 0; plan.row_sums && r < plan.rows.size(); ++r) {
-      plan.row_sums[r] = plan.rows[r].norm;
-      plan.row_sums[plan.rows.size() + r] = plan.rows[r].weights;
-    }
   }
   if (control.measure || control.scale != 1 || !plan.group_scales.empty())
     control.skip = !plan.decide() || control.skip;

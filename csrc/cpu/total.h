@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
-#include "measure.h"
+#include "../plan/norm.h"
+#include "operand.h"
+#include "places.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 
@@ -42,7 +44,7 @@ __attribute__((noinline)) void add_shares(const Scalars<Rule, T>& shared, T* con
   }
 }
 
-// Their squares, or they themselves, added up in the order of a norm (measure.h). kUsed: the row's states.
+// Their squares, or they themselves, added up in the order of csrc/README.md. kUsed: the row's states.
 template <class Rule, unsigned kUsed, class T>
 void total(const void* storage, const Row& row, int64_t span, double* totals) {
   constexpr int kCount = kTotalsOf<Rule>;

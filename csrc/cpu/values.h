@@ -44,6 +44,19 @@ GENOPT_INLINE auto load_values(const typename Codec::Stored* from) {
     return load<Floats>(from);
   }
 }
+// A vector of them in double.
+template <class Codec>
+GENOPT_INLINE void load_in_double(const typename Codec::Stored* from, HalfOfDoubles (&halves)[2]) {
+  if constexpr (std::is_same_v<Codec, Float32>) {
+    for (int k = 0; k < 2; ++k) halves[k] = half_in_double(from + k * kWidth / 2);
+  } else if constexpr (std::is_same_v<Codec, Float64>) {
+    for (int k = 0; k < 2; ++k) std::memcpy(&halves[k], from + k * kWidth / 2, sizeof halves[k]);
+  } else {
+    const Floats values = load_values<Codec>(from);
+    halves[0] = half_in_double<0>(values);
+    halves[1] = half_in_double<1>(values);
+  }
+}
 // Returns what is stored.
 template <class Codec, class V>
 GENOPT_INLINE V store_values(typename Codec::Stored* to, V x) {

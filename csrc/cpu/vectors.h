@@ -82,8 +82,11 @@ struct Vector {
   friend GENOPT_INLINE Vector larger(Vector a, Vector b) {
 #if GENOPT_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, float>) return _mm512_maskz_max_ps(0xffff, a.raw, b.raw);
+    if constexpr (std::is_same_v<T, uint32_t>)
+      return (Raw)_mm512_maskz_max_epu32(0xffff, (__m512i)a.raw, (__m512i)b.raw);
 #elif GENOPT_VECTOR_BYTES == 32
     if constexpr (std::is_same_v<T, float>) return _mm256_max_ps(a.raw, b.raw);
+    if constexpr (std::is_same_v<T, uint32_t>) return (Raw)_mm256_max_epu32((__m256i)a.raw, (__m256i)b.raw);
 #endif
     return a.raw > b.raw ? a.raw : b.raw;
   }
@@ -129,6 +132,19 @@ GENOPT_INLINE HalfOfDoubles half_in_double(Floats x) {
   Half halves[2];
   std::memcpy(halves, &x.raw, sizeof halves);
   return __builtin_convertvector(halves[kHalf], HalfOfDoubles);
+#endif
+}
+
+// As many floats in memory.
+GENOPT_INLINE HalfOfDoubles half_in_double(const float* from) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  HalfOfDoubles result;
+  for (int i = 0; i < kWidth / 2; ++i) result[i] = from[i];
+  return result;
 #endif
 }
 
@@ -193,6 +209,16 @@ GENOPT_INLINE Floats multiply_add(Floats a, Floats x, Floats b) {
   return x;
 #endif
 }
+// Of doubles, rounded once where there is an instruction for it; else after each operation.
+GENOPT_INLINE HalfOfDoubles multiply_add(HalfOfDoubles a, HalfOfDoubles x, HalfOfDoubles b) {
+#if GENOPT_VECTOR_BYTES == 64
+  return _mm512_fmadd_pd(a, x, b);
+#elif GENOPT_VECTOR_BYTES == 32
+  return _mm256_fmadd_pd(a, x, b);
+#else
+  return a * x + b;
+#endif
+}
 GENOPT_INLINE Floats::Mask is_unset(Floats x) {
   return signed_bits(x).raw == INT32_MIN;
 }
@@ -252,9 +278,23 @@ GENOPT_INLINE void store_ints(uint16_t* to, Ints x) {
 }
 
 GENOPT_INLINE uint32_t largest(Words x) {
+#if GENOPT_VECTOR_BYTES >= 32
+#if GENOPT_VECTOR_BYTES == 64
+  __m256i halves[2];
+  std::memcpy(halves, &x.raw, sizeof halves);
+  const __m256i eight = _mm256_max_epu32(halves[0], halves[1]);
+#else
+  const __m256i eight = (__m256i)x.raw;
+#endif
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0b01001110));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0b10110001));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
+#else
   uint32_t result = 0;
   for (int i = 0; i < kWidth; ++i) result = x.raw[i] > result ? x.raw[i] : result;
   return result;
+#endif
 }
 
 }  // namespace genopt::GENOPT_CAPABILITY

@@ -17,6 +17,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include "../codecs/int8_block.h"
+#include "../plan/binned.h"
 #include "../plan/norm.h"
 #include "../rules/all.h"
 #pragma GCC pop_options

@@ -81,7 +81,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
   Table wanted{};
   wanted.rows = static_cast<int>(rows.size());
   wanted.groups = static_cast<int>(groups.size());
-  const bool sums_given = tensors[kRowSums].address && !control.only_measure;
+  const bool sums_given = tensors[kRowSums].address != nullptr;
   wanted.factored = rule_.factored ? wanted.rows : 0;
   int measured = 0, active = 0;  // rows
   bool measures[kMeasured] = {};

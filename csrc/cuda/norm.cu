@@ -10,18 +10,30 @@ namespace {
 
 struct None {};
 
-// Of an operand that is contiguous and aligned, in fp32 or, for kHalf, 16 bits.
+// A lane's elements of a tile, of which there are none but zeros beyond its end.
+template <class M, class T>
+__device__ void add_up(const T (&values)[kElements], BinnedSum<M>& sum) {
+  Bits<T> largest = 0;
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) largest = larger(largest, bits_of(values[j]) << 1 >> 1);
+  T x;
+  memcpy(&x, &largest, sizeof x);
+  sum.make_room(x);
+#pragma unroll
+  for (int j = 0; j < kElements; ++j) sum.add(values[j]);
+}
+
+// Of an operand that is contiguous and aligned, in fp32 or, for kHalf, 16 bits: what a lane has of its norm.
 template <class M, Form kForm>
-__device__ double measure_lean(const Span& span, const void* data, DType dtype, int lane, double* places) {
+__device__ Binned measure_lean(const Span& span, const void* data, DType dtype, int lane) {
   constexpr int kPiece = kForm == Form::kFloat ? 4 : 8;
   constexpr int64_t kAtOnce = kForm == Form::kFloat ? 4 : 8;  // tiles whose loads are under way
   using Operand = LeanOperand<kForm, kPiece>;
-  double sums[kElements] = {};
+  BinnedSum<M> sum;
   const auto add = [&](const Operand& x) {
     float values[kElements];
     x.decode(values, dtype);
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) sums[j] = M::join(sums[j], M::of(static_cast<double>(values[j])));
+    add_up(values, sum);
   };
   int64_t start = span.begin;
 #pragma unroll 1
@@ -38,17 +50,14 @@ __device__ double measure_lean(const Span& span, const void* data, DType dtype, 
     x.load(data, Tile{start, count_of(span.end - start), lane}, 0);
     add(x);
   }
-  const Tile any{0, kTile, lane};
-#pragma unroll
-  for (int j = 0; j < kElements; ++j) places[any.element<kPiece>(j)] = sums[j];
-  return by_halves<M>(places, kTile, lane);
+  return sum.total();
 }
 
 // Of any operand.
 template <class M, class T>
-__device__ double measure_any(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data,
-                              int lane, double* places, Slots<T, 2>& slots) {
-  double sums[kElements] = {};
+__device__ Binned measure_any(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data,
+                              int lane, Slots<T, 2>& slots) {
+  BinnedSum<M> sum;
   const uint64_t* layout = table.words + table.layouts() + row.layout;
   const auto tile_at = [&](int64_t start) {
     const int64_t rest = span.end - start;
@@ -64,14 +73,57 @@ __device__ double measure_any(const Span& span, const Table& table, const Device
     for (int i = 0; i < 2; ++i) {
       x[i].load_slots(tiles[i], operand, slots.values[i]);
       x[i].decode(slots.values[i]);
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) sums[j] = M::join(sums[j], M::of(static_cast<double>(x[i].values[j])));
+      add_up(x[i].values, sum);
     }
   }
-  const RowTile any = tile_at(0);
+  return sum.total();
+}
+
+// Lane by lane, one of two that differ in a bit of their number with the other. All lanes have the result.
+template <class Sum>
+__device__ Sum across_lanes(Sum sum) {
+  constexpr int kWords = sizeof(Sum) / sizeof(int64_t);
+#pragma unroll 1
+  for (int lanes = kWarp / 2; lanes >= 1; lanes /= 2) {
+    unsigned long long words[kWords];
+    memcpy(words, &sum, sizeof sum);
 #pragma unroll
-  for (int j = 0; j < kElements; ++j) places[any.element(j)] = sums[j];
-  return by_halves<M>(places, kTile, lane);
+    for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(~0u, words[i], lanes);
+    Sum other;
+    memcpy(&other, words, sizeof other);
+    sum = joined(sum, other);
+  }
+  return sum;
+}
+
+template <class M>
+__device__ void pack(const Binned& sum, PackedSum& packed) {
+  const bool is_max = M::kIsMax;
+  packed.words[0] = as_double(static_cast<uint64_t>(is_max ? sum.bin : sum.coarse << 3 | (sum.bin & 7)));
+  packed.words[1] = as_double(static_cast<uint64_t>(is_max ? 0 : sum.fine << 3 | sum.bin >> 3));
+}
+template <class M>
+__device__ BinnedTotal unpacked(const PackedSum& packed) {
+  const int64_t x = static_cast<int64_t>(bits_of(packed.words[0])), y = static_cast<int64_t>(bits_of(packed.words[1]));
+  return widened(M::kIsMax ? Binned{x, 0, 0} : Binned{(x & 7) | (y & 7) << 3, x >> 3, y >> 3});
+}
+
+// Of a row's spans, by one warp.
+template <class M>
+__device__ BinnedTotal join_spans(const PackedSum* spans, int64_t count, int lane) {
+  constexpr int kAtOnce = 8;  // loads under way: what one alone waits for is most of the time
+  BinnedTotal total{};
+#pragma unroll 1
+  for (int64_t i = lane; i < count; i += kAtOnce * kWarp) {
+    PackedSum some[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+      for (int w = 0; w < 2; ++w) some[k].words[w] = i + k * kWarp < count ? __ldcg(spans[i + k * kWarp].words + w) : 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) total = joined(total, unpacked<M>(some[k]));
+  }
+  return across_lanes(total);
 }
 
 __device__ void write_number(uint64_t word, double x) {
@@ -98,9 +150,10 @@ struct GroupOptions {
   }
 };
 
-// Numbers that are told of rows, or null: kRowSums.
-__device__ double* row_sums(const Table& table) {
-  return static_cast<double*>(address_in(table.words[table.tensor(kRowSums)]));
+// A device tensor, or null.
+template <class Words>
+__device__ Words* tensor_of(const Table& table, DeviceTensorKind kind) {
+  return static_cast<Words*>(address_in(table.words[table.tensor(kind)]));
 }
 
 // Of a row whose group clips by tensor.
@@ -123,7 +176,7 @@ struct Ledger {
   const Norm kind = static_cast<Norm>(word(table.control(kNormKind)));
   const double scale = common_scale(table, [this](int64_t at) { return word(at); });
   const double max_norm = as_double(word(table.control(kMaxNorm)));
-  const double* const given_sums = table.sums_given ? row_sums(table) : nullptr;
+  const double* const given_sums = table.sums_given ? tensor_of<const double>(table, kRowSums) : nullptr;
   const bool is_told = word(table.tensor(kGroupScales)) != 0, some_clip_alone = table.some_clip_alone;
 
   __device__ uint64_t word(int64_t at) const {
@@ -181,16 +234,16 @@ __device__ void decide(const Table& table, int lane, double* places) {
   if (counter && skips) ++*static_cast<int64_t*>(address_in(counter));
 }
 
-// Of one operand of a row. All lanes have the result.
+// What a lane has of one operand of a row.
 template <class M, Measured kHow, class Slots>
-__device__ double measure(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data, int lane,
-                          double* places, Slots& slots) {
+__device__ Binned measure(const Span& span, const Table& table, const DeviceRow& row, int operand, void* data, int lane,
+                          Slots& slots) {
   if constexpr (kHow != Measured::kLean) {
-    return measure_any<M>(span, table, row, operand, data, lane, places, slots);
+    return measure_any<M>(span, table, row, operand, data, lane, slots);
   } else {
     const DType dtype = row.dtype[operand];
-    return dtype == DType::kFloat32 ? measure_lean<M, Form::kFloat>(span, data, dtype, lane, places)
-                                    : measure_lean<M, Form::kHalf>(span, data, dtype, lane, places);
+    return dtype == DType::kFloat32 ? measure_lean<M, Form::kFloat>(span, data, dtype, lane)
+                                    : measure_lean<M, Form::kHalf>(span, data, dtype, lane);
   }
 }
 
@@ -203,7 +256,7 @@ constexpr int norm_blocks(Measured how) {
 template <class M, Measured kHow>
 __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid_constant__ Table table, int rows) {
   using T = std::conditional_t<kHow == Measured::kDouble, double, float>;
-  __shared__ Places all_places;
+  __shared__ double all_places[kWarps][kWarp];
   __shared__ std::conditional_t<kHow == Measured::kLean, None, Slots<T, 2>> slots;
   const int lane = lane_here();
   double* const places = all_places[threadIdx.x / kWarp];
@@ -224,23 +277,20 @@ __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid
 #pragma unroll 1
   for (int i = 0; i < operands; ++i) {
     void* const data = i == 0 ? reinterpret_cast<void*>(grad) : row.data[kParam];
-    const double sum = measure<M, kHow>(span, table, row, i == 0 ? kGrad : kParam, data, lane, places, slots);
-    if (lane == 0) (i == 0 ? norms.partials : norms.weight_partials)[number] = sum;
+    const Binned sum = across_lanes(measure<M, kHow>(span, table, row, i == 0 ? kGrad : kParam, data, lane, slots));
+    if (lane == 0) pack<M>(sum, (i == 0 ? norms.partials : norms.weight_partials)[number]);
   }
   if (!arrives_last(norms.spans_done + r, count, lane)) return;
   double sums[2] = {};
+  auto* const told = tensor_of<BinnedTotal>(table, kRowParts);
 #pragma unroll 1
   for (int i = 0; i < operands; ++i) {
-    const double* const spans = (i == 0 ? norms.partials : norms.weight_partials) + first;
-    const double sum = join<M>(count, lane, places, [&](int64_t k) { return __ldcg(spans + k); });
-    (i == 0 ? sums[0] : sums[1]) = sum;
+    const BinnedTotal total = join_spans<M>((i == 0 ? norms.partials : norms.weight_partials) + first, count, lane);
+    if (told && lane == 0) told[i * int64_t{table.rows} + r] = total;
+    (i == 0 ? sums[0] : sums[1]) = total.value(M::kKind);
   }
   if (lane == 0) {
     norms.row_sums[r] = sums[0];
-    if (double* const told = row_sums(table)) {
-      told[r] = sums[0];
-      told[table.rows + r] = sums[1];
-    }
     if (row.by_tensor) decide_row(table, row, r, sums[0], sums[1]);
   }
   if (arrives_last(table.words + Table::kRowsDone, rows, lane)) decide<M>(table, lane, places);

@@ -88,13 +88,6 @@ GENOPT_INLINE DType dtype_in(uint64_t word) {
   return static_cast<DType>(word >> kDTypeShift);
 }
 
-// A word with a double: bits_of, and back.
-GENOPT_INLINE double as_double(uint64_t word) {
-  double x;
-  memcpy(&x, &word, sizeof x);
-  return x;
-}
-
 // Control and DeviceTensors as words: doubles, flags, addresses with the dtype in the top byte.
 enum ControlWord { kMaxNorm, kScale, kNormKind, kGuard, kTensors, kControlWords = kTensors + int{kDeviceTensors} };
 
@@ -183,7 +176,7 @@ struct Table {
     return norms_at;
   }
   GENOPT_INLINE int64_t totals() const {
-    return norms() + (norm_spans ? groups + 3 * rows + 2 * norm_spans : 0);
+    return norms() + (norm_spans ? groups + 3 * rows + 4 * norm_spans : 0);
   }
   GENOPT_INLINE int64_t factors() const {
     return totals() + (total_spans ? (1 + kMaxTotals) * int64_t{rows} + kMaxTotals * total_spans : 0);

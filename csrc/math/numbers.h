@@ -55,6 +55,13 @@ GENOPT_INLINE Bits<T> bits_of(T x) {
   return bits;
 }
 
+// The number that has these bits.
+GENOPT_INLINE double as_double(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Whether an option, which all elements share, is not zero. By its bits: comparing floats takes the port that a
 // processor computes vectors on. Flags are options too: compilers vectorize a choice by a number of the elements' size,
 // and not by a bool.

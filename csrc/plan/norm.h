@@ -11,11 +11,28 @@ enum class Norm : uint8_t { kTwo, kOne, kMax };
 
 template <Norm kNorm>
 struct Measure {
-  static GENOPT_INLINE double of(double x) {
-    return kNorm == Norm::kTwo ? x * x : x < 0 ? -x : x;
+  static constexpr Norm kKind = kNorm;
+  static constexpr bool kIsMax = kNorm == Norm::kMax;
+
+  // V: double, or several.
+  template <class V>
+  static GENOPT_INLINE V of(V x) {
+    if constexpr (kNorm == Norm::kTwo) return x * x;
+    return x < 0 ? -x : x;
+  }
+  // of(x) * scale + y; the numbers of floats need no scale (plan/binned.h).
+  static GENOPT_INLINE double plus(double x, double scale, double y) {
+    return of(x) * scale + y;
+  }
+  static GENOPT_INLINE double plus(float narrow, double, double y) {
+    const double x = narrow;
+#if defined(__FMA__) || defined(__CUDA_ARCH__)
+    if constexpr (kNorm == Norm::kTwo) return __builtin_fma(x, x, y);  // in either case exact but for the sum
+#endif
+    return of(x) + y;
   }
   static GENOPT_INLINE double join(double a, double b) {
-    return kNorm == Norm::kMax ? maximum(a, b) : a + b;
+    return kIsMax ? maximum(a, b) : a + b;
   }
 };
 

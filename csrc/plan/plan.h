@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "binned.h"
 #include "norm.h"
 #include "row.h"
 #include "rule_info.h"
@@ -57,8 +58,8 @@ struct Prepared {
 // Tensors that a step reads and writes beside its rows, on each device: the loss scale; whether an infinity was found;
 // a factor for each group's gradients (double); the norm of all gradients; whether it is not finite; the count of
 // skipped steps (int64); the numbers that all rows share (double); of each row's gradient what its norm is made of, and
-// then of each row's parameter (double), which a step that only measures writes, and another takes in the place of its
-// own: they were joined with those of other processes.
+// then of each row's parameter: as BinnedTotals (int64), which a step that only measures writes, and as numbers
+// (double), which another takes in the place of its own: they were joined with those of other processes.
 enum DeviceTensorKind {
   kGradScale,
   kFoundInf,
@@ -67,6 +68,7 @@ enum DeviceTensorKind {
   kNonFinite,
   kSkippedSteps,
   kSharedNumbers,
+  kRowParts,
   kRowSums,
   kDeviceTensors
 };
@@ -86,8 +88,9 @@ class Plan {
   std::vector<Options> groups;
   std::vector<double> group_scales;  // of the gradients of a group, beside Control::scale; empty: 1
   std::vector<Row> rows;
-  double* row_sums = nullptr;  // as kRowSums
-  double* shared = nullptr;    // numbers that all rows share: RuleInfo::shared of them
+  BinnedTotal* row_parts = nullptr;  // as kRowParts
+  const double* row_sums = nullptr;  // as kRowSums
+  double* shared = nullptr;          // numbers that all rows share: RuleInfo::shared of them
   Control control;
 
   // All below is for rows on the CPU. Rows on other devices: see cuda/device_plan.h.

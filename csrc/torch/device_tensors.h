@@ -58,7 +58,8 @@ inline void read_host_tensors(const DeviceTensors& tensors, Plan& plan) {
   if (const DeviceTensor& scale = tensors[kGradScale]; scale.address)
     control.scale *= control.unscale = static_cast<double>(static_cast<float>(1.0 / read_number(scale)));
   if (const DeviceTensor& found = tensors[kFoundInf]; found.address) control.skip = read_number(found) != 0;
-  plan.row_sums = static_cast<double*>(tensors[kRowSums].address);
+  plan.row_parts = static_cast<BinnedTotal*>(tensors[kRowParts].address);
+  plan.row_sums = static_cast<const double*>(tensors[kRowSums].address);
   plan.shared = static_cast<double*>(tensors[kSharedNumbers].address);
   plan.group_scales.clear();
   for (int64_t i = 0; i < tensors[kGroupScales].count; ++i)

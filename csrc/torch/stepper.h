@@ -64,7 +64,7 @@ class Stepper {
     for (const int device : devices)
       if (const auto found = tensors_on(device, arguments.tensors)) tensors.push_back(*found);
     // Unless the factors are given.
-    const bool joined = arguments.tensors[kRowSums];
+    const bool joined = arguments.tensors[kRowSums] || arguments.tensors[kRowParts];
     const bool meets = control.measure && devices.size() > 1 && !joined && !arguments.tensors[kGroupScales];
     refusal.of_processes = control.measure && has_parts_ && !joined;
     if (meets || tensors.size() < devices.size()) refusal.devices = devices;
@@ -77,10 +77,13 @@ class Stepper {
           throw std::invalid_argument("the rule's shared numbers must be a float64 tensor of " +
                                       std::to_string(plan_.rule.shared));
 
-    for (const DeviceTensors& each : tensors)
-      if (each[kRowSums].address && (each[kRowSums].count != 2 * static_cast<int64_t>(objects_.rows()) ||
-                                     each[kRowSums].dtype != DType::kFloat64))
+    const int64_t columns = 2 * static_cast<int64_t>(objects_.rows());
+    for (const DeviceTensors& each : tensors) {
+      if (each[kRowSums].address && (each[kRowSums].count != columns || each[kRowSums].dtype != DType::kFloat64))
         throw std::invalid_argument("row_sums must be float64 tensors of two numbers for each row");
+      if (each[kRowParts].address && each[kRowParts].count != columns * BinnedTotal::kWords)
+        throw std::invalid_argument("row_parts must be int64 tensors of two BinnedTotals for each row");
+    }
 
     Held held;
     for (size_t i = 0; i < devices.size(); ++i)

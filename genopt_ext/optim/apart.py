@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import clip, gradients, reference, sharding, tracing
+from .. import binned, clip, gradients, reference, sharding, tracing
 from ..tracing import Number
 from . import state as states
 from .options import clips_alone
@@ -285,8 +285,8 @@ def decide(
 
 def _row_sums(step: Step, active: list[tuple[int, Tensor]], apart: set[int], home: torch.device) -> Tensor:
     """As :attr:`Decided.row_sums`, of whole parameters, on ``home``."""
-    params = [p for _, _, p in step.places]
-    sums = torch.zeros(2, len(params), dtype=torch.float64, device=home)
+    params, groups = [p for _, _, p in step.places], [step.group(place) for place in step.places]
+    words = torch.zeros(1 + any(map(weighs, groups)), len(params), binned.WORDS, dtype=torch.int64, device=home)
     by_kernels: dict[int, Tensor] = {}
     for r, g in active:
         if step.resolved != "reference" and r not in apart:
@@ -294,25 +294,29 @@ def _row_sums(step: Step, active: list[tuple[int, Tensor]], apart: set[int], hom
             continue
         part = _part(step, step.places[r], g)
         assert part.g is not None
-        for column, t in enumerate((part.g, part.p) if weighs(step.group(step.places[r])) else (part.g,)):
-            total = reference.measure(t, part.p)
-            # Of a DTensor as such every process has all of it.
-            again = part.whole is None and not sharding.is_first(part.p)
-            sums[column].select(0, r).copy_(total * 0.0 if again else total)
+        for column, t in enumerate((part.g, part.p) if weighs(groups[r]) else (part.g,)):
+            measured = reference.measure(t)  # of a DTensor as such by all processes
+            if part.whole is not None or sharding.is_first(part.p):
+                words[column, r].copy_(measured)
     if by_kernels:
-        grads = [by_kernels.get(r) for r in range(len(params))]
-        sums += measure(params, grads, [step.group(place) for place in step.places]).to(home)
-    return sharding.Joining(params)(sums).flatten()
+        words += measure(params, [by_kernels.get(r) for r in range(len(params))], groups).to(home)
+    return join(sharding.Joining(params), words)
 
 
 def measure(params: list[Tensor], grads: Sequence[Tensor | None], groups: Sequence[Group]) -> Tensor:
-    """What norms of gradients, and of parameters where their group weighs them, are made of: float64, [2, rows]."""
-    weights = [
-        p if g is not None and weighs(group) else None for p, g, group in zip(params, grads, groups, strict=True)
-    ]
-    of_grads = clip.measure_rows(params, grads)
-    has_weights = any(p is not None for p in weights)
-    return torch.stack([of_grads, clip.measure_rows(params, weights) if has_weights else torch.zeros_like(of_grads)])
+    """What norms of gradients are made of, and of parameters if a group weighs them: int64, [1 or 2, rows, words]."""
+    measured = [clip.measure_rows(params, grads)]
+    weighed = [weighs(group) for group in groups]
+    if any(weighed):
+        weights = [p if g is not None and w else None for p, g, w in zip(params, grads, weighed, strict=True)]
+        measured.append(clip.measure_rows(params, weights))
+    return torch.stack(measured)
+
+
+def join(joining: sharding.Joining, words: Tensor) -> Tensor:
+    """As :attr:`Decided.row_sums`, of whole parameters, from what :func:`measure` gave."""
+    sums = joining.sums(words)
+    return torch.cat([sums, torch.zeros(2 - len(sums), sums.shape[1], dtype=sums.dtype, device=sums.device)]).flatten()
 
 
 def weighs(group: Group) -> bool:

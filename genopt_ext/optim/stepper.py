@@ -220,10 +220,10 @@ class Stepper:
         params = [p for _, _, p in places]
         given = arguments.get("grads") or [p.grad for p in params]
         grads = [None if r in leaves_out else g for r, g in enumerate(given)]
-        sums = apart.measure(params, grads, [groups[i] for i, _, _ in places])
+        words = apart.measure(params, grads, [groups[i] for i, _, _ in places])
         if self._joining is None or not self._joining.serves(params):
             self._joining = sharding.Joining(params)
-        refused = self.plan.step(groups, state, skipped, row_sums=[self._joining(sums).flatten()], **arguments)
+        refused = self.plan.step(groups, state, skipped, row_sums=[apart.join(self._joining, words)], **arguments)
         return None if refused is None else Refusal(**refused)
 
     @staticmethod

@@ -124,7 +124,7 @@ def step(
     if shared is not None:
         given.update(shared=shared, totals=totals)
     if rule in TOTALED:
-        add_up = norms.total if rule in PLAIN else norms.measure
+        add_up = norms.total if rule in PLAIN else norms.sum_of_squares
         join = join or (lambda sums: sums)
         count = (param if whole is None else whole).numel() * (2 if param.is_complex() else 1)
         given["total"] = Total(lambda x: tracing.number(join(add_up(x, like=param))), count)

@@ -51,7 +51,7 @@ static void test_far_tiles() {
         alignas(16) unsigned char scalars[kScalarsBytes];
         std::array<double, kMaxRunning> running{1, 1};
         info.make_scalars(options, 1, running.data(), in_double, scalars);
-        norms[far] = kernels.spans[0][in_double](row, kGrad, start / (kTile * kSpan));
+        norms[far] = widened(kernels.spans[0][in_double](row, kGrad, start / (kTile * kSpan))).value(Norm::kTwo);
         kernels.tiles[info.index][row.used][in_double](scalars, row, start / kTile, start / kTile + 2);
         Control control;
         control.gradients = Gradients::kZeroed;

@@ -1,0 +1,173 @@
+// Sums of numbers in double that are the same in whatever order the numbers are added up, and however they are divided
+// among threads, devices and processes. The largest decides on the grids to which all are rounded; multiples of a grid
+// are integers, of which sums are exact. After Ahrens, Demmel and Nguyen, "Algorithms for efficient reproducible
+// floating-point summation", ACM TOMS 46 (2020), where sums stay floating-point numbers.
+//
+// Numbers of bin b are below 2^(48 b - 975), and its grid is 2^(48 b - 1022). The bin of a sum is the lowest for all of
+// its numbers. Of each it has the nearest multiple of the bin's grid, and of the rest the nearest multiple of the grid
+// of the bin below: together it is off by 2^-48 of the largest number at most. (A number that the bin below has too is
+// no multiple of this bin's grid but 0: so the sums of the one bin's grid are those of the other's finer one.)
+// genopt_ext/binned.py is the same in torch operations.
+#pragma once
+
+#include "norm.h"
+#include "tiles.h"
+
+namespace genopt {
+
+constexpr int kBinBits = 48;
+constexpr int kTopBin = 2046 / kBinBits;
+constexpr int kInfiniteBin = 62, kNaNBin = 63;  // in place of a bin: some number is infinite, or is NaN
+
+// 2^exponent, of a normal number.
+GENOPT_INLINE double power_of_2(int exponent) {
+  return as_double(static_cast<uint64_t>(exponent + 1023) << 52);
+}
+
+// Of the largest number, which is not negative.
+GENOPT_INLINE int bin_of(double largest) {
+  const int exponent = static_cast<int>(bits_of(largest) >> 52);  // as it is stored
+  return exponent < 2047 ? exponent / kBinBits : largest == largest ? kInfiniteBin : kNaNBin;
+}
+
+// Some numbers, as multiples of their bin's grid and of the finer one. Of Norm::kMax: the bits of the largest as a bin.
+struct Binned {
+  int64_t bin, coarse, fine;
+};
+GENOPT_INLINE Binned binned_maximum(double x) {
+  return {static_cast<int64_t>(x == x ? bits_of(x) : uint64_t{0x7ff8} << 48), 0, 0};
+}
+// As one of a bin that is not below its own.
+GENOPT_INLINE Binned raised(const Binned& x, int64_t bin) {
+  return {bin, x.bin == bin ? x.coarse : 0, x.bin == bin ? x.fine : x.bin + 1 == bin ? x.coarse : 0};
+}
+GENOPT_INLINE Binned joined(const Binned& a, const Binned& b) {
+  const int64_t bin = a.bin > b.bin ? a.bin : b.bin;
+  const Binned x = raised(a, bin), y = raised(b, bin);
+  return {bin, x.coarse + y.coarse, x.fine + y.fine};
+}
+
+// What numbers are added to, to be rounded: beside a grid's magic number their bits count its multiples.
+struct Grids {
+  double scale;        // of numbers, as the top bin's magic number would be infinite
+  double first, both;  // magic numbers: of the bin's grid, and the sum of this and the finer grid's
+
+  GENOPT_INLINE explicit Grids(int bin) {
+    constexpr int kBinsDown = 2;
+    const int scaled = bin == kTopBin ? kTopBin - kBinsDown : bin;
+    scale = bin == kTopBin ? power_of_2(-kBinsDown * kBinBits) : 1;
+    first = 1.5 * power_of_2(kBinBits * scaled - 970);
+    both = first + 1.5 * power_of_2(kBinBits * (scaled - 1) - 970);
+  }
+};
+
+// Bits of numbers that were rounded to a bin's grid, and of what was left of them to the finer one: sums, and what was
+// seen of the first.
+struct BitSums {
+  uint64_t rounded, left, seen;
+
+  // M::of() of a number.
+  template <class M, class T>
+  GENOPT_INLINE void add(T x, const Grids& grids) {
+    const double number = M::plus(x, grids.scale, grids.first);
+    rounded += bits_of(number);
+    left += bits_of(M::plus(x, grids.scale, grids.both - number));
+    seen |= bits_of(number);
+  }
+  // Of `count` numbers.
+  GENOPT_INLINE Binned counted(int bin, const Grids& grids, int64_t count) const {
+    const uint64_t many = static_cast<uint64_t>(count);
+    return {bin, static_cast<int64_t>(rounded - many * bits_of(grids.first)),
+            static_cast<int64_t>(left - many * bits_of(grids.both - grids.first))};
+  }
+  // Whether numbers that are not negative were all of the bin, or were rounded down to be.
+  GENOPT_INLINE bool are_of_bin(const Grids& grids) const {
+    constexpr int kBelow = kBinBits - 1;
+    return seen >> kBelow == bits_of(grids.first) >> kBelow;
+  }
+};
+
+// Adds up M::of() of at most a span's numbers, one by one.
+template <class M>
+class BinnedSum {
+ public:
+  GENOPT_INLINE BinnedSum() : grids_(0) {
+  }
+  // Before numbers are added: room for the largest.
+  GENOPT_INLINE void make_room(double x) {
+    const double wanted = M::of(x);
+    if (wanted <= largest_ || largest_ != largest_) return;  // NaN stays
+    largest_ = wanted;
+    if constexpr (!M::kIsMax) {
+      const int bin = bin_of(wanted);
+      if (bin <= bin_) return;
+      sums_ = {0, static_cast<uint64_t>(raised(total(), bin).fine), 0};
+      count_ = 0;
+      bin_ = bin;
+      grids_ = Grids(bin);
+    }
+  }
+  template <class T>
+  GENOPT_INLINE void add(T x) {
+    if constexpr (!M::kIsMax) {
+      sums_.template add<M>(x, grids_);
+      ++count_;
+    }
+  }
+  GENOPT_INLINE Binned total() const {
+    if constexpr (M::kIsMax) return binned_maximum(largest_);
+    return bin_ >= kInfiniteBin ? Binned{bin_, 0, 0} : sums_.counted(bin_, grids_, count_);
+  }
+
+ private:
+  int bin_ = 0, count_ = 0;
+  double largest_ = 0;
+  BitSums sums_{};
+  Grids grids_;
+};
+static_assert(int64_t{kSpan} * kTile << (kBinBits - 1) < int64_t{1} << 61);
+
+// Any count of multiples: high * 2^32 + low, where 0 <= low < 2^32.
+struct Wide {
+  int64_t high, low;
+
+  GENOPT_INLINE double number() const {
+    return static_cast<double>(high) * 0x1p32 + static_cast<double>(low);
+  }
+};
+GENOPT_INLINE Wide widened(int64_t x) {
+  return {x >> 32, x & 0xffffffff};
+}
+GENOPT_INLINE Wide operator+(const Wide& a, const Wide& b) {
+  const int64_t low = a.low + b.low;
+  return {a.high + b.high + (low >> 32), low & 0xffffffff};
+}
+
+// Any count of numbers, as Binned.
+struct BinnedTotal {
+  static constexpr int kWords = 5;
+  int64_t bin;
+  Wide coarse, fine;
+
+  GENOPT_INLINE double value(Norm norm) const {
+    if (norm == Norm::kMax) return as_double(static_cast<uint64_t>(bin));
+    if (bin >= kInfiniteBin) return as_double(uint64_t{bin == kNaNBin ? 0x7ff8u : 0x7ff0u} << 48);
+    const double half = power_of_2(kBinBits / 2 * static_cast<int>(bin) - 535);  // the finer grid is its square
+    return (coarse.number() * power_of_2(kBinBits) + fine.number()) * half * half;
+  }
+};
+static_assert(sizeof(BinnedTotal) == BinnedTotal::kWords * sizeof(int64_t));
+GENOPT_INLINE BinnedTotal widened(const Binned& x) {
+  return {x.bin, widened(x.coarse), widened(x.fine)};
+}
+GENOPT_INLINE BinnedTotal raised(const BinnedTotal& x, int64_t bin) {
+  const Wide none{};
+  return {bin, x.bin == bin ? x.coarse : none, x.bin == bin ? x.fine : x.bin + 1 == bin ? x.coarse : none};
+}
+GENOPT_INLINE BinnedTotal joined(const BinnedTotal& a, const BinnedTotal& b) {
+  const int64_t bin = a.bin > b.bin ? a.bin : b.bin;
+  const BinnedTotal x = raised(a, bin), y = raised(b, bin);
+  return {bin, x.coarse + y.coarse, x.fine + y.fine};
+}
+
+}  // namespace genopt

@@ -1,0 +1,117 @@
+"""Sums that are the same in whatever order and parts numbers are added up: ``csrc/plan/binned.h`` in torch operations.
+
+A sum is five int64 words, as ``BinnedTotal`` there: the bin of the largest number, how often the sum has the bin's grid
+and the finer one, each as ``high * 2**32 + low``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_BITS, _TOP, _INFINITE, _NAN = 48, 42, 62, 63
+_LOW = 2**32 - 1
+WORDS = 5
+
+
+def _by_bin(values: list[float], bins: Tensor) -> Tensor:
+    """What a list has for each bin."""
+    given = torch.tensor(values, dtype=torch.float64, device=bins.device)
+    return given.index_select(0, bins.clamp(max=_TOP).reshape(-1)).reshape(bins.shape)
+
+
+_UNSCALED = [min(b, _TOP - 2) if b == _TOP else b for b in range(_TOP + 1)]
+_SCALE = [math.ldexp(1.0, _BITS * (near - b)) for b, near in enumerate(_UNSCALED)]
+_COARSE = [math.ldexp(1.5, _BITS * near - 970) for near in _UNSCALED]
+_FINE = [math.ldexp(1.5, _BITS * (near - 1) - 970) for near in _UNSCALED]
+_HALF = [math.ldexp(1.0, _BITS // 2 * b - 535) for b in range(_TOP + 1)]
+
+
+def total(numbers: Tensor) -> Tensor:
+    """The words of a sum of numbers, in float64."""
+    numbers = numbers.reshape(-1)
+    if not numbers.numel():
+        return torch.zeros(WORDS, dtype=torch.int64, device=numbers.device)
+    largest = numbers.abs().max()  # of NaN, that
+    # As it is stored: frexp() is of no avail for subnormal numbers where these are flushed.
+    exponent = largest.view(torch.int64) >> 52
+    bins = torch.where(largest.isfinite(), exponent // _BITS, torch.where(largest.isnan(), _NAN, _INFINITE))
+    coarse, fine = _by_bin(_COARSE, bins), _by_bin(_FINE, bins)
+    scaled = numbers * _by_bin(_SCALE, bins)
+    rounded = scaled + coarse
+    multiples = torch.stack([_bits(rounded) - _bits(coarse), _bits(scaled + ((coarse + fine) - rounded)) - _bits(fine)])
+    words = _normal(torch.stack([multiples >> 32, multiples & _LOW], -1).sum(-2))
+    return torch.cat([bins.reshape(1), torch.where(bins > _TOP, 0, words).flatten()])
+
+
+def maximum(numbers: Tensor) -> Tensor:
+    """As :func:`total`, of the largest number (at least 0) in the place of a sum."""
+    words = torch.zeros(WORDS, dtype=torch.int64, device=numbers.device)
+    if numbers.numel():
+        largest = numbers.max()
+        words.select(0, 0).copy_(torch.where(largest.isnan(), 0x7FF8 << 48, _bits(largest)))
+    return words
+
+
+def largest(words: Tensor) -> Tensor:
+    """The numbers of which :func:`maximum` made words, in the last dimension."""
+    return words.select(-1, 0).contiguous().view(torch.float64)
+
+
+def value(words: Tensor) -> Tensor:
+    """The sums, of words in the last dimension."""
+    bins = words.select(-1, 0)
+    high, low = words.narrow(-1, 1, WORDS - 1).unflatten(-1, (2, 2)).double().unbind(-1)
+    coarse, fine = (high * 2.0**32 + low).unbind(-1)
+    half = _by_bin(_HALF, bins)
+    finite = (coarse * 2.0**_BITS + fine) * half * half
+    return torch.where(bins > _TOP, torch.where(bins == _NAN, math.nan, math.inf), finite)
+
+
+# How processes add up their words: multiples of the grids of all bins that may be, side by side. Words of a grid are
+# the high one, and the low one with how many processes have this bin above.
+
+_PRESENT = 48  # where the count of processes begins
+
+
+def _range(is_narrow: bool) -> tuple[int, int]:
+    """The first grid of numbers that may be, and how many there are. ``is_narrow``: |x| or x * x, of float32 or less."""
+    return (15, 13) if is_narrow else (0, _TOP + 2)
+
+
+def spread(words: Tensor, is_narrow: bool) -> Tensor:
+    """What is to be added up."""
+    first, count = _range(is_narrow)
+    bins = words.select(-1, 0)
+    here = (bins - first).clamp(0, count - 2)  # below are zeros alone
+    known = words.narrow(-1, 1, WORDS - 1).unflatten(-1, (2, 2)).clone()
+    known.select(-1, 1).select(-1, 0).add_((bins <= _TOP).long() << _PRESENT)
+    grids = torch.zeros(*bins.shape, count, 2, dtype=torch.int64, device=words.device)
+    index = torch.stack([here + 1, here], -1).unsqueeze(-1).expand(known.shape)
+    others = (bins == _INFINITE).long() + ((bins == _NAN).long() << 32)
+    return torch.cat([grids.scatter_(-2, index, known).flatten(-2), others.unsqueeze(-1)], -1)
+
+
+def gathered(added: Tensor, is_narrow: bool) -> Tensor:
+    """The words of the sum of all."""
+    first, count = _range(is_narrow)
+    grids, others = added.narrow(-1, 0, 2 * count).unflatten(-1, (count, 2)), added.select(-1, -1)
+    present = grids.select(-1, 1) >> _PRESENT
+    above = torch.arange(count, device=added.device)
+    top = torch.where(present > 0, above, 1).amax(-1)
+    grids = _normal(torch.stack([grids.select(-1, 0), grids.select(-1, 1) & ((1 << _PRESENT) - 1)], -1))
+    index = torch.stack([top, top - 1], -1).unsqueeze(-1).expand(*top.shape, 2, 2)
+    known = grids.gather(-2, index).flatten(-2)
+    bins = torch.where(others == 0, top - 1 + first, torch.where(others >= 2**32, _NAN, _INFINITE)).unsqueeze(-1)
+    return torch.cat([bins, torch.where(bins > _TOP, 0, known)], -1)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int64)
+
+
+def _normal(words: Tensor) -> Tensor:
+    high, low = words.unbind(-1)
+    return torch.stack([high + (low >> 32), low & _LOW], -1)
