@@ -3,9 +3,17 @@
 
 #include "../plan/norm.h"
 #include "operand.h"
-#include "places.h"
 
 namespace genopt::GENOPT_CAPABILITY {
+
+// Sums, joined in the order of csrc/README.md.
+template <class M>
+GENOPT_INLINE double by_halves(double* sums, int places) {
+  for (int half = places / 2; half >= 1; half /= 2)
+#pragma GCC ivdep
+    for (int i = 0; i < half; ++i) sums[i] = M::join(sums[i], sums[i + half]);
+  return sums[0];
+}
 
 // Of elements of one row that lie in one panel: returns the sum of their squares, and adds these to `down`.
 template <class M, class T>

@@ -13,7 +13,7 @@ using TileKernel = void (*)(const void* scalars, const Row& row, int64_t begin, 
 // Measures one span of an operand.
 using SpanKernel = Binned (*)(const Row& row, int operand, int64_t span);
 // What the elements of one span add to a row's totals.
-using TotalKernel = void (*)(const void* scalars, const Row& row, int64_t span, double* totals);
+using TotalKernel = void (*)(const void* scalars, const Row& row, int64_t span, Binned* totals);
 // Adds up the squares of the gradient in so many rows of a matrix, from element `start` on: those of each row, and to
 // `down` those of each column.
 using SquaresKernel = void (*)(const void* scalars, const Row& row, int64_t start, int64_t rows, double* across,

@@ -46,7 +46,7 @@ __attribute__((noinline)) void add_numbers(const typename Codec::Stored* x, int6
   const HalfOfDoubles first = grids.first - HalfOfDoubles{}, both = grids.both - HalfOfDoubles{};
   // As M::plus().
   const auto plus = [&](HalfOfDoubles half, HalfOfDoubles y) __attribute__((always_inline)) {
-    if constexpr (sizeof(T) == 4 && M::kKind == Norm::kTwo) return multiply_add(half, half, y);
+    if constexpr (sizeof(T) == 4 && std::is_same_v<M, Measure<Norm::kTwo>>) return multiply_add(half, half, y);
     return M::of(half) * grids.scale + y;
   };
   Sums rounded[2] = {}, left[2] = {}, seen = {};

@@ -1,17 +1,9 @@
-// Sums of elements by their place in a tile, joined in the order of a rule's totals: csrc/README.md.
+// Sums that are joined in the order of factors: csrc/README.md.
 #pragma once
 
 #include "../math/numbers.h"
-#include "../plan/tiles.h"
 
 namespace genopt::GENOPT_CAPABILITY {
-
-// How many of a span's places in a tile hold something, rounded up to a power of 2.
-inline int places_of(int64_t elements) {
-  int places = kTile;
-  while (places > 1 && places / 2 >= elements) places /= 2;
-  return places;
-}
 
 // The places by halves.
 template <class M>

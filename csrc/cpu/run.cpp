@@ -149,11 +149,12 @@ double with_number(void* numbers, int64_t at, bool in_double, Visit visit) {
   return in_double ? visit(static_cast<double*>(numbers)[at]) : visit(static_cast<float*>(numbers)[at]);
 }
 
-double join_spans(const double* spans, int64_t count) {
-  if (count == 1) return spans[0];
-  LaneSums sums(Norm::kTwo);
-  for (int64_t i = 0; i < count; ++i) sums.add(i, spans[i]);
-  return sums.total();
+// Of all spans of a row on the CPU.
+template <class Number>
+BinnedTotal sum_of(const Row& row, Number of_span) {
+  BinnedTotal sum{};
+  for (int64_t s = 0; s < row.spans(kHost); ++s) sum = joined(sum, widened(of_span(s)));
+  return sum;
 }
 
 }  // namespace
@@ -199,8 +200,7 @@ void measure(Plan& plan, int threads) {
   for (int64_t r = 0; r < rows; ++r) {
     Row& row = plan.rows[r];
     const auto join = [&](const std::vector<Binned>& of_spans, int64_t column) {
-      BinnedTotal sum{};
-      for (int64_t s = 0; s < row.spans(kHost); ++s) sum = joined(sum, widened(of_spans[row.first_span + s]));
+      const BinnedTotal sum = sum_of(row, [&](int64_t s) { return of_spans[row.first_span + s]; });
       if (plan.row_parts) plan.row_parts[column * rows + r] = sum;
       return sum.value(kind);
     };
@@ -332,7 +332,7 @@ std::vector<char> factor(Plan& plan, RowRange range, int threads) {
 void total(Plan& plan, RowRange range, int threads) {
   const auto& kernels = kernel_table().totals[plan.rule.index];
   const int64_t before = plan.first_span(range.first), count = plan.first_span(range.last) - before;
-  std::vector<double> spans(kMaxTotals * count);
+  std::vector<std::array<Binned, kMaxTotals>> spans(count);
   in_parallel(count, kTilesPerThread / kSpan, threads, [&](int64_t begin, int64_t end) {
     for_range(plan, &Row::first_span, host_spans, plan.rule.totaled, before + begin, before + end,
               [&](int64_t r, int64_t first, int64_t last) {
@@ -340,18 +340,15 @@ void total(Plan& plan, RowRange range, int threads) {
                 if (!plan.needs_totals(row)) return;
                 const Prepared& prepared = plan.prepared()[row.prepared];
                 const TotalKernel kernel = kernels[row.used % kWithAverage][prepared.in_double];
-                for (int64_t span = first; span < last; ++span) {
-                  std::array<double, kMaxTotals> totals{};
-                  kernel(prepared.scalars, row, span, totals.data());
-                  const int64_t at = row.first_span + span - before;
-                  for (int n = 0; n < kMaxTotals; ++n) spans[n * count + at] = totals[n];
-                }
+                for (int64_t span = first; span < last; ++span)
+                  kernel(prepared.scalars, row, span, spans[row.first_span + span - before].data());
               });
   });
   for (int64_t r = range.first; r < range.last; ++r) {
     Row& row = plan.rows[r];
-    if (const int64_t own = row.spans(kHost))
-      for (int n = 0; n < kMaxTotals; ++n) row.totals[n] = join_spans(&spans[n * count + row.first_span - before], own);
+    if (!row.spans(kHost)) continue;
+    for (int n = 0; n < kMaxTotals; ++n)
+      row.totals[n] = sum_of(row, [&](int64_t s) { return spans[row.first_span + s - before][n]; }).value(Norm::kTwo);
   }
 }
 

@@ -3,50 +3,34 @@
 
 #include <algorithm>
 
-#include "../plan/norm.h"
-#include "operand.h"
-#include "places.h"
+#include "measure.h"
 
 namespace genopt::GENOPT_CAPABILITY {
 
-// Adds to the sums of their places what a tile's elements share. `values`: the operands', the parameter as the rule
-// sees it, up to a whole vector.
+// What a tile's elements share of each total. `values`: the operands', the parameter as the rule sees it, up to a whole
+// vector.
 template <class Rule, unsigned kUsed, class T>
-__attribute__((noinline)) void add_shares(const Scalars<Rule, T>& shared, T* const (&values)[kOperands], int count,
-                                          double (&sums)[kTotalsOf<Rule>][kTile]) {
+__attribute__((noinline)) void find_shares(const Scalars<Rule, T>& shared, T* const (&values)[kOperands], int count,
+                                           T (&shares)[kTotalsOf<Rule>][kTile]) {
   using V = ValuesOf<T>;
-  using M = TotalOf<Rule>;
   const Scalars<Rule, T> scalars = shared;
   const bool plain = scalars.around.is_plain();
-  const auto share = [&](int i, V(&given)[kMaxTotals]) __attribute__((always_inline)) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; i += kAtOnce<T>) {
     const auto value = [&](int k) __attribute__((always_inline)) {
       return kTotaledOf<Rule, kUsed> >> k & 1 ? load_values<Values<T>>(values[k] + i) : V(0);
     };
     const V p = value(kParam), g = value(kGrad);
-    V x[kMaxStates];
+    V x[kMaxStates], given[kMaxTotals];
     for (int k = 0; k < kMaxStates; ++k) x[k] = value(kState + k);
     scalars.update.template share<kUsed>(given, p, plain ? g : scalars.around.gradient(g), x[0], x[1], x[2], x[3]);
-  };
-  int i = 0;
-#pragma GCC ivdep
-  for (; i + kAtOnce<T> <= count; i += kAtOnce<T>) {
-    V given[kMaxTotals];
-    share(i, given);
-    for (int n = 0; n < kTotalsOf<Rule>; ++n) add_up<M>(given[n], sums[n] + i);
-  }
-  if (i == count) return;
-  V given[kMaxTotals];
-  share(i, given);
-  for (int n = 0; n < kTotalsOf<Rule>; ++n) {  // a rule may make NaN of padding
-    T each[kAtOnce<T>];
-    store_values<Values<T>>(each, given[n]);
-    for (int j = 0; i + j < count; ++j) sums[n][i + j] = M::join(sums[n][i + j], M::of(static_cast<double>(each[j])));
+    for (int n = 0; n < kTotalsOf<Rule>; ++n) store_values<Values<T>>(shares[n] + i, given[n]);
   }
 }
 
-// Their squares, or they themselves, added up in the order of csrc/README.md. kUsed: the row's states.
+// Their squares, or they themselves, added up as norms are. kUsed: the row's states.
 template <class Rule, unsigned kUsed, class T>
-void total(const void* storage, const Row& row, int64_t span, double* totals) {
+void total(const void* storage, const Row& row, int64_t span, Binned* totals) {
   constexpr int kCount = kTotalsOf<Rule>;
   using M = TotalOf<Rule>;
   constexpr unsigned kRead = kTotaledOf<Rule, kUsed>;
@@ -55,7 +39,8 @@ void total(const void* storage, const Row& row, int64_t span, double* totals) {
   const int64_t first = span * kSpan * kTile, stop = std::min(first + int64_t{kSpan} * kTile, row.numel);
   TileOperand<T> operands[kOperands];
   T* values[kOperands] = {};
-  alignas(64) double sums[kCount][kTile] = {};
+  alignas(64) T shares[kCount][kTile];
+  BinnedSum<M> sums[kCount];
   for (int64_t start = first; start < stop; start += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
@@ -69,9 +54,15 @@ void total(const void* storage, const Row& row, int64_t span, double* totals) {
       const T* const rest = load(kExtra);
       for (int i = 0; i < padded; ++i) values[kParam][i] += rest[i];  // in a buffer, as it has 16 bits in memory
     }
-    add_shares<Rule, kUsed>(scalars, values, count, sums);
+    find_shares<Rule, kUsed>(scalars, values, count, shares);
+    for (int n = 0; n < kCount; ++n) {
+      sums[n].make_room(largest_of<Values<T>>(shares[n], count));
+      BitSums some{};
+      add_numbers<M, Values<T>>(shares[n], count, sums[n].grids(), 0, some);
+      sums[n].add(some, count);
+    }
   }
-  for (int n = 0; n < kCount; ++n) totals[n] = by_halves<M>(sums[n], places_of(stop - first));
+  for (int n = 0; n < kCount; ++n) totals[n] = sums[n].total();
 }
 
 }  // namespace genopt::GENOPT_CAPABILITY

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2) renew_factors(const __grid_consta
     state = update.factor(state, sum / static_cast<double>(matrices.columns));
     places[lane] = static_cast<double>(state);
   }
-  const double sum = by_halves<M>(places, kWarp, lane);
+  const double sum = by_halves<M>(places, lane);
   double* const sums = columns.row_sums + matrix * columns.row_groups;
   if (lane == 0) sums[group] = sum;
   if (!arrives_last(columns.rows_done + matrix, columns.row_groups, lane)) return;

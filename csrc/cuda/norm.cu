@@ -10,19 +10,6 @@ namespace {
 
 struct None {};
 
-// A lane's elements of a tile, of which there are none but zeros beyond its end.
-template <class M, class T>
-__device__ void add_up(const T (&values)[kElements], BinnedSum<M>& sum) {
-  Bits<T> largest = 0;
-#pragma unroll
-  for (int j = 0; j < kElements; ++j) largest = larger(largest, bits_of(values[j]) << 1 >> 1);
-  T x;
-  memcpy(&x, &largest, sizeof x);
-  sum.make_room(x);
-#pragma unroll
-  for (int j = 0; j < kElements; ++j) sum.add(values[j]);
-}
-
 // Of an operand that is contiguous and aligned, in fp32 or, for kHalf, 16 bits: what a lane has of its norm.
 template <class M, Form kForm>
 __device__ Binned measure_lean(const Span& span, const void* data, DType dtype, int lane) {
@@ -77,53 +64,6 @@ __device__ Binned measure_any(const Span& span, const Table& table, const Device
     }
   }
   return sum.total();
-}
-
-// Lane by lane, one of two that differ in a bit of their number with the other. All lanes have the result.
-template <class Sum>
-__device__ Sum across_lanes(Sum sum) {
-  constexpr int kWords = sizeof(Sum) / sizeof(int64_t);
-#pragma unroll 1
-  for (int lanes = kWarp / 2; lanes >= 1; lanes /= 2) {
-    unsigned long long words[kWords];
-    memcpy(words, &sum, sizeof sum);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(~0u, words[i], lanes);
-    Sum other;
-    memcpy(&other, words, sizeof other);
-    sum = joined(sum, other);
-  }
-  return sum;
-}
-
-template <class M>
-__device__ void pack(const Binned& sum, PackedSum& packed) {
-  const bool is_max = M::kIsMax;
-  packed.words[0] = as_double(static_cast<uint64_t>(is_max ? sum.bin : sum.coarse << 3 | (sum.bin & 7)));
-  packed.words[1] = as_double(static_cast<uint64_t>(is_max ? 0 : sum.fine << 3 | sum.bin >> 3));
-}
-template <class M>
-__device__ BinnedTotal unpacked(const PackedSum& packed) {
-  const int64_t x = static_cast<int64_t>(bits_of(packed.words[0])), y = static_cast<int64_t>(bits_of(packed.words[1]));
-  return widened(M::kIsMax ? Binned{x, 0, 0} : Binned{(x & 7) | (y & 7) << 3, x >> 3, y >> 3});
-}
-
-// Of a row's spans, by one warp.
-template <class M>
-__device__ BinnedTotal join_spans(const PackedSum* spans, int64_t count, int lane) {
-  constexpr int kAtOnce = 8;  // loads under way: what one alone waits for is most of the time
-  BinnedTotal total{};
-#pragma unroll 1
-  for (int64_t i = lane; i < count; i += kAtOnce * kWarp) {
-    PackedSum some[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-      for (int w = 0; w < 2; ++w) some[k].words[w] = i + k * kWarp < count ? __ldcg(spans[i + k * kWarp].words + w) : 0;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) total = joined(total, unpacked<M>(some[k]));
-  }
-  return across_lanes(total);
 }
 
 __device__ void write_number(uint64_t word, double x) {
@@ -256,7 +196,7 @@ constexpr int norm_blocks(Measured how) {
 template <class M, Measured kHow>
 __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid_constant__ Table table, int rows) {
   using T = std::conditional_t<kHow == Measured::kDouble, double, float>;
-  __shared__ double all_places[kWarps][kWarp];
+  __shared__ Places all_places;
   __shared__ std::conditional_t<kHow == Measured::kLean, None, Slots<T, 2>> slots;
   const int lane = lane_here();
   double* const places = all_places[threadIdx.x / kWarp];

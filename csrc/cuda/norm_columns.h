@@ -29,15 +29,15 @@ struct NormColumns {
 struct TotalColumns {
   uint64_t* spans_done;  // [row]
   double* rows_sums;     // [total][row], where the rule needs totals of all rows together
-  double* partials;      // [total][span]
+  PackedSum* partials;   // [total][span]
   int64_t rows, spans;
 
   GENOPT_INLINE explicit TotalColumns(const Table& table) : rows(table.rows), spans(table.total_spans) {
     spans_done = table.words + table.totals();
     rows_sums = reinterpret_cast<double*>(spans_done + rows);
-    partials = rows_sums + kMaxTotals * rows;
+    partials = reinterpret_cast<PackedSum*>(rows_sums + kMaxTotals * rows);
   }
-  GENOPT_INLINE double* of(int total) const {
+  GENOPT_INLINE PackedSum* of(int total) const {
     return partials + total * spans;
   }
   GENOPT_INLINE double* of_rows(int total) const {

@@ -179,7 +179,7 @@ struct Table {
     return norms() + (norm_spans ? groups + 3 * rows + 4 * norm_spans : 0);
   }
   GENOPT_INLINE int64_t factors() const {
-    return totals() + (total_spans ? (1 + kMaxTotals) * int64_t{rows} + kMaxTotals * total_spans : 0);
+    return totals() + (total_spans ? (1 + kMaxTotals) * int64_t{rows} + 2 * kMaxTotals * total_spans : 0);
   }
   GENOPT_INLINE int64_t end() const {
     return factors() + factor_words;

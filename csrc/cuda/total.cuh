@@ -11,43 +11,33 @@
 
 namespace genopt::cuda {
 
-// sum + x^2, rounded as CPU kernels do: a float's square is exact in double, where fusing changes nothing but the time.
-__device__ inline double add_square(float x, double sum) {
-  return fma(static_cast<double>(x), static_cast<double>(x), sum);
-}
-__device__ inline double add_square(double x, double sum) {
-  return sum + x * x;
-}
+// What a lane adds up of a span, of each total.
+template <class Rule>
+using LaneTotals = BinnedSum<TotalOf<Rule>>[kTotalsOf<Rule>];
 
-template <class Rule, class T>
-__device__ double add_share(T x, double sum) {
-  return kAddsSquares<Rule> ? add_square(x, sum) : sum + static_cast<double>(x);
-}
-
-// Adds the shares of a lane's elements to its sums. kUsed: the row's states; padding, of which a rule may make NaN, has
-// no share.
+// Adds the shares of a lane's elements. kUsed: the row's states; padding, of which a rule may make NaN, has no share.
 template <unsigned kUsed, class Rule, class T, class Value, class IsPadding>
 __device__ void add_shares(const Scalars<Rule, T>& scalars, Value value, IsPadding is_padding,
-                           double (&sums)[kTotalsOf<Rule>][kElements]) {
+                           LaneTotals<Rule>& totals) {
+  T shares[kMaxTotals][kElements];
 #pragma unroll
   for (int j = 0; j < kElements; ++j) {
     const auto x = [&](int k) { return kTotaledOf<Rule, kUsed> >> k & 1 ? value(k, j) : T(0); };
-    T states[] = {x(kState), x(kState + 1), x(kState + 2), x(kState + 3)}, shares[kMaxTotals];
-    scalars.update.template share<kUsed>(shares, x(kParam), scalars.around.gradient(x(kGrad)), states[0], states[1],
+    T states[] = {x(kState), x(kState + 1), x(kState + 2), x(kState + 3)}, given[kMaxTotals];
+    scalars.update.template share<kUsed>(given, x(kParam), scalars.around.gradient(x(kGrad)), states[0], states[1],
                                          states[2], states[3]);
-    if (is_padding(j)) continue;
 #pragma unroll
-    for (int n = 0; n < kTotalsOf<Rule>; ++n) sums[n][j] = add_share<Rule>(shares[n], sums[n][j]);
+    for (int n = 0; n < kTotalsOf<Rule>; ++n) shares[n][j] = is_padding(j) ? T(0) : given[n];
   }
+#pragma unroll
+  for (int n = 0; n < kTotalsOf<Rule>; ++n) add_up(shares[n], totals[n]);
 }
 
 // Of the rows of a kind (device_plan.h), which compute in T: one warp, one span. add_up(row, scalars, gradient, span,
-// lane, sums) adds the shares of its tiles; element(row, lane, j): which of a tile's elements a lane's j-th is.
-template <class Rule, class T, class AddUp, class Element>
-__device__ void total_of_kind(const Table& table, int kind, AddUp add_up, Element element) {
+// lane, totals) adds the shares of its tiles.
+template <class Rule, class T, class AddUp>
+__device__ void total_of_kind(const Table& table, int kind, AddUp add_up) {
   constexpr int kCount = kTotalsOf<Rule>;
-  using M = TotalOf<Rule>;
-  __shared__ Places all_places;
   const int lane = lane_here();
   const int64_t number = warp_here();
   if (number >= table.spans || (table.may_skip && table.words[Table::kSkip] != 0)) return;
@@ -58,22 +48,21 @@ __device__ void total_of_kind(const Table& table, int kind, AddUp add_up, Elemen
 
   const auto scalars = scalars_of<Scalars<Rule, T>>(table, row, r);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]), count = spans_of(row.numel);
-  double sums[kCount][kElements] = {};
-  add_up(row, scalars, reinterpret_cast<void*>(grad), span_of(row, number - first), lane, sums);
   const TotalColumns columns(table);
-  double* const places = all_places[threadIdx.x / kWarp];
+  {
+    LaneTotals<Rule> sums;
+    add_up(row, scalars, reinterpret_cast<void*>(grad), span_of(row, number - first), lane, sums);
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) places[element(row, lane, j)] = sums[n][j];
-    const double sum = by_halves<M>(places, kTile, lane);
-    if (lane == 0) columns.of(n)[number] = sum;
+    for (int n = 0; n < kCount; ++n) {
+      const Binned sum = across_lanes(sums[n].total());
+      if (lane == 0) pack<TotalOf<Rule>>(sum, columns.of(n)[number]);
+    }
   }
   if (!arrives_last(columns.spans_done + r, count, lane)) return;
   double totals[kCount];
 #pragma unroll
   for (int n = 0; n < kCount; ++n)
-    totals[n] = join<M>(count, lane, places, [&](int64_t k) { return __ldcg(columns.of(n) + first + k); });
+    totals[n] = join_spans<TotalOf<Rule>>(columns.of(n) + first, count, lane).value(Norm::kTwo);
   if (lane != 0) return;
   if constexpr (kSharedOf<Rule> > 0) {
     for (int n = 0; n < kCount; ++n) columns.of_rows(n)[r] = totals[n];
@@ -90,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   constexpr int kUsable = std::bit_width(Rule::kTotaled);
   __shared__ Slots<T, kUsable> slots;
   const auto add_up = [&](const DeviceRow& row, const Scalars<Rule, T>& scalars, void* gradient, const Span& span,
-                          int lane, double (&sums)[kTotalsOf<Rule>][kElements]) {
+                          int lane, LaneTotals<Rule>& sums) {
     const RowOperands operands{row, reinterpret_cast<uint64_t>(gradient), false, row.extra == Extra::kMaster,
                                Rule::kTotaled & loaded_of<Rule>(row)};
     const uint64_t* const layout = table.words + table.layouts() + row.layout;
@@ -110,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       }(typename Rule::Masks{});
     }
   };
-  total_of_kind<Rule, T>(table, kind, add_up,
-                         [](const DeviceRow& row, int lane, int j) { return element_of(j, lane, row.piece_bits); });
+  total_of_kind<Rule, T>(table, kind, add_up);
 }
 
 // How many blocks are to run on a processor: as many as registers let, of which sums and operands take most. `read`:
@@ -133,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[k
                               (kRead >= kOfFirstState && kStored.state == Form::kFloat);
   constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand that is read
   const auto add_up = [&](const DeviceRow& row, const Scalars<Rule, float>& scalars, void* gradient, const Span& span,
-                          int lane, double (&sums)[kTotalsOf<Rule>][kElements]) {
+                          int lane, LaneTotals<Rule>& sums) {
     const auto add_tile = [&](const Tile& tile) {
       LeanTile<Rule, kRead, kWay, kPiece> x;
       x.load(row, gradient, tile);
@@ -150,8 +138,7 @@ __global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[k
     for (; start + kTile <= span.end; start += kTile) add_tile({start, kTile, lane});
     if (start < span.end) add_tile({start, count_of(span.end - start), lane});
   };
-  total_of_kind<Rule, float>(
-      table, kind, add_up, [](const DeviceRow&, int lane, int j) { return element_of(j, lane, kPiece == 8 ? 3 : 2); });
+  total_of_kind<Rule, float>(table, kind, add_up);
 }
 
 // After it, for rules that need totals of all rows together: one thread a row. `first`: the row whose thread advances

@@ -87,7 +87,8 @@ struct BitSums {
   }
 };
 
-// Adds up M::of() of at most a span's numbers, one by one.
+// Adds up M::of() of at most a span's numbers. Themselves of which some are infinite, whatever their signs, come to
+// infinity.
 template <class M>
 class BinnedSum {
  public:
@@ -113,6 +114,15 @@ class BinnedSum {
       sums_.template add<M>(x, grids_);
       ++count_;
     }
+  }
+  GENOPT_INLINE const Grids& grids() const {
+    return grids_;
+  }
+  // Of `count` numbers that were added to the grids elsewhere.
+  GENOPT_INLINE void add(const BitSums& some, int count) {
+    sums_.rounded += some.rounded;
+    sums_.left += some.left;
+    count_ += count;
   }
   GENOPT_INLINE Binned total() const {
     if constexpr (M::kIsMax) return binned_maximum(largest_);

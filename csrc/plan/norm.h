@@ -31,23 +31,33 @@ struct Measure {
 #endif
     return of(x) + y;
   }
-  static GENOPT_INLINE double join(double a, double b) {
-    return kIsMax ? maximum(a, b) : a + b;
+  template <class V>
+  static GENOPT_INLINE V join(V a, V b) {
+    if constexpr (kIsMax) return maximum(a, b);
+    return a + b;
   }
 };
 
-// Of a rule's totals, which are added up as a norm is.
-template <class Rule>
-struct TotalOf {
+// As Measure, of numbers themselves, of any sign.
+struct Themselves {
+  static constexpr bool kIsMax = false;
+
   template <class V>
   static GENOPT_INLINE V of(V x) {
-    return kAddsSquares<Rule> ? x * x : x;
+    return x;
+  }
+  static GENOPT_INLINE double plus(double x, double scale, double y) {
+    return x * scale + y;
   }
   template <class V>
   static GENOPT_INLINE V join(V a, V b) {
     return a + b;
   }
 };
+
+// How the shares of a rule's totals are added up.
+template <class Rule>
+using TotalOf = std::conditional_t<kAddsSquares<Rule>, Measure<Norm::kTwo>, Themselves>;
 
 template <class Visit>
 GENOPT_INLINE auto with_measure(Norm norm, Visit&& visit) {

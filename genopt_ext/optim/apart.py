@@ -101,18 +101,19 @@ class _Together:
         self.tensor = tensor
         self.before = dict(zip(step.rule.shared, map(tracing.number, tensor.unbind()), strict=True))
         self.after = self.before
-        sums: list[Tensor] = []
+        words: list[Tensor] = []
         for r, factor in factors.items():
             place = step.places[r]
             if (g := step.gradient(place[2])) is None:
                 continue
             part = _part(step, place, g)
             shares = reference.shares(**part.named(), **_loading(step, place, factor), shared=dict(self.before))
-            sums = sums or [torch.zeros(len(step.places), dtype=torch.float64, device=home) for _ in shares]
-            for total, share in zip(sums, shares, strict=True):
+            shape = len(step.places), binned.WORDS
+            words = words or [torch.zeros(shape, dtype=torch.int64, device=home) for _ in shares]
+            for total, share in zip(words, shares, strict=True):
                 total.select(0, r).copy_(share)
-        if sums:
-            joined = sharding.Joining([p for _, _, p in step.places])(torch.stack(sums))
+        if words:
+            joined = sharding.Joining([p for _, _, p in step.places]).sums(torch.stack(words))
             self.totals = [tracing.number(reference.join(total)) for total in joined]
         else:
             self.totals = []
@@ -200,7 +201,7 @@ def _step_row(step: Step, place: Place, scale: Number, together: _Together | Non
             running=rule.running,
             whole=part.whole,
             places=places,
-            join=None if part.whole is None else lambda total: sharding.Joining([p])(total.reshape(1)).squeeze(0),
+            join=None if part.whole is None else lambda total: sharding.Joining([p]).sums(total.unsqueeze(0)).squeeze(0),
         )
     if group.get("ema_decay") is not None and "ema" in part.state:
         source = part.state["master"] if g is not None and states.extra(group, p) == "master" else part.p

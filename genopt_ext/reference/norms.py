@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,10 +10,7 @@ from torch import Tensor
 from .. import binned, tracing
 from .math import real
 
-_TILE, _SPAN, _SUMS = 256, 32, 32
-
-Of = Callable[[Tensor], Tensor]
-
+_TILE, _SUMS = 256, 32
 
 def _by_halves(x: Tensor) -> Tensor:
     while x.shape[-1] > 1:
@@ -83,30 +79,14 @@ def measure(x: Tensor, norm: float = 2.0) -> Tensor:
 
 
 @torch.no_grad()
-def sum_of_squares(x: Tensor, like: Tensor) -> Tensor:
-    """As :func:`total`, of squares."""
-    return _added(x, like, torch.square)
-
-
-@torch.no_grad()
-def total(x: Tensor, like: Tensor) -> Tensor:
-    """The sum of what a rule gives for its totals, in float64, and in the order of ``csrc/README.md``.
+def total(x: Tensor, squares: bool) -> Tensor:
+    """What a rule needs the sum of for its totals, or the sum of its squares, as words of :mod:`genopt_ext.binned`.
 
     Args:
         x: real.
-        like: the parameter in whose order in memory the elements are taken.
     """
-    return _added(x, like, lambda values: values)
-
-
-def _added(x: Tensor, like: Tensor, of: Of) -> Tensor:
-    if tracing.is_subclass(x):
-        return _whole(of(x.double()).sum())
-    strides = [*like.stride(), 0] if like.is_complex() else like.stride()
-    order = sorted(range(len(strides)), key=lambda d: -strides[d])
-    values = of(x.permute(order).reshape(-1).double())
-    tiles = _padded(values, _SPAN * _TILE).view(-1, _SPAN, _TILE)
-    return join(_by_halves(_in_turn(tiles)))
+    values = x.double().square() if squares else x.double()
+    return binned.total(_whole(values.sum()).reshape(1) if tracing.is_subclass(x) else values)
 
 
 def _whole(total: Tensor) -> Tensor:

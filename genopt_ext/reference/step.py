@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import sharding, tracing
+from .. import binned, sharding, tracing
 from ..tracing import Number
 from . import codecs, norms, rounding
 from .math import compute_dtype, is_unset, lerp, real, rounded
@@ -63,9 +63,12 @@ def shares(
     shared: dict[str, Number],
     **options: Number | str | None,
 ) -> list[Tensor]:
-    """What one parameter adds to the totals of all, before it is stepped: 0-dim, float64. Arguments: :func:`step`."""
+    """What one parameter adds to the totals of all, before it is stepped, as words of :mod:`genopt_ext.binned`.
+
+    Arguments: :func:`step`.
+    """
     loaded = _load(param, grad, state, names, factor, clip_value, extra)
-    return [norms.total(x, like=param) for x in SHARES[rule](*loaded, shared=shared, **options)]
+    return [norms.total(x, squares=False) for x in SHARES[rule](*loaded, shared=shared, **options)]
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def step(
         totals: the sums of all parameters' :func:`shares`.
         whole: the tensor of which ``param`` is a part; None: it is one itself.
         places: of the elements in the whole, in the shape of ``param``; None: they follow one another from its begin.
-        join: makes of what was added up of a part what it is of the whole (0-dim float64).
+        join: makes of the words of :mod:`genopt_ext.binned` that a part has what the whole comes to (0-dim float64).
         options: the rule's keyword arguments.
     """
     start, g, values = _load(param, grad, state, names, factor, clip_value, extra)
@@ -124,10 +127,9 @@ def step(
     if shared is not None:
         given.update(shared=shared, totals=totals)
     if rule in TOTALED:
-        add_up = norms.total if rule in PLAIN else norms.sum_of_squares
-        join = join or (lambda sums: sums)
+        join = join or binned.value
         count = (param if whole is None else whole).numel() * (2 if param.is_complex() else 1)
-        given["total"] = Total(lambda x: tracing.number(join(add_up(x, like=param))), count)
+        given["total"] = Total(lambda x: tracing.number(join(norms.total(x, squares=rule not in PLAIN))), count)
     new = RULES[rule](start, g, values, t=t, **given)
     if sharding.is_spread(param):  # torch's operations may have left it cut in another way
         new = sharding.cut_as(new, param)

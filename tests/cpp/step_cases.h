@@ -10,6 +10,7 @@
 #include <random>
 
 #include "check.h"
+#include "plan/binned.h"
 #include "plan/lane_sums.h"
 #include "plan/plan.h"
 
@@ -48,17 +49,17 @@ struct Buffer {
 // With what the numbers begin that all rows share.
 constexpr std::array<double, kMaxShared> kSharedAtFirst{0.5, 0.75, 0.25, 3};
 
-// The sum of a row's numbers, in the order of a norm: see csrc/README.md.
-inline double sum_in_order(const std::vector<double>& numbers) {
-  LaneSums spans(Norm::kTwo);
-  for (size_t start = 0, s = 0; start < numbers.size(); start += kSpan * kTile, ++s) {
-    std::array<double, kTile> places{};
-    for (size_t i = start; i < std::min(start + kSpan * kTile, numbers.size()); ++i) places[i % kTile] += numbers[i];
-    for (int half = kTile / 2; half >= 1; half /= 2)
-      for (int i = 0; i < half; ++i) places[i] += places[i + half];
-    spans.add(static_cast<int64_t>(s), places[0]);
+// The sum of M::of() of a row's numbers: see plan/binned.h.
+template <class M, class T>
+double sum_of(const std::vector<T>& numbers) {
+  BinnedTotal total{};
+  for (const T& x : numbers) {
+    BinnedSum<M> one;
+    one.make_room(std::abs(x));
+    one.add(x);
+    total = joined(total, widened(one.total()));
   }
-  return spans.total();
+  return total.value(Norm::kTwo);
 }
 
 struct Tensor {
@@ -247,25 +248,19 @@ struct Tensor {
     divisors = made;
   }
 
-  // Of the elements in the order in which the parameter lies in memory.
   template <class Rule, unsigned kUsed, class T>
   std::array<double, kMaxTotals> totals(const Scalars<Rule, T>& scalars) const {
-    std::vector<std::pair<int64_t, std::array<T, kOperands>>> elements(numel);
+    std::array<std::vector<T>, kMaxTotals> numbers;
     for (int64_t i = 0; i < numel; ++i) {
       int64_t at[kOperands];
-      elements[i].second = load<T>(i, at);
-      elements[i].first = at[kParam];
-    }
-    std::sort(elements.begin(), elements.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    std::array<std::vector<double>, kMaxTotals> numbers;
-    for (auto& [place, x] : elements) {
+      const std::array<T, kOperands> x = load<T>(i, at);
       T shares[kMaxTotals] = {};
       scalars.update.template share<kUsed % kWithAverage>(shares, x[kParam], scalars.around.gradient(x[kGrad]),
                                                           x[kState], x[kState + 1], x[kState + 2], x[kState + 3]);
-      for (int n = 0; n < kTotalsOf<Rule>; ++n) numbers[n].push_back(TotalOf<Rule>::of(static_cast<double>(shares[n])));
+      for (int n = 0; n < kTotalsOf<Rule>; ++n) numbers[n].push_back(shares[n]);
     }
     std::array<double, kMaxTotals> sums{};
-    for (int n = 0; n < kTotalsOf<Rule>; ++n) sums[n] = sum_in_order(numbers[n]);
+    for (int n = 0; n < kTotalsOf<Rule>; ++n) sums[n] = sum_of<TotalOf<Rule>>(numbers[n]);
     return sums;
   }
   template <class Rule, unsigned kUsed, class T>
