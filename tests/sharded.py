@@ -301,8 +301,9 @@ def clips(rank):
 
 # Rows that processes share unevenly, or of which some have none; less and more than a tile.
 CUT = [(5, 3), (7,), (600, 2), (3, 2, 90), (), (1, 300), (0, 4)]
-# What it knows of a matrix' rows and columns is added up in another order.
-WHOLES = ("Adafactor",)
+# Rules that know of a parameter as a whole, which the reference serves. What Adafactor knows of a matrix' rows and
+# columns is added up in another order.
+WHOLES = ("LARS", "LAMB", "StableAdamW", "Prodigy", "Adafactor")
 ASKED = [
     dict(max_grad_norm=0.5),
     dict(ema_decay=0.9, clip_per_param=0.3),
@@ -332,9 +333,9 @@ def same_bits(rank):
         if n % 4 != size % 4 or cases.is_refused({"case": case, "storage": storage, "dtype": dtype}):
             continue
         asked, way = ASKED[n % len(ASKED)], ("step", "accumulate", "step_and_zero_")[n // 3 % 3]
-        adds_up = case.name in WHOLES
+        adds_up = case.name == "Adafactor"
         rounds = storage.options.get("state_dtype") == torch.bfloat16 or "param_rounding" in storage.options
-        native = not adds_up and (follows or not rounds)
+        native = case.name not in WHOLES and (follows or not rounds)
         if case.name == "Adafactor" and "param_rounding" in storage.options:
             continue  # which matrices refuse
         what = f"{name}, {case}, {storage}, {dtype}, {asked}, {way}"

@@ -104,6 +104,16 @@ def test_the_largest(shape):
         assert_same_bits(found, x.double().abs().max())
 
 
+def test_nan_is_more_than_infinity():
+    for norm in (1.0, 2.0):
+        for first, second in ((INF, NAN), (NAN, INF), (-INF, NAN), (INF, 1.0), (-INF, INF)):
+            for place in (4, 700, 8500):
+                x = torch.zeros(9000)
+                x[3], x[place] = first, second
+                value = binned.value(words_of(x, norm))
+                assert value.isnan() if math.isnan(first) or math.isnan(second) else value == INF
+
+
 @pytest.mark.parametrize("largest", [1.7e308, 2.0**1016, 2.0**1007, 1e150, 1e-153, 2.3e-308, 1e-310, 5e-324, 0.0])
 def test_extremes_of_doubles(largest):
     for norm in (1.0, 2.0):

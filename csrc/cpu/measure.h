@@ -74,7 +74,7 @@ __attribute__((noinline)) void add_numbers(const typename Codec::Stored* x, int6
 
 // `numbers(at, count)`: so many of a span's `all`, of which it knows at most kMost at once.
 template <class M, class Codec, int kMost, class Numbers>
-Binned add_up(int64_t all, Numbers numbers) {
+Binned sum_of_span(int64_t all, Numbers numbers) {
   const int ahead = cpu::tuning.norm * kTile;
   const auto largest_among = [&](int64_t some) {
     double largest = 0;
@@ -88,6 +88,7 @@ Binned add_up(int64_t all, Numbers numbers) {
   // Mostly the first tile's bin is that of all.
   for (int64_t some = std::min<int64_t>(kTile, all);; some = all) {
     const int bin = bin_of(largest_among(some));
+    if (bin == kInfiniteBin && some < all) continue;  // there may be NaN
     if (bin >= kInfiniteBin) return {bin, 0, 0};
     const Grids grids(bin);
     BitSums sums{};
@@ -104,12 +105,13 @@ Binned measure(const Row& row, int operand, int64_t span) {
   constexpr int kAll = kSpan * kTile;
   const int64_t start = span * kAll, count = std::min<int64_t>(kAll, row.numel - start);
   const auto direct = [&]<class Codec>(Codec) {
-    return add_up<M, Codec, kAll>(count, [&](int64_t at, int64_t) { return element<Codec>(row, operand, start + at); });
+    return sum_of_span<M, Codec, kAll>(count,
+                                       [&](int64_t at, int64_t) { return element<Codec>(row, operand, start + at); });
   };
   if (is_direct<Values<T>>(row, operand)) return direct(Values<T>{});
   if (is_direct<BFloat16>(row, operand)) return direct(BFloat16{});
   TileOperand<T> tile;
-  return add_up<M, Values<T>, kTile>(count, [&](int64_t at, int64_t some) {
+  return sum_of_span<M, Values<T>, kTile>(count, [&](int64_t at, int64_t some) {
     return tile.load(row, operand, start + at, static_cast<int>(some), static_cast<int>(some));
   });
 }

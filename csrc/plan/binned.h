@@ -80,7 +80,7 @@ struct BitSums {
     return {bin, static_cast<int64_t>(rounded - many * bits_of(grids.first)),
             static_cast<int64_t>(left - many * bits_of(grids.both - grids.first))};
   }
-  // Whether numbers that are not negative were all of the bin, or were rounded down to be.
+  // Whether numbers that are not negative were all of the bin; false too where one is nearly at its end.
   GENOPT_INLINE bool are_of_bin(const Grids& grids) const {
     constexpr int kBelow = kBinBits - 1;
     return seen >> kBelow == bits_of(grids.first) >> kBelow;

@@ -9,7 +9,7 @@ namespace genopt {
 // in registers, and that share one int8 scale.
 constexpr int kTile = 256;
 
-// Tiles that make one partial sum of a norm. Its order is fixed: see csrc/README.md.
+// Tiles that make one partial sum of a norm or of a total.
 constexpr int kSpan = 32;
 
 constexpr int64_t tiles_of(int64_t numel) {

@@ -253,7 +253,7 @@ struct Tensor {
     std::array<std::vector<T>, kMaxTotals> numbers;
     for (int64_t i = 0; i < numel; ++i) {
       int64_t at[kOperands];
-      const std::array<T, kOperands> x = load<T>(i, at);
+      std::array<T, kOperands> x = load<T>(i, at);
       T shares[kMaxTotals] = {};
       scalars.update.template share<kUsed % kWithAverage>(shares, x[kParam], scalars.around.gradient(x[kGrad]),
                                                           x[kState], x[kState + 1], x[kState + 2], x[kState + 3]);

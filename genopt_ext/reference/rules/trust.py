@@ -1,7 +1,7 @@
 """Rules that step a tensor the further or the less far for what all of it comes to.
 
-``total``: the sum of the squares of a tensor's elements, or in StableAdamW of themselves, in float64 and in the order
-of a norm.
+``total``: the sum of the squares of a tensor's elements, or in StableAdamW of themselves, in float64 and added up as a
+norm is.
 """
 
 from __future__ import annotations
