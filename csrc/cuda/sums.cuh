@@ -112,8 +112,10 @@ __device__ BinnedTotal join_spans(const PackedSum* spans, int64_t count, int lan
   return across_lanes(total);
 }
 
-// Whether this warp is the last of `count` to arrive at a counter. What lane 0 wrote before is then seen by the last.
+// Whether this warp is the last of `count` to arrive at a counter. What lane 0 wrote before is then seen by the last,
+// which may write what any lane has read.
 __device__ inline bool arrives_last(uint64_t* counter, int64_t count, int lane) {
+  __syncwarp();
   bool last = false;
   if (lane == 0) {
     const ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*reinterpret_cast<unsigned*>(counter));
