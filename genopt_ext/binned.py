@@ -16,17 +16,17 @@ _LOW = 2**32 - 1
 WORDS = 5
 
 
-def _by_bin(values: list[float], bins: Tensor) -> Tensor:
-    """What a list has for each bin."""
-    given = torch.tensor(values, dtype=torch.float64, device=bins.device)
-    return given.index_select(0, bins.clamp(max=_TOP).reshape(-1)).reshape(bins.shape)
+def _power_of_2(exponents: Tensor) -> Tensor:
+    """Of normal numbers; by operations on the device alone."""
+    return ((exponents + 1023) << 52).view(torch.float64)
 
 
-_UNSCALED = [min(b, _TOP - 2) if b == _TOP else b for b in range(_TOP + 1)]
-_SCALE = [math.ldexp(1.0, _BITS * (near - b)) for b, near in enumerate(_UNSCALED)]
-_COARSE = [math.ldexp(1.5, _BITS * near - 970) for near in _UNSCALED]
-_FINE = [math.ldexp(1.5, _BITS * (near - 1) - 970) for near in _UNSCALED]
-_HALF = [math.ldexp(1.0, _BITS // 2 * b - 535) for b in range(_TOP + 1)]
+def _grids(bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A factor for numbers, and the magic numbers of a bin's grid and of the finer one: ``Grids`` in binned.h."""
+    is_top = bins >= _TOP
+    near = torch.where(is_top, _TOP - 2, bins)
+    coarse, fine = (1.5 * _power_of_2(_BITS * each - 970) for each in (near, near - 1))
+    return _power_of_2(torch.where(is_top, -2 * _BITS, 0)), coarse, fine
 
 
 def total(numbers: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def total(numbers: Tensor) -> Tensor:
     # As it is stored: frexp() is of no avail for subnormal numbers where these are flushed.
     exponent = largest.view(torch.int64) >> 52
     bins = torch.where(largest.isfinite(), exponent // _BITS, torch.where(largest.isnan(), _NAN, _INFINITE))
-    coarse, fine = _by_bin(_COARSE, bins), _by_bin(_FINE, bins)
-    scaled = numbers * _by_bin(_SCALE, bins)
+    scale, coarse, fine = _grids(bins)
+    scaled = numbers * scale
     rounded = scaled + coarse
     multiples = torch.stack([_bits(rounded) - _bits(coarse), _bits(scaled + ((coarse + fine) - rounded)) - _bits(fine)])
     words = _normal(torch.stack([multiples >> 32, multiples & _LOW], -1).sum(-2))
@@ -65,7 +65,7 @@ def value(words: Tensor) -> Tensor:
     bins = words.select(-1, 0)
     high, low = words.narrow(-1, 1, WORDS - 1).unflatten(-1, (2, 2)).double().unbind(-1)
     coarse, fine = (high * 2.0**32 + low).unbind(-1)
-    half = _by_bin(_HALF, bins)
+    half = _power_of_2(_BITS // 2 * bins.clamp(max=_TOP) - 535)
     finite = (coarse * 2.0**_BITS + fine) * half * half
     return torch.where(bins > _TOP, torch.where(bins == _NAN, math.nan, math.inf), finite)
 
@@ -77,7 +77,7 @@ _PRESENT = 48  # where the count of processes begins
 
 
 def _range(is_narrow: bool) -> tuple[int, int]:
-    """The first grid of numbers that may be, and how many there are. ``is_narrow``: |x| or x * x, of float32 or less."""
+    """The first grid of numbers that may be, and how many there are. ``is_narrow``: |x| or x * x of float32 or less."""
     return (15, 13) if is_narrow else (0, _TOP + 2)
 
 

@@ -1,7 +1,7 @@
 """Gradient clipping: drop-ins for ``torch.nn.utils``, and what the optimizers' own clipping shares with them.
 
-Gradients are read once, and written only where clipping really changes them. The norm is summed such that no
-order counts: the same bits for every number of threads and processes, and run after run. Nothing waits for a GPU, except with
+Gradients are read once, and written only where clipping really changes them. The norm is summed such that no order
+counts: the same bits for every number of threads and processes, and run after run. Nothing waits for a GPU, except with
 ``error_if_nonfinite=True``. Of DTensors each process measures its own part, and the parts of all are joined at once,
 whatever their meshes, also beside plain tensors. Other tensor subclasses go through torch's own functions, which refuse
 sparse gradients, and p-norms other than 1, 2 and infinity through torch operations in float64.

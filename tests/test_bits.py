@@ -146,7 +146,8 @@ def digests_in(succeeds, **env):
 
 @CPU_KERNELS
 @pytest.mark.parametrize(
-    ("capability", "tuning"), [*((c, "prefetch=2,norm=8") for c in CAPABILITIES), (CAPABILITIES[0], "prefetch=0,norm=0")]
+    ("capability", "tuning"),
+    [*((c, "prefetch=2,norm=8") for c in CAPABILITIES), (CAPABILITIES[0], "prefetch=0,norm=0")],
 )
 def test_same_bits_on_every_instruction_set(capability, tuning, succeeds, digests_of_reference):
     found = digests_in(succeeds, GENOPT_CPU_CAPABILITY=capability, GENOPT_CPU_TUNING=tuning)

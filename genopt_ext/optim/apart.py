@@ -201,7 +201,9 @@ def _step_row(step: Step, place: Place, scale: Number, together: _Together | Non
             running=rule.running,
             whole=part.whole,
             places=places,
-            join=None if part.whole is None else lambda total: sharding.Joining([p]).sums(total.unsqueeze(0)).squeeze(0),
+            join=None
+            if part.whole is None
+            else lambda total: sharding.Joining([p]).sums(total.unsqueeze(0)).squeeze(0),
         )
     if group.get("ema_decay") is not None and "ema" in part.state:
         source = part.state["master"] if g is not None and states.extra(group, p) == "master" else part.p

@@ -12,6 +12,7 @@ from .math import real
 
 _TILE, _SUMS = 256, 32
 
+
 def _by_halves(x: Tensor) -> Tensor:
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
