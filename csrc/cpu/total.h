@@ -11,7 +11,7 @@ namespace genopt::GENOPT_CAPABILITY {
 // vector.
 template <class Rule, unsigned kUsed, class T>
 __attribute__((noinline)) void find_shares(const Scalars<Rule, T>& shared, T* const (&values)[kOperands], int count,
-                                           T (&shares)[kTotalsOf<Rule>][kTile]) {
+                                           T* const (&shares)[kTotalsOf<Rule>]) {
   using V = ValuesOf<T>;
   const Scalars<Rule, T> scalars = shared;
   const bool plain = scalars.around.is_plain();
@@ -39,7 +39,9 @@ void total(const void* storage, const Row& row, int64_t span, Binned* totals) {
   const int64_t first = span * kSpan * kTile, stop = std::min(first + int64_t{kSpan} * kTile, row.numel);
   TileOperand<T> operands[kOperands];
   T* values[kOperands] = {};
-  alignas(64) T shares[kCount][kTile];
+  constexpr int kTogether = 4 * kTile;  // added up at once, as beginning and ending takes time
+  alignas(64) T all_shares[kCount][kTogether];
+  T* shares[kCount];
   BinnedSum<M> sums[kCount];
   for (int64_t start = first; start < stop; start += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
@@ -54,12 +56,16 @@ void total(const void* storage, const Row& row, int64_t span, Binned* totals) {
       const T* const rest = load(kExtra);
       for (int i = 0; i < padded; ++i) values[kParam][i] += rest[i];  // in a buffer, as it has 16 bits in memory
     }
+    const int before = static_cast<int>((start - first) % kTogether);
+    for (int n = 0; n < kCount; ++n) shares[n] = all_shares[n] + before;
     find_shares<Rule, kUsed>(scalars, values, count, shares);
+    const int there_are = before + count;
+    if (there_are < kTogether && start + kTile < stop) continue;
     for (int n = 0; n < kCount; ++n) {
-      sums[n].make_room(largest_of<Values<T>>(shares[n], count));
+      sums[n].make_room(largest_of<Values<T>>(all_shares[n], there_are));
       BitSums some{};
-      add_numbers<M, Values<T>>(shares[n], count, sums[n].grids(), 0, some);
-      sums[n].add(some, count);
+      add_numbers<M, Values<T>>(all_shares[n], there_are, sums[n].grids(), 0, some);
+      sums[n].add(some, there_are);
     }
   }
   for (int n = 0; n < kCount; ++n) totals[n] = sums[n].total();
