@@ -98,12 +98,11 @@ def gathered(added: Tensor, is_narrow: bool) -> Tensor:
     """The words of the sum of all."""
     first, count = _range(is_narrow)
     grids, others = added.narrow(-1, 0, 2 * count).unflatten(-1, (count, 2)), added.select(-1, -1)
-    present = grids.select(-1, 1) >> _PRESENT
-    above = torch.arange(count, device=added.device)
-    top = torch.where(present > 0, above, 1).amax(-1)
-    grids = _normal(torch.stack([grids.select(-1, 0), grids.select(-1, 1) & ((1 << _PRESENT) - 1)], -1))
+    is_present = grids.select(-1, 1) >= 1 << _PRESENT
+    top = (is_present * torch.arange(count, device=added.device)).amax(-1).clamp(min=1)
     index = torch.stack([top, top - 1], -1).unsqueeze(-1).expand(*top.shape, 2, 2)
-    known = grids.gather(-2, index).flatten(-2)
+    high, low = grids.gather(-2, index).unbind(-1)
+    known = _normal(torch.stack([high, low & ((1 << _PRESENT) - 1)], -1)).flatten(-2)
     bins = torch.where(others == 0, top - 1 + first, torch.where(others >= 2**32, _NAN, _INFINITE)).unsqueeze(-1)
     return torch.cat([bins, torch.where(bins > _TOP, 0, known)], -1)
 

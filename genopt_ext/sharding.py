@@ -172,10 +172,10 @@ class Joining:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params, self._specs = list(params), [getattr(p, "_spec", None) for p in params]
-        self._turns: list[tuple[_Line, Tensor]] = []
+        self._turns: list[tuple[_Line, Tensor | None]] = []  # and what counts here, where not all does
         for ranks, line in _lines(params).items():
             counts = [int(line.number == 0 or _is_cut_along(p, ranks)) for p in params]
-            self._turns.append((line, torch.tensor(counts, device="cpu")))
+            self._turns.append((line, None if all(counts) else torch.tensor(counts, device="cpu")))
         self._is_narrow = not any(p.dtype in (torch.float64, torch.complex128) for p in params)
 
     def serves(self, params: Sequence[Tensor]) -> bool:
@@ -183,31 +183,27 @@ class Joining:
         was = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         return was and all(getattr(p, "_spec", None) is spec for p, spec in zip(params, self._specs, strict=True))
 
-    def __call__(self, sums: Tensor) -> Tensor:
-        """
-        Args:
-            sums: with a column for each parameter.
-        """
-        for turn, (line, counts) in enumerate(self._turns):
-            if counts.device != sums.device:
-                counts = counts.to(sums.device)
-                self._turns[turn] = line, counts
-            given = (sums * counts).to(line.device)
-            if not sums.is_floating_point():  # of which others may count where this has not: binned.spread()
-                given.select(-2, -1).copy_(sums.select(-2, -1))
-            dist.all_reduce(given, group=line.group)
-            sums = given.to(sums.device)
-        return sums
-
     def sums(self, words: Tensor) -> Tensor:
         """Exact sums of what the words of :mod:`.binned` say: float64, [..., parameters].
 
         Args:
             words: int64, [..., parameters, words].
         """
-        if self._turns:
-            words = binned.gathered(self(binned.spread(words, self._is_narrow).mT).mT, self._is_narrow)
-        return binned.value(words)
+        if not self._turns:
+            return binned.value(words)
+        together = binned.spread(words, self._is_narrow)
+        for turn, (line, counts) in enumerate(self._turns):
+            given = together
+            if counts is not None:
+                if counts.device != words.device:
+                    counts = counts.to(words.device)
+                    self._turns[turn] = line, counts
+                given = together * counts.unsqueeze(-1)
+                given.select(-1, -1).copy_(together.select(-1, -1))  # NaN counts wherever it is: binned.spread()
+            given = given.to(line.device)
+            dist.all_reduce(given, group=line.group)
+            together = given.to(words.device)
+        return binned.value(binned.gathered(together, self._is_narrow))
 
     def largest(self, numbers: Tensor) -> Tensor:
         """As calling it, for the largest of each column (float64, at least 0) in the place of sums; NaN stays NaN."""
