@@ -102,11 +102,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   total_of_kind<Rule, T>(table, kind, add_up);
 }
 
+// Whether this is compiled for processors for which the compiler finds fewer registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kIsTight = true;
+#else
+constexpr bool kIsTight = false;
+#endif
+
 // How many blocks are to run on a processor: as many as registers let, of which sums and operands take most. `read`:
 // operands, as a mask.
 constexpr int total_blocks(unsigned read, const Way& way, bool factored) {
   if (factored) return 3;
-  const int most = !(read & kOfParam) || read < kOfFirstState ? 6 : 4;
+  if (read & kOfParam && read >= kOfFirstState && way.state == Form::kCodes && kIsTight) return 4;
+  const int most = !(read & kOfParam) || read < kOfFirstState ? 6 : way == kWays[0] ? 4 : 5;
   return read & kOfParam && way.extra == Extra::kCompensation ? most - 1 : most;
 }
 
