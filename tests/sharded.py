@@ -38,6 +38,7 @@ def run(rank, size, name, store):
     status = 1
     try:
         warnings.simplefilter("ignore")
+        torch.set_num_threads(1)  # makes a fork's pool, which threads of backward would make at the same time, and fail
         timeout = timedelta(seconds=30)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
         globals()[name](rank)
