@@ -206,7 +206,7 @@ class Joining:
         return binned.value(binned.gathered(together, self._is_narrow))
 
     def largest(self, numbers: Tensor) -> Tensor:
-        """As calling it, for the largest of each column (float64, at least 0) in the place of sums; NaN stays NaN."""
+        """As :meth:`sums`, the largest of each parameter's numbers (float64, at least 0, not words); NaN stays NaN."""
         for line, _ in self._turns:
             given = torch.stack([numbers.nan_to_num(nan=math.inf, posinf=math.inf), numbers.isnan().double()])
             given = given.to(line.device)
