@@ -30,20 +30,55 @@ GENOPT_INLINE int bin_of(double largest) {
   return exponent < 2047 ? exponent / kBinBits : largest == largest ? kInfiniteBin : kNaNBin;
 }
 
-// Some numbers, as multiples of their bin's grid and of the finer one. Of Norm::kMax: the bits of the largest as a bin.
-struct Binned {
-  int64_t bin, coarse, fine;
+// Any count of multiples: high * 2^32 + low, where 0 <= low < 2^32.
+struct Wide {
+  int64_t high, low;
+
+  GENOPT_INLINE double number() const {
+    return static_cast<double>(high) * 0x1p32 + static_cast<double>(low);
+  }
 };
+GENOPT_INLINE Wide widened(int64_t x) {
+  return {x >> 32, x & 0xffffffff};
+}
+GENOPT_INLINE Wide operator+(const Wide& a, const Wide& b) {
+  const int64_t low = a.low + b.low;
+  return {a.high + b.high + (low >> 32), low & 0xffffffff};
+}
+
+// Some numbers, as multiples of their bin's grid and of the finer one. Of Norm::kMax: the bits of the largest as a bin.
+template <class Multiples>
+struct BinnedAs {
+  static constexpr int kWords = 1 + 2 * static_cast<int>(sizeof(Multiples) / sizeof(int64_t));
+  int64_t bin;
+  Multiples coarse, fine;
+
+  GENOPT_INLINE double value(Norm norm) const {
+    if (norm == Norm::kMax) return as_double(static_cast<uint64_t>(bin));
+    if (bin >= kInfiniteBin) return as_double(uint64_t{bin == kNaNBin ? 0x7ff8u : 0x7ff0u} << 48);
+    const double half = power_of_2(kBinBits / 2 * static_cast<int>(bin) - 535);  // the finer grid is its square
+    return (coarse.number() * power_of_2(kBinBits) + fine.number()) * half * half;
+  }
+};
+using Binned = BinnedAs<int64_t>;    // at most a span's numbers
+using BinnedTotal = BinnedAs<Wide>;  // any count of them
+static_assert(sizeof(BinnedTotal) == BinnedTotal::kWords * sizeof(int64_t));
 GENOPT_INLINE Binned binned_maximum(double x) {
   return {static_cast<int64_t>(x == x ? bits_of(x) : uint64_t{0x7ff8} << 48), 0, 0};
 }
-// As one of a bin that is not below its own.
-GENOPT_INLINE Binned raised(const Binned& x, int64_t bin) {
-  return {bin, x.bin == bin ? x.coarse : 0, x.bin == bin ? x.fine : x.bin + 1 == bin ? x.coarse : 0};
+GENOPT_INLINE BinnedTotal widened(const Binned& x) {
+  return {x.bin, widened(x.coarse), widened(x.fine)};
 }
-GENOPT_INLINE Binned joined(const Binned& a, const Binned& b) {
+// As one of a bin that is not below its own.
+template <class Multiples>
+GENOPT_INLINE BinnedAs<Multiples> raised(const BinnedAs<Multiples>& x, int64_t bin) {
+  const Multiples none{};
+  return {bin, x.bin == bin ? x.coarse : none, x.bin == bin ? x.fine : x.bin + 1 == bin ? x.coarse : none};
+}
+template <class Multiples>
+GENOPT_INLINE BinnedAs<Multiples> joined(const BinnedAs<Multiples>& a, const BinnedAs<Multiples>& b) {
   const int64_t bin = a.bin > b.bin ? a.bin : b.bin;
-  const Binned x = raised(a, bin), y = raised(b, bin);
+  const BinnedAs<Multiples> x = raised(a, bin), y = raised(b, bin);
   return {bin, x.coarse + y.coarse, x.fine + y.fine};
 }
 
@@ -136,48 +171,5 @@ class BinnedSum {
   Grids grids_;
 };
 static_assert(int64_t{kSpan} * kTile << (kBinBits - 1) < int64_t{1} << 61);
-
-// Any count of multiples: high * 2^32 + low, where 0 <= low < 2^32.
-struct Wide {
-  int64_t high, low;
-
-  GENOPT_INLINE double number() const {
-    return static_cast<double>(high) * 0x1p32 + static_cast<double>(low);
-  }
-};
-GENOPT_INLINE Wide widened(int64_t x) {
-  return {x >> 32, x & 0xffffffff};
-}
-GENOPT_INLINE Wide operator+(const Wide& a, const Wide& b) {
-  const int64_t low = a.low + b.low;
-  return {a.high + b.high + (low >> 32), low & 0xffffffff};
-}
-
-// Any count of numbers, as Binned.
-struct BinnedTotal {
-  static constexpr int kWords = 5;
-  int64_t bin;
-  Wide coarse, fine;
-
-  GENOPT_INLINE double value(Norm norm) const {
-    if (norm == Norm::kMax) return as_double(static_cast<uint64_t>(bin));
-    if (bin >= kInfiniteBin) return as_double(uint64_t{bin == kNaNBin ? 0x7ff8u : 0x7ff0u} << 48);
-    const double half = power_of_2(kBinBits / 2 * static_cast<int>(bin) - 535);  // the finer grid is its square
-    return (coarse.number() * power_of_2(kBinBits) + fine.number()) * half * half;
-  }
-};
-static_assert(sizeof(BinnedTotal) == BinnedTotal::kWords * sizeof(int64_t));
-GENOPT_INLINE BinnedTotal widened(const Binned& x) {
-  return {x.bin, widened(x.coarse), widened(x.fine)};
-}
-GENOPT_INLINE BinnedTotal raised(const BinnedTotal& x, int64_t bin) {
-  const Wide none{};
-  return {bin, x.bin == bin ? x.coarse : none, x.bin == bin ? x.fine : x.bin + 1 == bin ? x.coarse : none};
-}
-GENOPT_INLINE BinnedTotal joined(const BinnedTotal& a, const BinnedTotal& b) {
-  const int64_t bin = a.bin > b.bin ? a.bin : b.bin;
-  const BinnedTotal x = raised(a, bin), y = raised(b, bin);
-  return {bin, x.coarse + y.coarse, x.fine + y.fine};
-}
 
 }  // namespace genopt
