@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from genopt_ext.reference import codecs
+
 Shape = tuple[int, ...]
 BLOCK = 256  # elements that share a scale of 8-bit state, and of quantize
 
@@ -67,10 +69,16 @@ class Case:
     @property
     def stored(self) -> tuple[float, ...]:
         """Bytes an element of each thing that the optimizer keeps."""
-        moment = 1 + 4 / BLOCK if self.state == torch.int8 else float((self.state or self.dtype).itemsize)
+        moment = self.code_bytes if self.state == torch.int8 else float((self.state or self.dtype).itemsize)
         extra = {"kahan": self.rounding == "kahan", "master": self.master, "ema": self.ema is not None}
         widths = {"kahan": self.dtype.itemsize, "master": 4, "ema": self.dtype.itemsize}
         return (moment,) * self.moments + tuple(float(widths[name]) for name, kept in extra.items() if kept)
+
+    @property
+    def code_bytes(self) -> float:
+        """Bytes an element of 8-bit state: a code, and its share of a scale."""
+        scales = (codecs.scales_shape(torch.empty(shape, device="meta")).numel() for shape in self.shapes)
+        return 1 + 4 * sum(scales) / self.elements
 
     @property
     def state_bytes(self) -> float:

@@ -140,6 +140,7 @@ def main() -> None:
                 )
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             dcp.save(state_of(model, opt, step + 1), checkpoint_id=args.checkpoints / f"step-{step + 1}")
+    dist.barrier()  # gloo's threads are done with what they were sent, before Python ends
     dist.destroy_process_group()
 
 

@@ -53,10 +53,19 @@ def local(t: Any) -> Any:
     return t._local_tensor if is_spread(t) else t
 
 
-def are_cut_alike(a: Tensor, b: Tensor) -> bool:
+def are_cut_alike(a: Tensor, b: Tensor, shapes_too: bool = True) -> bool:
     """Whether two DTensors are spread over the same processes in the same way."""
     x, y = (t._spec for t in (a, b))  # type: ignore[attr-defined]
-    return x is y or bool(x.mesh == y.mesh and x.placements == y.placements and x.shape == y.shape)
+    same_shape = x is y or not shapes_too or x.shape == y.shape
+    return x is y or bool(x.mesh == y.mesh and x.placements == y.placements and same_shape)
+
+
+def is_cut_into_slices(p: Tensor) -> bool:
+    """Whether a DTensor is cut along its first dimension alone, if at all."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = p.placements  # type: ignore[attr-defined]
+    return all(type(each) is Replicate or (type(each) is Shard and each.dim == 0) for each in placements)
 
 
 def cut_as(t: Tensor, like: Tensor) -> Tensor:
@@ -66,14 +75,19 @@ def cut_as(t: Tensor, like: Tensor) -> Tensor:
     return t.redistribute(placements=like.placements)  # type: ignore[attr-defined]
 
 
-def spread_as(t: Tensor, like: Tensor) -> Tensor:
-    """``t``; where ``like`` is a DTensor, one that is spread as it, of which this process has ``t``."""
+def spread_as(t: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """``t``; where ``like`` is a DTensor, one that is spread as it, of which this process has ``t``.
+
+    Args:
+        shape: of the whole, which is contiguous; None: that of ``like``.
+    """
     if not is_spread(like):
         return t
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(t, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    stride = like.stride() if shape is None else tuple(_strides(shape))
+    return DTensor.from_local(t, mesh, placements, run_check=False, shape=shape or like.shape, stride=stride)
 
 
 def is_first(p: Tensor) -> bool:

@@ -43,7 +43,7 @@ CODED += [case for case in STATEFUL if case.kwargs and case.name not in ("AdamW"
 # SGD without momentum has no state of its own.
 SOME = [*STATEFUL, Case("SGD", dict(lr=0.1))]
 # Smaller than SIZES, with three blocks and a tail among them.
-BLOCKS = [(n,) for n in (1, 255, 256, 257, 700)]
+BLOCKS = [*((n,) for n in (1, 255, 256, 257, 700)), (3, 320), (2, 4, 48)]
 
 TILE = 256
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
@@ -237,7 +237,7 @@ def assert_state(case: Case, opt: Any, p: Tensor, what: object = "", dtype: torc
     for name, kind in expected.items():
         t, of_scales = state[name], name.endswith("_scales")
         assert t.dtype == kind and t.device == p.device, (what, name, t.dtype)
-        assert t.shape == ((-(-p.numel() // TILE),) if of_scales else rule.state_shape(name, p)), (what, name)
+        assert t.shape == (scales_shape(p) if of_scales else rule.state_shape(name, p)), (what, name)
         if name.endswith("_codes") or name in ("compensation", "master"):
             assert strides(t) == strides(torch.empty_like(p)), (what, name)
     if "master" in state:
@@ -275,8 +275,22 @@ def in_memory(t: Tensor) -> Tensor:
     return t.permute(order).reshape(-1)
 
 
+def of_slice(t: Tensor) -> int | None:
+    """How many elements share a scale, where the slices of ``t`` lie one after another and are made of such blocks."""
+    if t.dim() < 2 or t.stride(0) != max(t.stride()) or 0 in t.shape:
+        return None
+    length = t[0].numel()
+    return max((block for block in range(64, 257, 16) if length % block == 0), default=None)
+
+
+def scales_shape(p: Tensor) -> tuple[int, ...]:
+    if block := of_slice(p):
+        return len(p), p[0].numel() // block
+    return (-(-p.numel() // TILE),)
+
+
 def blocks(t: Tensor) -> list[Tensor]:
-    return list(in_memory(t.detach()).split(TILE))
+    return list(in_memory(t.detach()).split(of_slice(t) or TILE))
 
 
 def assert_decoded_like(mine: dict[str, Tensor], truth: dict[str, Tensor], what: object = "", error=MAP_ERROR) -> None:

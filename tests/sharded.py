@@ -314,23 +314,25 @@ ASKED = [
 ]
 
 
+# Those whose 8-bit state is the same however they are cut: of whole blocks in each row, or smaller than SMALL.
+CODED, SMALL = [(5, 3), (7,), (70, 64), (3, 2, 96), (), (1, 320), (0, 128), (2, 160)], 64
+
+
 def cuts():
-    """Each a name, where each of CUT lies, and whether what one process has follows one another in the whole."""
+    """Each a name, where a tensor of a shape lies, and whether what one process has follows one another in the whole."""
     line, *grids = meshes()
-    yield "FSDP2", [(line, [Shard(0)]) if shape else (line, [Replicate()]) for shape in CUT], True
-    yield "TP", [(line, [Shard(len(shape) - 1)]) if shape else (line, [Replicate()]) for shape in CUT], False
+    yield "FSDP2", lambda shape: (line, [Shard(0) if shape else Replicate()]), True
+    yield "TP", lambda shape: (line, [Shard(len(shape) - 1) if shape else Replicate()]), False
     for grid in grids:
-        yield "HSDP", [(grid, [Replicate(), Shard(0)]) if shape else (grid, [Replicate()] * 2) for shape in CUT], True
-        both = [(grid, [Shard(0), Shard(1)]) if len(shape) > 1 else (grid, [Replicate()] * 2) for shape in CUT]
-        yield "2-D", both, False
+        yield "HSDP", lambda shape: (grid, [Replicate(), Shard(0) if shape else Replicate()]), True
+        yield "2-D", lambda shape: (grid, [Shard(0), Shard(1)] if len(shape) > 1 else [Replicate()] * 2), False
 
 
 def same_bits(rank):
     """Steps have the bits of one process that has all, states too."""
     size = dist.get_world_size()
-    whole_kinds = [each for each in cases.STORAGE if "int8" not in each.name]
-    rows = cases.stored(cases.STATEFUL, list(cuts()), storages=whole_kinds)
-    for n, (case, (name, at, follows), storage, dtype) in enumerate(rows):
+    rows = cases.stored(cases.STATEFUL, list(cuts()))
+    for n, (case, (name, cut, follows), storage, dtype) in enumerate(rows):
         if n % 4 != size % 4 or cases.is_refused({"case": case, "storage": storage, "dtype": dtype}):
             continue
         asked, way = ASKED[n % len(ASKED)], ("step", "accumulate", "step_and_zero_")[n // 3 % 3]
@@ -339,11 +341,16 @@ def same_bits(rank):
         native = case.name not in WHOLES and (follows or not rounds)
         if case.name == "Adafactor" and "param_rounding" in storage.options:
             continue  # which matrices refuse
+        kept, shapes = storage.options, CUT
+        if "int8" in storage.name:
+            if not follows:
+                continue  # in float32
+            kept, shapes = {**kept, "min_int8_size": SMALL}, CODED
         what = f"{name}, {case}, {storage}, {dtype}, {asked}, {way}"
-        whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(CUT)]
-        parts = [torch.nn.Parameter(spread(p.detach(), to)) for p, to in zip(whole, at, strict=True)]
+        whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(shapes)]
+        parts = [torch.nn.Parameter(spread(p.detach(), cut(p.shape))) for p in whole]
         opts = [
-            case.ours(ps, backend=backend, **asked, **storage.options)
+            case.ours(ps, backend=backend, **asked, **kept)
             for ps, backend in ((whole, "auto"), (parts, cases.NATIVE if native else "auto"))
         ]
         for group in (group for opt in opts for group in opt.param_groups if "rounding_seed" in group):
@@ -351,7 +358,7 @@ def same_bits(rank):
         for step in range(3):
             for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
                 p.grad = None if (i + step) % 4 == 3 else randn(p.shape, 100 * (step + 1) + i, dtype)
-                q.grad = None if p.grad is None else spread(p.grad, at[i])
+                q.grad = None if p.grad is None else spread(p.grad, cut(p.shape))
             for opt in opts:
                 if way == "accumulate":
                     opt.accumulate()
@@ -759,6 +766,7 @@ def no_leaks(rank):
 KEPT = [
     ("AdamW", dict(ema_decay=0.9)),
     ("AdamW", dict(state_dtype=torch.bfloat16)),
+    ("AdamW", dict(state_dtype=torch.int8, min_int8_size=100)),
     ("NAdam", dict(max_grad_norm=0.5)),
     ("SGD", dict(lr=0.1, momentum=0.9, skip_nonfinite=True)),
     ("Muon", dict(adamw_lr=0.01)),
@@ -774,6 +782,12 @@ def resharded(path):
         world(size, name)
 
 
+def kept_model(seed=0):
+    """Of uneven shards, of which the first has 8-bit state."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(64, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+
+
 def _stages(stages):
     """Each stage loads what the one before saved, but for the first; takes two steps; and saves."""
     import torch.distributed.checkpoint as dcp
@@ -782,10 +796,10 @@ def _stages(stages):
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for n, (name, options) in enumerate(KEPT):
-        whole = model()
+        whole = kept_model()
         expected = getattr(optim, name)(whole.parameters(), **options)
         for stage in range(stages + 1):
-            net = fully_shard(model(1), mesh=mesh)
+            net = fully_shard(kept_model(1), mesh=mesh)
             opt = getattr(optim, name)(net.parameters(), **options)
             last = stage == stages
             if last:

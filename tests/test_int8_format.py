@@ -41,7 +41,7 @@ def test_every_code_is_one_number(signed):
 
 
 def test_golden_state():
-    """A step's codes and scales, as the first version has written them."""
+    """A step's codes and scales, as the first version has written them: nothing changes where blocks know no slices."""
     p = torch.nn.Parameter(torch.zeros(260, device=DEVICE))
     opt = optim.AdamW8bit([p], min_int8_size=1)
     for step in range(3):
@@ -55,7 +55,7 @@ def test_golden_state():
     assert state["exp_avg_sq_codes"][at].tolist() == GOLDEN["exp_avg_sq_codes"]
     assert state["exp_avg_scales"].tolist() == GOLDEN["exp_avg_scales"]
     assert state["exp_avg_sq_scales"].tolist() == GOLDEN["exp_avg_sq_scales"]
-    assert opt.state_dict()["param_groups"][0]["int8_format"] == 1
+    assert opt.state_dict()["param_groups"][0]["int8_format"] == 2
 
 
 GOLDEN = {
@@ -63,4 +63,71 @@ GOLDEN = {
     "exp_avg_scales": [1.25, 1.25],
     "exp_avg_sq_codes": [224, 223, 168, 55, 39, 47, 190, 236, 254, 251, 252],
     "exp_avg_sq_scales": [0.0546875, 0.0625],
+}
+
+
+def stepped(shape, at=0):
+    """An optimizer of a parameter, after three steps."""
+    p = torch.nn.Parameter(torch.zeros(shape, device=DEVICE))
+    opt = optim.AdamW8bit([p], min_int8_size=1)
+    for step in range(at, at + 3):
+        p.grad = torch.linspace(-1, 2, p.numel()).view(shape).to(DEVICE) * (step + 1)
+        opt.step()
+    return p, opt
+
+
+def test_golden_slices():
+    """Blocks make slices along the first dimension, as the second version writes them."""
+    p, opt = stepped((2, 320))
+    state = {name: t.cpu() for name, t in opt.state[p].items()}
+    at = [0, 1, 106, 107, 159, 160, 319, 320, 479, 480, 639]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert state[f"{name}_codes"].shape == (2, 320)
+        assert state[f"{name}_codes"].flatten()[at].tolist() == GOLDEN_SLICES[f"{name}_codes"]
+        assert state[f"{name}_scales"].tolist() == GOLDEN_SLICES[f"{name}_scales"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales"),
+    [((5, 64), (5, 1)), ((3, 1600), (3, 10)), ((2, 3, 96), (2, 2)), ((4, 256), (4, 1)), ((2, 4352), (2, 17))]
+    + [((5, 63), (2,)), ((2, 272), (3,)), ((300, 2), (3,)), ((512,), (2,)), ((), (1,))],
+)
+def test_which_blocks_make_slices(shape, scales):
+    p, opt = stepped(shape)
+    assert opt.state[p]["exp_avg_scales"].shape == scales
+
+
+@pytest.mark.parametrize("shape", [(2, 512), (3, 320), (700,), (300, 2)], ids=str)
+def test_format_1_loads(shape, backend):
+    """Blocks of 256, wherever slices begin, are stored anew: exactly where 256 is what makes a slice."""
+    p, opt = stepped(shape)
+    saved = opt.state_dict()
+    saved["param_groups"][0]["int8_format"] = 1
+    (state,) = saved["state"].values()
+    values = {}
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        flat = codecs.read(opt.state[p], name).flatten()
+        codes, scales = codecs.encode(flat, signed)
+        state[f"{name}_codes"], state[f"{name}_scales"] = codes.view(shape), scales
+        values[name] = codecs.decode(codes, scales).view(shape)
+    q = torch.nn.Parameter(p.detach().clone())
+    other = optim.AdamW8bit([q], min_int8_size=1, backend=backend)
+    other.load_state_dict(saved)
+    assert other.state_dict()["param_groups"][0]["int8_format"] == 2
+    for name, t in values.items():
+        found, scales = codecs.read(other.state[q], name), other.state[q][f"{name}_scales"]
+        assert scales.shape == codecs.scales_shape(q)
+        if shape == (3, 320):  # a block has elements of two
+            torch.testing.assert_close(found, t, rtol=0.13, atol=1e-6)
+        else:
+            assert_same_bits(found, t, name)
+    q.grad = torch.ones_like(q)
+    other.step()
+
+
+GOLDEN_SLICES = {
+    "exp_avg_codes": [-125, -125, -109, -109, -93, -109, 125, 105, 126, 114, 126],
+    "exp_avg_scales": [[0.625, 0.3125], [0.75, 1.25]],
+    "exp_avg_sq_codes": [252, 252, 220, 220, 188, 219, 251, 212, 254, 229, 252],
+    "exp_avg_sq_scales": [[0.015625, 0.00390625], [0.0234375, 0.0625]],
 }

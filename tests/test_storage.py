@@ -307,7 +307,7 @@ def test_loading_leaves_groups_as_constructed():
     other = optim.AdamW(grouped(copies_of(params), per_group[::-1]))
     other.load_state_dict(saved(opt.state_dict()))
     assert [group["state_dtype"] for group in other.param_groups] == [torch.bfloat16, torch.int8]
-    assert [group.get("int8_format") for group in other.state_dict()["param_groups"]] == [None, 1]
+    assert [group.get("int8_format") for group in other.state_dict()["param_groups"]] == [None, 2]
     assert_states(ADAMW, other)
 
 

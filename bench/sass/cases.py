@@ -57,6 +57,7 @@ SIGNATURES = {
     "AdamW all bf16, bf16 state by thresholds": f"kind=step {_ADAMW} {_HALVES} states=bfloat16 unbiased=states",
     "AdamW fp32, int8 state": f"kind=step {_ADAMW} states=int8",
     "AdamW bf16, int8 state": f"kind=step {_ADAMW} {_HALVES} states=int8",
+    "AdamW bf16, int8 state, blocks of 160": f"kind=step {_ADAMW} {_HALVES} states=int8 block=160",
     "SGD momentum fp32": f"kind=step {_SGD}",
     "RMSprop fp32": f"kind=step {_RMSPROP}",
     "RMSprop bf16 with Kahan sums": f"kind=step {_RMSPROP} {_HALVES} extra=compensation",

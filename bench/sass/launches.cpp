@@ -176,6 +176,7 @@ struct Step {
   void add_row(const Case& given, const Options& options, const std::string& suffix, Random& random) {
     Row& row = plan.rows.emplace_back();
     row.numel = given.integer("numel");
+    row.tile = static_cast<int>(given.integer("block", kTile));
     row.active = true;
     row.used = plan.rule.used_states(options);
     if (const int64_t columns = given.integer("columns")) {
@@ -219,8 +220,8 @@ struct Step {
       });
       if (!is_state || !is_block(row.dtype[k])) continue;
       row.scales[k - kState] =
-          static_cast<float*>(memory.allocate(kNames[k] + suffix + " scales", tiles_of(row.numel) * sizeof(float)));
-      for (int64_t i = 0; i < tiles_of(row.numel); ++i)
+          static_cast<float*>(memory.allocate(kNames[k] + suffix + " scales", tiles_of(row.numel, row.tile) * sizeof(float)));
+      for (int64_t i = 0; i < tiles_of(row.numel, row.tile); ++i)
         row.scales[k - kState][i] = 0.25f * static_cast<float>(1 + i % 3);
     }
   }
@@ -240,7 +241,7 @@ struct Step {
       data = static_cast<T*>(static_cast<void*>(expected.back().second.data()));
     };
     for (int k = 0; k < kOperands; ++k) copy(row.data[k], numbers_of(row, k) * size_of(row.dtype[k]));
-    for (float*& scales : row.scales) copy(scales, tiles_of(row.numel) * sizeof(float));
+    for (float*& scales : row.scales) copy(scales, tiles_of(row.numel, row.tile) * sizeof(float));
     copy(row.step, sizeof(float));
     for (void*& running : row.running) copy(running, sizeof(float));
   }

@@ -25,7 +25,7 @@ __attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, con
   TileOperand<T> operands[kOperands];
   T* values[kOperands] = {};
   for (int count; start < stop; start += count) {
-    count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
+    count = static_cast<int>(std::min<int64_t>(row.tile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
     for (int k = 0; k < kOperands; ++k) {
       if (!is_used(row.used, k)) continue;
@@ -51,9 +51,9 @@ __attribute__((noinline)) void run_buffered(const Scalars<Rule, T>& scalars, con
 template <class T>
 void walk_only_average(const void* storage, const Row& row, int64_t begin, int64_t end) {
   const auto& scalars = *static_cast<const Scalars<Transfer, T>*>(storage);
-  const int64_t stop = std::min(end * kTile, row.numel);
+  const int64_t stop = row.start_of(end);
   TileOperand<T> param, average;
-  for (int64_t start = begin * kTile; start < stop; start += kTile) {
+  for (int64_t start = row.start_of(begin); start < stop; start += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
     const auto load = [&](TileOperand<T>& operand, int k) {

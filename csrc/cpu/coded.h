@@ -15,17 +15,19 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
   if (!fits) return start;
   Step assembly(scalars, row);
   alignas(64) float values[kMaxStates][kTile];
+  const int tile = row.tile;
+  int64_t number = start / tile;
   const auto run = [&]<bool kPrefetches>(std::bool_constant<kPrefetches>) __attribute__((always_inline)) {
     float scales[kMaxStates];
     void* codes[kMaxStates];
     Words most[kMaxStates];
     each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-      scales[k] = row.scales[k][start / kTile];
+      scales[k] = row.scales[k][number];
       codes[k] = element<Block>(row, kState + k, start);
       most[k] = Words(0);
     });
     assembly.begin(start, stop);
-    for (int i = 0; i < kTile; i += kWidth) {
+    for (int i = 0; i < tile; i += kWidth) {
       Floats x[kMaxStates];
       if constexpr (kPrefetches) assembly.prefetch_operands(i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
@@ -38,11 +40,11 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
       });
     }
     each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
-      prefetch(row, kState + k, start + kTile, kTile);
-      row.scales[k][start / kTile] = scales[k] = Block::scale_for(largest(most[k]));
+      prefetch(row, kState + k, start + tile, tile);
+      row.scales[k][number] = scales[k] = Block::scale_for(largest(most[k]));
     });
     const uint32_t phase = tile_phase(scalars.phase, row.origin + start);
-    for (int i = 0; i < kTile; i += kWidth) {
+    for (int i = 0; i < tile; i += kWidth) {
       const Words thresholds = thresholds_from(phase, i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {
         store_ints(static_cast<typename Block::Stored*>(codes[k]) + i,
@@ -51,7 +53,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
     }
   };
   with_prefetch([&](auto prefetches) __attribute__((always_inline)) {
-    for (; stop - start >= kTile; start += kTile) run(prefetches);
+    for (; stop - start >= tile; start += tile, ++number) run(prefetches);
   });
   return start;
 }

@@ -11,7 +11,7 @@ namespace genopt::GENOPT_CAPABILITY {
 
 // Sets tiles of the gradient to zero.
 inline void zero_gradient(const Row& row, int64_t begin, int64_t end) {
-  const int64_t start = begin * kTile, stop = std::min(end * kTile, row.numel);
+  const int64_t start = row.start_of(begin), stop = row.start_of(end);
   const int size = size_of(row.dtype[kGrad]);
   char* const base = static_cast<char*>(row.data[kGrad]);
   if (!row.layout || row.layout->strides[kGrad].empty()) {
@@ -39,8 +39,8 @@ void unscale_gradient(const Row& row, T factor, int64_t begin, int64_t end) {
     uint32_t random = 0, phase = 0;
   } kToNearest;
   TileOperand<T> grad;
-  const int64_t stop = std::min(end * kTile, row.numel);
-  for (int64_t start = begin * kTile; start < stop; start += kTile) {
+  const int64_t stop = row.start_of(end);
+  for (int64_t start = row.start_of(begin); start < stop; start += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
     multiply(factor, padded, grad.load(row, kGrad, start, count, padded));

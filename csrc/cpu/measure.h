@@ -103,7 +103,7 @@ Binned sum_of_span(int64_t all, Numbers numbers) {
 template <class M, class T>
 Binned measure(const Row& row, int operand, int64_t span) {
   constexpr int kAll = kSpan * kTile;
-  const int64_t start = span * kAll, count = std::min<int64_t>(kAll, row.numel - start);
+  const int64_t start = span * kSpan * row.tile, count = row.start_of((span + 1) * kSpan) - start;
   const auto direct = [&]<class Codec>(Codec) {
     return sum_of_span<M, Codec, kAll>(count,
                                        [&](int64_t at, int64_t) { return element<Codec>(row, operand, start + at); });

@@ -163,7 +163,7 @@ class TileOperand {
 
  private:
   float& scale() const {
-    return row_->scales[operand_ - kState][start_ / kTile];
+    return row_->scales[operand_ - kState][start_ / row_->tile];
   }
   // What each element of the tile has of its row or column. It is never stored.
   T* load_factor(const Row& row, int operand, int64_t start, int count, int padded) {

@@ -223,7 +223,7 @@ int64_t end_of_some(const Plan& plan, int64_t first, int threads) {
     const Row& row = plan.rows[first];
     for (int k = 0; k < kOperands; ++k)
       if (plan.rule.totaled >> k & 1 && row.data[k] && !row.is_factor(k))
-        bytes += row.tiles(kHost) * kTile * size_of(row.dtype[k]);
+        bytes += row.numel * size_of(row.dtype[k]);
   }
   return first;
 }
@@ -309,8 +309,8 @@ std::vector<char> factor(Plan& plan, RowRange range, int threads) {
                          std::min((element % size + band * columns - 1) / (band * columns), bands);
                 };
                 const FactorPlaces& place = places[r - range.first];
-                const int64_t stop = band_from(std::min(last * kTile, row.numel));
-                for (int64_t b = band_from(first * kTile); b < stop; ++b) {
+                const int64_t stop = band_from(row.start_of(last));
+                for (int64_t b = band_from(row.start_of(first)); b < stop; ++b) {
                   const int64_t first_row = b / bands * rows + b % bands * band;
                   kernels[prepared.in_double](prepared.scalars, row, first_row * columns,
                                               std::min(band, rows - b % bands * band),

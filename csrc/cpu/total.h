@@ -36,19 +36,20 @@ void total(const void* storage, const Row& row, int64_t span, Binned* totals) {
   constexpr unsigned kRead = kTotaledOf<Rule, kUsed>;
   Scalars<Rule, T> scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   scalars.around.factor *= static_cast<T>(row.factor);
-  const int64_t first = span * kSpan * kTile, stop = std::min(first + int64_t{kSpan} * kTile, row.numel);
+  const int64_t first = span * kSpan * row.tile, stop = row.start_of((span + 1) * kSpan);
   TileOperand<T> operands[kOperands];
   T* values[kOperands] = {};
   constexpr int kTogether = 4 * kTile;  // added up at once, as beginning and ending takes time
   alignas(64) T all_shares[kCount][kTogether];
   T* shares[kCount];
   BinnedSum<M> sums[kCount];
-  for (int64_t start = first; start < stop; start += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, stop - start));
+  int before = 0;  // added up together with what is next
+  for (int64_t start = first; start < stop; start += row.tile) {
+    const int count = static_cast<int>(std::min<int64_t>(row.tile, stop - start));
     const int padded = (count + kLanes - 1) & -kLanes;
     if (cpu::tuning.prefetch)
       for (int k = 0; k < kAverage; ++k)
-        if (kRead >> k & 1 && start + 3 * kTile <= stop) prefetch(row, k, start + 2 * kTile, kTile);
+        if (kRead >> k & 1 && start + 3 * row.tile <= stop) prefetch(row, k, start + 2 * row.tile, row.tile);
     const auto load = [&](int k) { return operands[k].load(row, k, start, count, padded); };
     for (int k = 0; k < kAverage; ++k)
       if (kRead >> k & 1) values[k] = load(k == kParam ? row.param() : k);
@@ -56,11 +57,11 @@ void total(const void* storage, const Row& row, int64_t span, Binned* totals) {
       const T* const rest = load(kExtra);
       for (int i = 0; i < padded; ++i) values[kParam][i] += rest[i];  // in a buffer, as it has 16 bits in memory
     }
-    const int before = static_cast<int>((start - first) % kTogether);
     for (int n = 0; n < kCount; ++n) shares[n] = all_shares[n] + before;
     find_shares<Rule, kUsed>(scalars, values, count, shares);
     const int there_are = before + count;
-    if (there_are < kTogether && start + kTile < stop) continue;
+    before = there_are + row.tile <= kTogether ? there_are : 0;
+    if (before && start + row.tile < stop) continue;
     for (int n = 0; n < kCount; ++n) {
       sums[n].make_room(largest_of<Values<T>>(all_shares[n], there_are));
       BitSums some{};

@@ -61,9 +61,9 @@ GENOPT_INLINE int64_t run_direct(const Scalars<Rule, float>& scalars, const Row&
 template <class Rule, unsigned kUsed, class T>
 void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
-  const int64_t stop = std::min(end * kTile, row.numel);
+  const int64_t stop = row.start_of(end);
   const auto run = [&]<unsigned kFlag>() {
-    const int64_t start = run_direct<Rule, kUsed, kFlag>(scalars, row, begin * kTile, stop);
+    const int64_t start = run_direct<Rule, kUsed, kFlag>(scalars, row, begin * row.tile, stop);
     if (start < stop) run_buffered<Rule, kUsed % kWithAverage | kFlag>(scalars, row, start, stop);
   };
   // Asking each element whether its decay is cautious would be 7 % of all instructions of others.

@@ -102,7 +102,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     if (totals && wanted.factored)
       wanted.factor_words +=
           std::max(rows[r].factors ? factor_words(rows[r].matrices) : 0, factor_words(known.matrices));
-    const int64_t most = std::max(spans_of(rows[r].numel), spans_of(known.numel)) + 1;
+    const int64_t most = std::max(spans_of(rows[r].numel, rows[r].tile), spans_of(known.numel, known.tile)) + 1;
     if (control.measure) wanted.norm_spans += most;
     if (totals) wanted.total_spans += most;
   }
@@ -127,7 +127,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     if (is_here(rows[r])) put_row(r, rows[r], groups[rows[r].group], control, factors_at);
     put(table_.first_span(r), spans);
     std::memcpy(&known[r], &image_[table_.row(r)], sizeof(DeviceRow));
-    spans += spans_of(known[r].numel);
+    spans += spans_of(known[r].numel, known[r].tile);
     if (table_.factored) {
       put(table_.first_piece(r), pieces);
       put(table_.first_factor_group(r), factor_groups);
@@ -137,8 +137,8 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     }
     Kind& kind = kinds[known[r].kind];
     ++kind.range.rows;
-    kind.range.tiles += tiles_of(known[r].numel);
-    kind.range.one_each = kind.range.one_each && tiles_of(known[r].numel) == 1;
+    kind.range.tiles += tiles_of(known[r].numel, known[r].tile);
+    kind.range.one_each = kind.range.one_each && tiles_of(known[r].numel, known[r].tile) == 1;
     kind.active = kind.active || is_here(rows[r]);
     kind.totaled = kind.totaled || (totals && is_here(rows[r]) && rows[r].numel && plan.needs_totals(rows[r]));
   }
@@ -151,7 +151,7 @@ void DevicePlan::step(const Plan& plan, const std::vector<Sources>& sources, con
     put(table_.first_tile(kind.range.first + kind.placed), kind.range.first_tile + kind.placed_tiles);
     put(table_.order(kind.range.first + kind.placed), static_cast<uint64_t>(r));
     ++kind.placed;
-    kind.placed_tiles += tiles_of(known[r].numel);
+    kind.placed_tiles += tiles_of(known[r].numel, known[r].tile);
   }
   for (int g = 0, r = 0; g <= wanted.groups; ++g) {
     while (r < wanted.rows && rows[r].group < g) ++r;

@@ -53,6 +53,7 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind, bo
     if (row.layout && !row.layout->strides[k].empty()) made.strided |= 1 << k;
   }
   made.numel = row.numel;
+  made.tile = static_cast<uint16_t>(row.tile);
   made.origin = row.origin;
   made.step = row.step;
   made.step_dtype = row.step_dtype;

@@ -38,7 +38,7 @@ struct RowTile : Tile {
     return element_of(j, lane, row.piece_bits);
   }
   __device__ float* scale(int operand) const {
-    return row.scales[operand - kState] + start / kTile;
+    return row.scales[operand - kState] + number;
   }
 };
 

@@ -43,7 +43,7 @@ struct LeanTile {
     for (int i = 0; i < kMaxStates; ++i) {
       if (!reads(kState + i)) continue;
       states[i].load(row.data[kState + i], tile, kOrdinary);
-      if constexpr (kStored.state == Form::kCodes) scales[i] = row.scales[i][tile.start / kTile];
+      if constexpr (kStored.state == Form::kCodes) scales[i] = row.scales[i][tile.number];
     }
   }
   __device__ void decode(float (&values)[kState + kMaxStates][kElements], DType dtype) const {
@@ -67,14 +67,25 @@ struct LeanTile {
   }
 };
 
+// Whether this is compiled for processors for which the compiler finds fewer registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kIsTight = true;
+#else
+constexpr bool kIsTight = false;
+#endif
+
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
 // computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
-// registers let five, with four, or with factors, four.
+// registers let five, with four, or with factors, four. Where they are tight codes get one block less.
 template <class Rule>
 constexpr int lean_blocks(unsigned used, const Way& way, bool cautious) {
   constexpr bool kFewScalars = sizeof(typename Rule::template Update<float>) <= 9 * sizeof(float);
   if (used & kFactorsOf<Rule>) return 4;
-  return used == 0b1111 ? 4 : used == 0b111 ? 5 : way.state == Form::kCodes && kFewScalars && !cautious ? 7 : 6;
+  const int most = used == 0b1111                                          ? 4
+                   : used == 0b111                                         ? 5
+                   : way.state == Form::kCodes && kFewScalars && !cautious ? 7
+                                                                           : 6;
+  return way.state == Form::kCodes && kIsTight ? most - 1 : most;
 }
 
 // kUsed: a set of the rule's states, as in Rule::Masks.
@@ -92,7 +103,9 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
   const uint64_t grad = table.words[table.grad(found.row)];
   if (!grad) return;
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(found.row));
-  const Tile tile{found.start, count_of(row.numel - found.start), lane_here()};
+  const int size = kStored.state == Form::kCodes ? row.tile : kTile;
+  const int64_t start = int64_t{found.number} * size;
+  const Tile tile{start, count_of(row.numel - start, size), lane_here(), found.number};
   const DType dtype = row.dtype[kParam];
   const bool zeroes = table.gradients == Gradients::kZeroed;
   void* const gradient = reinterpret_cast<void*>(grad);
@@ -157,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, lean_blocks<Rule>(kUsed, kWays[kWay]
     if constexpr (kStored.state == Form::kCodes) {
       with_block_of<Rule>(i, x.scales[i], [&]<class Block>(const Block&) {
         const float scale = x.states[i].template encode_block<Block>(state, phase, tile);
-        if (tile.lane == 0) row.scales[i][tile.start / kTile] = scale;
+        if (tile.lane == 0) row.scales[i][tile.number] = scale;
       });
     } else {
       if constexpr (kStored.state == Form::kHalf)

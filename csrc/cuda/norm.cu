@@ -210,8 +210,7 @@ __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid
 
   const NormColumns norms(table);
   const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);
-  const int64_t count = spans_of(row.numel);
-  const Span span = span_of(row, number - first);
+  const Span span = span_of(row, number - first, row.tile);
   // The gradient, then the parameter where its norm is wanted too: in one rolled loop, for the registers' sake.
   const int operands = row.weighs ? 2 : 1;
 #pragma unroll 1
@@ -220,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, norm_blocks(kHow)) norm(const __grid
     const Binned sum = across_lanes(measure<M, kHow>(span, table, row, i == 0 ? kGrad : kParam, data, lane, slots));
     if (lane == 0) pack<M>(sum, (i == 0 ? norms.partials : norms.weight_partials)[number]);
   }
+  const int64_t count = spans_after(table, r, first);
   if (!arrives_last(norms.spans_done + r, count, lane)) return;
   double sums[2] = {};
   auto* const told = tensor_of<BinnedTotal>(table, kRowParts);

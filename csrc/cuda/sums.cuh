@@ -29,10 +29,12 @@ __device__ double by_halves(double* places, int lane) {
 // A span of an operand, or what there is of one.
 struct Span {
   int64_t begin, end;  // elements
+  int first_tile;
 };
-__device__ inline Span span_of(const DeviceRow& row, int64_t number) {
-  const int64_t begin = number * kSpan * kTile, end = begin + kSpan * kTile;
-  return {begin, row.numel < end ? row.numel : end};
+__device__ inline Span span_of(const DeviceRow& row, int64_t number, int tile) {
+  const int first_tile = static_cast<int>(number) * kSpan;
+  const int64_t begin = int64_t{first_tile} * tile, end = begin + kSpan * tile;
+  return {begin, row.numel < end ? row.numel : end, first_tile};
 }
 
 // Numbers [0, count) as LaneSums adds them up; number(i) is asked for by the lane that adds it.

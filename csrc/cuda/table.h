@@ -49,6 +49,7 @@ struct DeviceRow {
   DType dtype[kOperands];
   DType step_dtype;
   DType running_dtype[kMaxRunning];
+  uint16_t tile;        // as Row::tile
   uint8_t used;         // as Row::used
   uint8_t factors;      // as Row::factors
   uint8_t strided;      // operands that have strides in the layout, as a mask

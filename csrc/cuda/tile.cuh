@@ -27,8 +27,14 @@ __device__ inline int lane_here() {
 }
 
 // How many elements a tile has that starts so many before the end.
-__device__ inline int count_of(int64_t rest) {
-  return rest < kTile ? static_cast<int>(rest) : kTile;
+__device__ inline int count_of(int64_t rest, int tile = kTile) {
+  return rest < tile ? static_cast<int>(rest) : tile;
+}
+
+// Spans of a row of which this is the first.
+__device__ inline int64_t spans_after(const Table& table, int row, int64_t first) {
+  const bool is_last = row + 1 == table.rows;
+  return (is_last ? table.spans : static_cast<int64_t>(table.words[table.first_span(row + 1)])) - first;
 }
 
 // The row of a tile or span: the last one that starts at or before it in its column. The warp looks at 32 candidates
@@ -49,14 +55,14 @@ __device__ inline int find_row(const uint64_t* first, int rows, int64_t tile, in
 // The tile of this warp of a launch for `range`.
 struct TileHere {
   int row;
-  int64_t start;  // its first element
+  int number;  // in it
 };
 __device__ inline TileHere find_tile(const Table& table, const TileRange& range) {
   const int64_t tile = range.first_tile + warp_here();
   const int position =
       range.first + find_row(table.words + table.first_tile(range.first), range.rows, tile, lane_here());
   const int64_t first = static_cast<int64_t>(table.words[table.first_tile(position)]);
-  return {static_cast<int>(table.words[table.order(position)]), (tile - first) * kTile};
+  return {static_cast<int>(table.words[table.order(position)]), static_cast<int>(tile - first)};
 }
 
 // The same, without a search where every row has one tile.
@@ -74,6 +80,7 @@ __device__ inline int element_of(int j, int lane, int bits) {
 struct Tile {
   int64_t start;
   int count, lane;
+  int number = 0;  // in its row, where there are codes
 
   // Which element of the tile is a lane's j-th, in pieces of kPiece.
   template <int kPiece>

@@ -33,10 +33,10 @@ __device__ void add_shares(const Scalars<Rule, T>& scalars, Value value, IsPaddi
   for (int n = 0; n < kTotalsOf<Rule>; ++n) add_up(shares[n], totals[n]);
 }
 
-// Of the rows of a kind (device_plan.h), which compute in T: one warp, one span. add_up(row, scalars, gradient, span,
-// lane, totals) adds the shares of its tiles.
-template <class Rule, class T, class AddUp>
-__device__ void total_of_kind(const Table& table, int kind, AddUp add_up) {
+// Of the rows of a kind (device_plan.h), which compute in T: one warp, one span. tile_of(row): its tiles' elements;
+// add_up(row, scalars, gradient, span, lane, totals) adds the shares of a span's tiles.
+template <class Rule, class T, class TileOf, class AddUp>
+__device__ void total_of_kind(const Table& table, int kind, TileOf tile_of, AddUp add_up) {
   constexpr int kCount = kTotalsOf<Rule>;
   const int lane = lane_here();
   const int64_t number = warp_here();
@@ -47,17 +47,18 @@ __device__ void total_of_kind(const Table& table, int kind, AddUp add_up) {
   if (!grad || row.only_average || !row.totaled || row.numel == 0 || row.kind != kind) return;
 
   const auto scalars = scalars_of<Scalars<Rule, T>>(table, row, r);
-  const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]), count = spans_of(row.numel);
+  const int64_t first = static_cast<int64_t>(table.words[table.first_span(r)]);
   const TotalColumns columns(table);
   {
     LaneTotals<Rule> sums;
-    add_up(row, scalars, reinterpret_cast<void*>(grad), span_of(row, number - first), lane, sums);
+    add_up(row, scalars, reinterpret_cast<void*>(grad), span_of(row, number - first, tile_of(row)), lane, sums);
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const Binned sum = across_lanes(sums[n].total());
       if (lane == 0) pack<TotalOf<Rule>>(sum, columns.of(n)[number]);
     }
   }
+  const int64_t count = spans_of(row.numel, tile_of(row));
   if (!arrives_last(columns.spans_done + r, count, lane)) return;
   double totals[kCount];
 #pragma unroll
@@ -83,9 +84,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     const RowOperands operands{row, reinterpret_cast<uint64_t>(gradient), false, row.extra == Extra::kMaster,
                                Rule::kTotaled & loaded_of<Rule>(row)};
     const uint64_t* const layout = table.words + table.layouts() + row.layout;
+    int number = span.first_tile;
 #pragma unroll 1
-    for (int64_t start = span.begin; start < span.end; start += kTile) {
-      const RowTile here{{start, count_of(span.end - start), lane}, row, layout};
+    for (int64_t start = span.begin; start < span.end; start += row.tile, ++number) {
+      const RowTile here{{start, count_of(span.end - start, row.tile), lane, number}, row, layout};
       LaneOperand<T> x[kOperands];
       load_operands(x, operands, here, slots);
       if (operands.loads(kParam) && row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
@@ -99,15 +101,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       }(typename Rule::Masks{});
     }
   };
-  total_of_kind<Rule, T>(table, kind, add_up);
+  total_of_kind<Rule, T>(table, kind, [](const DeviceRow& row) { return int{row.tile}; }, add_up);
 }
-
-// Whether this is compiled for processors for which the compiler finds fewer registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr bool kIsTight = true;
-#else
-constexpr bool kIsTight = false;
-#endif
 
 // How many blocks are to run on a processor: as many as registers let, of which sums and operands take most. `read`:
 // operands, as a mask.
@@ -128,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[k
   constexpr bool kHasFloats = kStored.param == Form::kFloat || (kRead & kOfParam && kStored.extra == Extra::kMaster) ||
                               (kRead >= kOfFirstState && kStored.state == Form::kFloat);
   constexpr int kPiece = kHasFloats ? 4 : 8;  // 16 bytes of the widest operand that is read
+  const auto tile_of = [](const DeviceRow& row) { return kStored.state == Form::kCodes ? int{row.tile} : kTile; };
   const auto add_up = [&](const DeviceRow& row, const Scalars<Rule, float>& scalars, void* gradient, const Span& span,
                           int lane, LaneTotals<Rule>& sums) {
     const auto add_tile = [&](const Tile& tile) {
@@ -141,12 +137,14 @@ __global__ void __launch_bounds__(kThreads, total_blocks(Rule::kTotaled, kWays[k
       const auto value = [&](int k, int j) { return values[k][j]; };
       add_shares<kUsed>(scalars, value, [&](int j) { return tile.template element<kPiece>(j) >= tile.count; }, sums);
     };
+    const int size = tile_of(row);
     int64_t start = span.begin;
+    int number = span.first_tile;
 #pragma unroll 1
-    for (; start + kTile <= span.end; start += kTile) add_tile({start, kTile, lane});
-    if (start < span.end) add_tile({start, count_of(span.end - start), lane});
+    for (; start + size <= span.end; start += size, ++number) add_tile({start, size, lane, number});
+    if (start < span.end) add_tile({start, count_of(span.end - start), lane, number});
   };
-  total_of_kind<Rule, float>(table, kind, add_up);
+  total_of_kind<Rule, float>(table, kind, tile_of, add_up);
 }
 
 // After it, for rules that need totals of all rows together: one thread a row. `first`: the row whose thread advances

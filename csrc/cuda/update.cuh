@@ -186,7 +186,7 @@ template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || std::size(Rule::kStates) > 3 ? 2 : 3)
     update(const __grid_constant__ Table table, const __grid_constant__ TileRange range) {
   if (warp_here() >= range.tiles) return;
-  const auto [r, start] = find_tile(table, range);
+  const auto [r, number] = find_tile(table, range);
   const uint64_t grad = table.words[table.grad(r)];
   const DeviceRow& row = *reinterpret_cast<const DeviceRow*>(table.words + table.row(r));
   if (!grad) return;
@@ -196,8 +196,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || std::size(Rule::kS
   if constexpr (requires { scalars.update.is_idle(scalars.around); })
     if (scalars.update.is_idle(scalars.around)) return;
 
-  const int64_t rest = row.numel - start;
-  const RowTile here{{start, count_of(rest), lane_here()}, row, table.words + table.layouts() + row.layout};
+  const int64_t start = int64_t{number} * row.tile;
+  const RowTile here{{start, count_of(row.numel - start, row.tile), lane_here(), number},
+                     row,
+                     table.words + table.layouts() + row.layout};
   constexpr int kUsable = kState + static_cast<int>(std::size(Rule::kStates));
   const RowOperands operands{row, grad, only_average, row.extra == Extra::kMaster, loaded_of<Rule>(row)};
   __shared__ Slots<T, kUsable> slots;

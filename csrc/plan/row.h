@@ -1,6 +1,7 @@
 // A row of the plan: one tensor, what belongs to it, and what the step does with it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -47,6 +48,7 @@ struct Row {
   std::array<void*, kOperands> data{};
   std::array<DType, kOperands> dtype{};
   std::array<float*, kMaxStates> scales{};  // of states that are stored in codes, one for each tile
+  int tile = kTile;                         // elements of a tile: fewer where codes have smaller blocks
   const Layout* layout = nullptr;           // null: every operand is contiguous, in one order
   void* step = nullptr;                     // the step counter, where the row has one
   DType step_dtype = DType::kFloat32;
@@ -71,13 +73,17 @@ struct Row {
   bool is_factor(int operand) const {
     return factors != 0 && (operand == factors || operand == factors + 1);
   }
+  // The first element of a tile, or the end.
+  int64_t start_of(int64_t number) const {
+    return std::min(number * tile, numel);
+  }
   // Tiles to step on the device `on_device`.
   int64_t tiles(int on_device) const {
-    return active && device == on_device ? tiles_of(numel) : 0;
+    return active && device == on_device ? tiles_of(numel, tile) : 0;
   }
   // Spans to measure there.
   int64_t spans(int on_device) const {
-    return active && device == on_device && !only_average ? spans_of(numel) : 0;
+    return active && device == on_device && !only_average ? spans_of(numel, tile) : 0;
   }
   // The operand that holds the parameter as the rule sees it.
   int param() const {

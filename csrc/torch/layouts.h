@@ -20,6 +20,19 @@ inline std::vector<int64_t> real_view(at::IntArrayRef dims, bool complex, int64_
   return result;
 }
 
+// Elements of a slice along the first dimension.
+inline int64_t slice_of(const at::Tensor& t) {
+  return c10::multiply_integers(t.sizes().slice(1));
+}
+
+// Elements of a block of codes, which make slices of a tensor; 0: blocks have kTile, and know no slices.
+inline int block_of(const at::Tensor& t) {
+  if (t.dim() < 2) return 0;
+  for (int64_t d = 1; d < t.dim(); ++d)
+    if (t.size(0) != 1 && t.size(d) != 1 && t.stride(d) > t.stride(0)) return 0;  // slices do not lie one after another
+  return block_in(slice_of(t));
+}
+
 inline Layout layout_of(const Handles& handles) {
   const bool complex = handles[kParam]->is_complex();
   std::array<std::vector<int64_t>, kOperands> strides;

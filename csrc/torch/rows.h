@@ -82,9 +82,14 @@ class RowReader {
     wholes_[kParam] = spread_;
     wholes_[kGrad] = spread_ && grad ? objects.grad_object(r) : nullptr;
     row.is_part = spread_ != nullptr;
-    const auto stored = storage.states_of(param, spread_ != nullptr);
+    const at::Tensor& whole = THPVariable_Unpack(object);
+    const bool may_be_coded = storage.states == at::kChar && moments_of(row) != 0;
+    block_ = block_of(whole);
+    const auto stored = storage.states_of(whole, may_be_coded && spread_ && !(block_ && is_cut_into_slices(spread_)));
+    const bool is_coded = may_be_coded && stored == at::kChar;
+    row.tile = is_coded && block_ ? block_ : kTile;
     choose_storage(row, storage, stored, param);
-    if (!find_origin(row) || !read_state(row, state.find(r, objects), stored, handles)) return false;
+    if (!find_origin(row, is_coded) || !read_state(row, state.find(r, objects), stored, handles)) return false;
     if (row.factors && !read_factors(row, handles)) return false;
     objects.wholes[r] = wholes_;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
@@ -134,9 +139,9 @@ class RowReader {
   }
 
   // What is rounded by an element's place needs that of all of a whole.
-  bool find_origin(Row& row) {
+  bool find_origin(Row& row, bool is_coded) {
     row.origin = 0;
-    if (!spread_ || !row.unbiased) return true;
+    if (!spread_ || !(row.unbiased || is_coded)) return true;
     if (!local_of(spread_).is_contiguous()) return refuse(parameter_, Reason::kNoKernel);
     const std::optional<int64_t> origin = origin_of(spread_);
     row.origin = origin.value_or(0);
@@ -192,7 +197,7 @@ class RowReader {
     for (size_t i = 0; runs && i < rule_.running.size(); ++i) complete = complete && row.running[i];
     for (int k = kState; k < kOperands; ++k) complete = complete && (handles[k] || !is_used(row.used, k));
     for (int i = 0; stored == at::kChar && i < kMaxStates; ++i)
-      complete = complete && (row.scales[i] || !(moments_of(row) >> i & 1));
+      complete = complete && (handles[kFirstScales + i] || !(moments_of(row) >> i & 1));
     return complete || find_mendable(row, found, has_step, handles);
   }
 
@@ -224,7 +229,7 @@ class RowReader {
     if (!is_in_memory(t)) return refuse(key.name, Reason::kNoKernel);
     if (is_spread(value) || (spread_ && !is_number(handle))) {
       // Numbers are no parts; the rest is cut as the parameter is.
-      if (is_number(handle) || !spread_ || !is_spread(value) || !are_spread_alike(spread_, value))
+      if (is_number(handle) || !spread_ || !is_spread(value) || !are_spread_alike(spread_, value, !are_scales))
         return refuse(key.name, Reason::kNoKernel);
       wholes_[handle] = value;
     }
@@ -235,11 +240,12 @@ class RowReader {
       if (!read_number_of(row, key, t)) return false;
     } else if (are_scales) {
       found.others |= 1u << handle;
-      if (t.dim() != 1 || t.numel() != tiles_of(param.numel())) return refuse(key.name, Reason::kShape);
+      const bool is_before = !spread_ && t.dim() == 1 && t.numel() == tiles_of(param.numel());  // format 1
+      if (!are_scales_of(t, param) && !is_before) return refuse(key.name, Reason::kShape);
       if (t.scalar_type() != at::kFloat || param.is_complex()) return refuse(key.name, Reason::kDtype);
       if (kernel_device(t) != row.device) return refuse(key.name, Reason::kDevice);
       if (!coded) return true;
-      if (!t.is_contiguous()) {
+      if (!t.is_contiguous() || !are_scales_of(t, param)) {
         problems_.push_back({key.name, Reason::kStorage});
         return true;
       }
@@ -272,6 +278,12 @@ class RowReader {
     std::vector<int64_t> sizes = param.sizes().vec();
     sizes[sizes.size() - (handle == row.factors ? 1 : 2)] = 1;
     return t.sizes() == at::IntArrayRef(sizes);
+  }
+
+  // Whether there is one scale for each block of the parameter's codes.
+  bool are_scales_of(const at::Tensor& t, const at::Tensor& param) const {
+    if (!block_) return t.dim() == 1 && t.numel() == tiles_of(param.numel());
+    return t.dim() == 2 && t.size(0) == param.size(0) && t.size(1) == slice_of(param) / block_;
   }
 
   // Of a row with factors, its matrices. False: the kernels do not reach the factors.
@@ -417,6 +429,7 @@ class RowReader {
   // Of the row that is read now: its parameter, where it is spread, and Objects::wholes.
   PyObject* spread_ = nullptr;
   std::array<PyObject*, kHandles> wholes_{};
+  int block_ = 0;               // as block_of()
   std::deque<Layout> layouts_;  // of the rows of this step
   std::vector<Problem> problems_;
   // Interned and never freed.

@@ -88,6 +88,10 @@ class Reference {
   explicit Reference(PyObject* object = nullptr) : object_(object) {
     Py_XINCREF(object_);
   }
+  // Of one that is its own already.
+  enum Taken { kTaken };
+  Reference(PyObject* object, Taken) : object_(object) {
+  }
   Reference(Reference&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {
   }
   Reference& operator=(Reference&& other) noexcept {
@@ -107,11 +111,12 @@ class Reference {
 };
 
 // Whether two are parts of wholes in the same way: over the same processes, cut alike. With the GIL.
-inline bool are_spread_alike(PyObject* a, PyObject* b) {
+inline bool are_spread_alike(PyObject* a, PyObject* b, bool shapes_too = true) {
   PyObject *const of_a = spec_of(a), *const of_b = spec_of(b);
   if (of_a == of_b) return true;
   if (!of_a || !of_b) return false;
   for (const char* const name : {"mesh", "placements", "shape"}) {
+    if (!shapes_too && name[0] == 's') continue;
     PyObject *const x = PyObject_GetAttrString(of_a, name), *const y = PyObject_GetAttrString(of_b, name);
     const int same = x && y ? PyObject_RichCompareBool(x, y, Py_EQ) : -1;
     Py_XDECREF(x);
@@ -122,24 +127,40 @@ inline bool are_spread_alike(PyObject* a, PyObject* b) {
   return true;
 }
 
-// The place of the first local element among all, where the local ones follow one another there; see
-// genopt_ext/sharding.py. With the GIL.
-inline std::optional<int64_t> origin_of(PyObject* object) {
-  static PyObject* const function = [] {
+// What a function of genopt_ext/sharding.py says of an object. With the GIL.
+class AskSharding {
+ public:
+  explicit AskSharding(const char* function) {
     PyObject* const module = PyImport_ImportModule("genopt_ext.sharding");
     if (!module) throw PythonError();
-    PyObject* const found = PyObject_GetAttrString(module, "origin");
+    function_ = PyObject_GetAttrString(module, function);
     Py_DECREF(module);
-    if (!found) throw PythonError();
-    return found;
-  }();
-  PyObject* const given = PyObject_CallFunctionObjArgs(function, object, nullptr);
-  if (!given) throw PythonError();
-  std::optional<int64_t> origin;
-  if (given != Py_None) origin = PyLong_AsLongLong(given);
-  Py_DECREF(given);
+    if (!function_) throw PythonError();
+  }
+  Reference operator()(PyObject* object) const {
+    PyObject* const given = PyObject_CallFunctionObjArgs(function_, object, nullptr);
+    if (!given) throw PythonError();
+    return Reference(given, Reference::kTaken);
+  }
+
+ private:
+  PyObject* function_;  // kept for good
+};
+
+// The place of the first local element among all, where the local ones follow one another there.
+inline std::optional<int64_t> origin_of(PyObject* object) {
+  static const AskSharding ask("origin");
+  const Reference given = ask(object);
+  if (given.object() == Py_None) return std::nullopt;
+  const int64_t origin = PyLong_AsLongLong(given.object());
   if (PyErr_Occurred()) throw PythonError();
   return origin;
+}
+
+// Whether cuts divide no slice along the first dimension.
+inline bool is_cut_into_slices(PyObject* object) {
+  static const AskSharding ask("is_cut_into_slices");
+  return ask(object).object() == Py_True;
 }
 
 }  // namespace genopt

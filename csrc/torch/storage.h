@@ -21,11 +21,11 @@ struct Storage {
 
   bool operator==(const Storage&) const = default;
 
-  // How the states of one parameter are to be stored: kChar as codes, none: in any dtype of numbers. `spread`: it is a
-  // part, and a block of codes may not be spread.
-  std::optional<at::ScalarType> states_of(const at::Tensor& param, bool spread) const {
-    if (!may_mix(param.scalar_type())) return std::nullopt;
-    return states == at::kChar && (spread || param.numel() < min_int8_size) ? at::kFloat : states;
+  // How the states of one parameter are to be stored: kChar as codes, none: in any dtype of numbers. `whole`: of which
+  // it may be a part; `divides`: so that blocks of codes might be.
+  std::optional<at::ScalarType> states_of(const at::Tensor& whole, bool divides) const {
+    if (!may_mix(whole.scalar_type())) return std::nullopt;
+    return states == at::kChar && (divides || whole.numel() < min_int8_size) ? at::kFloat : states;
   }
 };
 

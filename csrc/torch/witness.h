@@ -42,6 +42,7 @@ class Witnesses {
     }
     now.numel = handles[kParam]->numel();
     now.keys = handles[kParam]->key_set();
+    now.tiles = tiles_of(row.numel, row.tile);
     now.factors = row.factors;
     now.contiguous = true;
     now.count = 0;
@@ -80,7 +81,7 @@ class Witnesses {
       const bool lies = was.is_factor(k) ? was.lies_as_factor(k, t, sizes)
                         : k < kOperands  ? was.lies_as(t, param, sizes)
                         : is_number(k)   ? t.numel() == 1
-                                         : t.dim() == 1 && t.numel() == tiles_of(was.numel) && t.is_contiguous();
+                                         : was.are_scales(t, sizes);
       if (!lies) return false;
     }
     return true;
@@ -145,6 +146,7 @@ class Witnesses {
     c10::DispatchKeySet keys;                       // of all tensors
     std::array<caffe2::TypeMeta, kHandles> dtypes;  // by handle
     bool contiguous = false;                        // all operands are; else they have the parameter's strides
+    int64_t tiles = 0;                              // of the row
     int factors = 0;                                // as Row::factors
     int count = 0;                                  // of places
     std::array<TensorWitness, kHandles> places;     // of the handles that there are, in order, but for the gradient
@@ -160,6 +162,9 @@ class Witnesses {
     // `sizes`: the parameter's.
     GENOPT_INLINE bool lies_as(const at::Tensor& t, const at::Tensor& param, at::IntArrayRef sizes) const {
       return equal(t.sizes(), sizes) && (contiguous ? t.is_contiguous() : equal(t.strides(), param.strides()));
+    }
+    GENOPT_INLINE bool are_scales(const at::Tensor& t, at::IntArrayRef sizes) const {
+      return t.numel() == tiles && t.is_contiguous() && (t.dim() == 1 || (t.dim() == 2 && t.sizes()[0] == sizes[0]));
     }
     GENOPT_INLINE bool is_factor(int handle) const {
       return factors != 0 && (handle == factors || handle == factors + 1);

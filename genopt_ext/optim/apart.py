@@ -165,10 +165,11 @@ def _part(step: Step, place: Place, g: Tensor | None) -> _Part:
         return whole
     if g is not None and sharding.is_spread(g) and not sharding.are_cut_alike(p, g):
         g = sharding.cut_as(g, p)
-    others = [t for name, t in state.items() if isinstance(t, Tensor) and name != "step" and name not in rule.running]
-    others += [] if g is None else [g]
-    if not all(sharding.is_spread(t) and sharding.are_cut_alike(p, t) for t in others):
-        return whole
+    others = {k: t for k, t in state.items() if isinstance(t, Tensor) and k != "step" and k not in rule.running}
+    others.update({} if g is None else {"gradient": g})
+    for name, t in others.items():
+        if not sharding.is_spread(t) or not sharding.are_cut_alike(p, t, not name.endswith("_scales")):
+            return whole
     of_state = {name: sharding.local(t) for name, t in state.items()}
     return _Part(rule, names, sharding.local(p), None if g is None else sharding.local(g), of_state, whole=p)
 
@@ -186,7 +187,7 @@ def _step_row(step: Step, place: Place, scale: Number, together: _Together | Non
     """One row by the reference. ``scale``: of its gradient."""
     p, group, rule, g = place[2], step.group(place), step.rule, step.gradient(place[2])
     part = _part(step, place, g)
-    rounds = states.is_stochastic(group, p) or states.state_dtype(group, p) == torch.bfloat16
+    rounds = states.is_stochastic(group, p) or states.state_dtype(group, p) in (torch.bfloat16, torch.int8)
     places = sharding.places(p) if rounds and part.whole is not None else None
     # Of other subclasses an element's place is not known.
     unbiased = places is not None or not tracing.is_subclass(p)

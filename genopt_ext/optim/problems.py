@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import overlap, sharding, tracing
-from ..reference.codecs import BLOCK, MIXES, STEPPED
+from ..reference import codecs
+from ..reference.codecs import MIXES, STEPPED
 from . import by_torch
 from . import state as states
 from .options import is_step_count
@@ -145,7 +146,9 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
         fits = t.dtype == dtype and not p.is_complex()
     else:
         shape, fits = row.rule.state_shape(stem, p), t.dtype in STEPPED and t.is_complex() == p.is_complex()
-    if t.shape != shape:
+    # Scales of format 1 are stored anew.
+    before = codecs.scales_shape_before(p) if are_scales and not sharding.is_spread(p) else shape
+    if t.shape not in (shape, before):
         return "shape"
     if not fits:
         return "dtype"
@@ -157,7 +160,7 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
 def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, torch.Size]:
     """The dtype and shape of a state's codes, or of their scales."""
     if name.endswith("_scales"):
-        return torch.float32, torch.Size([-(-row.p.numel() // BLOCK)])
+        return torch.float32, codecs.scales_shape(row.p)
     return torch.uint8 if _stem(name) in row.rule.squares else torch.int8, row.p.shape
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .. import _backend, sharding, tracing
 from ..reference import codecs
-from ..reference.codecs import BLOCK, HALVES, MIXES
+from ..reference.codecs import HALVES, MIXES
 
 if TYPE_CHECKING:
     from .rule import Group, Rule
 
-FORMAT = 1  # of the codes, kept in a group with 8-bit state as "int8_format"
+FORMAT = 2  # of the codes, kept in a group with 8-bit state as "int8_format"
 MIN_INT8_SIZE = 4096
 NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}  # of states, as checkpoints say it
 
@@ -26,9 +26,16 @@ def state_dtype(group: Group, p: Tensor) -> torch.dtype | None:
     wanted: torch.dtype | None = group.get("state_dtype")
     if p.dtype not in MIXES or wanted is None:
         return None
-    # A block of codes may not be spread over devices, as a DTensor's elements are.
-    whole = not tracing.is_subclass(p) and p.numel() >= group.get("min_int8_size", MIN_INT8_SIZE)
-    return torch.float32 if wanted == torch.int8 and not whole else wanted
+    if wanted == torch.int8 and (_divides_blocks(p) or p.numel() < group.get("min_int8_size", MIN_INT8_SIZE)):
+        return torch.float32
+    return wanted
+
+
+def _divides_blocks(p: Tensor) -> bool:
+    """Whether ``p`` is spread over devices so that a block of codes might be too."""
+    if not tracing.is_subclass(p):
+        return False
+    return not (sharding.is_spread(p) and codecs.block_of(p) and sharding.is_cut_into_slices(p))
 
 
 def stored_dtype(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
@@ -41,7 +48,12 @@ def stored_dtype(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype 
 
 
 def is_widened(group: Group, p: Tensor) -> bool:
-    """Whether ``p`` is large enough for the 8-bit state that its group asks for, and yet has it in float32."""
+    """Whether ``p`` is large enough for the 8-bit state that its group asks for, and yet has it in float32.
+
+    A vector that is spread over devices always has: it is told of in the documentation alone.
+    """
+    if sharding.is_spread(p) and p.dim() < 2:
+        return False
     if group.get("state_dtype") != torch.int8 or p.numel() < group.get("min_int8_size", MIN_INT8_SIZE):
         return False
     return state_dtype(group, p) == torch.float32
@@ -68,10 +80,12 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     number = torch.full((1,), float(value.real), dtype=torch.float32, device=p.device)
     code, scale = codecs.encode(number, signed)
     filler = number if value == 0 else scale  # -0.0 stays
-    return {
-        name + "_codes": _compact_like(p, code.dtype).copy_(code.squeeze(0)),
-        name + "_scales": filler.expand(-(-p.numel() // BLOCK)).clone(memory_format=torch.contiguous_format),
-    }
+    here, shape = sharding.local(p), codecs.scales_shape(p)
+    # The whole's slices are those of its parts.
+    of_here = torch.Size([here.shape[0], *shape[1:]]) if sharding.is_spread(p) else shape
+    codes = _compact_like(here, code.dtype).copy_(code.squeeze(0))
+    scales = filler.expand(of_here).clone(memory_format=torch.contiguous_format)
+    return {name + "_codes": sharding.spread_as(codes, p), name + "_scales": sharding.spread_as(scales, p, shape)}
 
 
 def _compact_like(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,9 +105,9 @@ def is_as_asked(rule: Rule, group: Group, p: Tensor, name: str, t: Tensor) -> bo
         return t.dtype == (torch.float32 if name == "master" else p.dtype)
     dtype = stored_dtype(rule, group, p, name.removesuffix("_codes").removesuffix("_scales"))
     if name.endswith("_scales"):
-        return dtype != torch.int8 or t.is_contiguous()
+        return dtype != torch.int8 or (sharding.local(t).is_contiguous() and t.shape == codecs.scales_shape(p))
     if name.endswith("_codes"):
-        return dtype == torch.int8 and _lie_alike(t, p)
+        return dtype == torch.int8 and _lie_alike(sharding.local(t), sharding.local(p))
     return (dtype is None or t.dtype == dtype) and (name not in rule.factors or t.is_contiguous())
 
 
@@ -118,8 +132,10 @@ def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | No
     state.update(make(p, name, 0.0, dtype, signed))
     codecs.write(state, name, p, values.float())
     # A block that waits for its first gradient goes on to.
-    waits = codecs.blocks((codecs.flat(values, p) != 0) | ~codecs.flat(values, p).signbit()).any(1).logical_not()
-    state[name + "_scales"].masked_fill_(waits, -0.0)
+    here, scales = sharding.local(p), sharding.local(state[name + "_scales"])
+    flat = codecs.flat(sharding.local(values), here)
+    waits = codecs.blocks((flat != 0) | ~flat.signbit(), codecs.block_of(p) or codecs.BLOCK).any(1).logical_not()
+    scales.view(-1).masked_fill_(waits, -0.0)
 
 
 # All that a parameter keeps

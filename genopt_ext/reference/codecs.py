@@ -1,20 +1,23 @@
-"""How values are stored: as numbers, or as codes of 8 bits with a scale for each block of 256.
+"""How values are stored: as numbers, or as codes of 8 bits with a scale for each block of up to 256.
 
 The codes are those of ``csrc/codecs/int8_block.h``, spelled in torch operations: the same bits. A state ``S`` of a
 parameter is one tensor ``S``, or two: ``S_codes`` (the parameter's shape and strides; int8, or uint8 for averages of
-squares, which are never negative) and ``S_scales`` (float32, one for each block in the order in which codes lie).
+squares, which are never negative) and ``S_scales`` (float32, one for each block in the order in which codes lie; of the
+shape that :func:`scales_shape` tells).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import sharding
 from .rounding import round_by
 
-BLOCK = 256
+BLOCK, _SMALLEST_BLOCK, _BLOCK_STEP = 256, 64, 16  # as csrc/plan/tiles.h has them
 MIXES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that parameters, gradients and states may mix
 HALVES = (torch.bfloat16, torch.float16)
 STEPPED = (*MIXES, torch.float64, torch.complex64, torch.complex128)  # dtypes of parameters that can take a step
@@ -39,8 +42,38 @@ def fill(t: Tensor, values: Tensor, like: Tensor) -> None:
     t.permute(order).copy_(values.view([t.shape[d] for d in order]))
 
 
-def blocks(x: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+def block_of(p: Tensor) -> int:
+    """How many elements share a scale of ``p``'s codes, where such blocks make slices along the first dimension.
+
+    Then no cut along that dimension divides a block. 0: none does, or slices do not lie one after another; elements
+    share a scale 256 by 256 then, without regard to slices.
+    """
+    outer = p.stride(0) if p.dim() > 1 else 0
+    if p.dim() < 2 or (p.shape[0] != 1 and any(p.shape[d] != 1 and p.stride(d) > outer for d in range(1, p.dim()))):
+        return 0
+    length = math.prod(p.shape[1:])
+    sizes = range(BLOCK, _SMALLEST_BLOCK - 1, -_BLOCK_STEP)
+    return next((size for size in sizes if length and length % size == 0), 0)
+
+
+def scales_shape(p: Tensor) -> torch.Size:
+    """One for each block: [slices, blocks of each], or [blocks] where they know no slices."""
+    if block := block_of(p):
+        return torch.Size([p.shape[0], math.prod(p.shape[1:]) // block])
+    return scales_shape_before(p)
+
+
+def scales_shape_before(p: Tensor) -> torch.Size:
+    """As :func:`scales_shape`, in format 1."""
+    return torch.Size([-(-p.numel() // BLOCK)])
+
+
+def _block_in(codes: Tensor, scales: Tensor) -> int:
+    return math.prod(codes.shape[1:]) // scales.shape[1] if scales.dim() == 2 else BLOCK
+
+
+def blocks(x: Tensor, block: int = BLOCK) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
 
 
 def _border(scales: Tensor, signed: bool) -> tuple[Tensor, int, int]:
@@ -57,22 +90,23 @@ def _scales_for(largest: Tensor, signed: bool) -> Tensor:
     return torch.where(largest >= 0x7F800000, torch.nan, scales)
 
 
-def encode(x: Tensor, signed: bool, thresholds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, signed: bool, thresholds: Tensor | None = None, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Codes and scales of a vector.
 
     Args:
         x: float32, 1-D.
         signed: whether values may be negative.
         thresholds: int64 in [0, 2**32), one an element, which decide which way to round; None: to the nearest code.
+        block: how many share a scale.
 
     Returns:
-        Codes (int8, or uint8 where not signed) and scales (float32, one for each block of 256).
+        Codes (int8, or uint8 where not signed) and scales (float32, one for each block).
     """
-    bits = blocks(x).view(torch.int32)
+    bits = blocks(x, block).view(torch.int32)
     size = bits & 0x7FFFFFFF
     scales = _scales_for(size.amax(1) if len(size) else size.new_zeros(0), signed)
     border, code, largest = _border(scales, signed)
-    up = torch.full_like(size, 1 << 31, dtype=torch.int64) if thresholds is None else blocks(thresholds)
+    up = torch.full_like(size, 1 << 31, dtype=torch.int64) if thresholds is None else blocks(thresholds, block)
     fine = size - border
     codes = ((torch.maximum(fine, fine >> 2) + (up >> (32 - _FINE)).int()) >> _FINE) + code
     codes = codes.clamp(0 if signed else 1, largest)
@@ -81,10 +115,10 @@ def encode(x: Tensor, signed: bool, thresholds: Tensor | None = None) -> tuple[T
     return codes.to(torch.int8 if signed else torch.uint8).view(-1).narrow(0, 0, len(x)), scales
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, block: int = BLOCK) -> Tensor:
     """The values of a vector of codes, in float32."""
     border, code, _ = _border(scales, codes.dtype == torch.int8)
-    numbers = blocks(codes).int()
+    numbers = blocks(codes, block).int()
     fine = (numbers.abs() - code) << _FINE
     values = (border + torch.minimum(fine, fine << 2)).view(torch.float32)
     values = torch.where(numbers < 0, -values, values)
@@ -100,20 +134,22 @@ def read(state: dict[str, Any], name: str) -> Tensor:
     if state.get(name) is not None:
         plain: Tensor = state[name]
         return plain
-    codes = state[name + "_codes"]
+    whole, scales = state[name + "_codes"], sharding.local(state[name + "_scales"])
+    codes: Tensor = sharding.local(whole)
     values = torch.empty_like(codes, dtype=torch.float32)
-    fill(values, decode(flat(codes, codes), state[name + "_scales"]), codes)
-    return values
+    fill(values, decode(flat(codes, codes), scales.reshape(-1), _block_in(codes, scales)), codes)
+    return sharding.spread_as(values, whole)
 
 
 def write(state: dict[str, Any], name: str, p: Tensor, values: Tensor, thresholds: Tensor | None = None) -> None:
     """Stores values of ``p``'s shape as ``state`` keeps it; ``thresholds``: for :func:`encode`, in ``p``'s order."""
     plain = state.get(name)
     if plain is None:
-        codes = state[name + "_codes"]
-        new, scales = encode(flat(values, p), codes.dtype == torch.int8, thresholds)
+        codes, scales = (sharding.local(state[name + end]) for end in ("_codes", "_scales"))
+        values, p = sharding.local(values), sharding.local(p)
+        new, found = encode(flat(values, p), codes.dtype == torch.int8, thresholds, _block_in(codes, scales))
         fill(codes, new, p)
-        state[name + "_scales"].copy_(scales)
+        scales.view(-1).copy_(found)
     elif thresholds is not None and plain.dtype in HALVES:
         fill(plain, round_by(flat(values, p), plain.dtype, thresholds), p)
     else:
