@@ -319,13 +319,14 @@ CODED, SMALL = [(5, 3), (7,), (70, 64), (3, 2, 96), (), (1, 320), (0, 128), (2, 
 
 
 def cuts():
-    """Each a name, where a tensor of a shape lies, and whether what one process has follows one another in the whole."""
+    """Each a name, where a tensor of a shape lies, and whether what a process has is contiguous in the whole."""
     line, *grids = meshes()
     yield "FSDP2", lambda shape: (line, [Shard(0) if shape else Replicate()]), True
     yield "TP", lambda shape: (line, [Shard(len(shape) - 1) if shape else Replicate()]), False
     for grid in grids:
-        yield "HSDP", lambda shape: (grid, [Replicate(), Shard(0) if shape else Replicate()]), True
-        yield "2-D", lambda shape: (grid, [Shard(0), Shard(1)] if len(shape) > 1 else [Replicate()] * 2), False
+        yield "HSDP", lambda shape, grid=grid: (grid, [Replicate(), Shard(0) if shape else Replicate()]), True
+        both = ([Replicate()] * 2, [Shard(0), Shard(1)])
+        yield "2-D", lambda shape, grid=grid, both=both: (grid, both[len(shape) > 1]), False
 
 
 def same_bits(rank):

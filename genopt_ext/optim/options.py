@@ -128,10 +128,10 @@ class StepOptions(TypedDict, total=False):
             to :class:`torch.optim.swa_utils.AveragedModel` with this decay, updated after every step. In [0, 1). See
             :meth:`FusedOptimizer.swap_ema`.
         state_dtype: how moments are stored: ``torch.float32``, ``torch.bfloat16``, or ``torch.int8`` for one code of 8
-            bits each and a float32 scale for up to 256 of them (``docs/8-bit-format.md``). None: as torch, in the parameter's dtype. Complex and float64
-            parameters keep the state that torch has; tensor subclasses have float32 for codes, but DTensors
-            whose cuts divide no block. What is stored narrow
-            is rounded without bias, which needs a step count: SGD then has ``state[p]["step"]``.
+            bits each and a float32 scale for up to 256 of them (``docs/8-bit-format.md``). None: as torch, in the
+            parameter's dtype. Complex and float64 parameters keep the state that torch has; tensor subclasses have
+            float32 for codes, but DTensors whose cuts divide no block. What is stored narrow is
+            rounded without bias, which needs a step count: SGD then has ``state[p]["step"]``.
         min_int8_size: parameters with fewer elements have float32 moments where ``state_dtype`` is int8.
         param_rounding: how bfloat16 and float16 parameters take an update that may be smaller than what separates two
             of their numbers. ``"nearest"``: as torch, which loses it; ``"stochastic"``: to either neighbour, such that
