@@ -219,8 +219,8 @@ struct Step {
         return random.normal() * (is_state ? 0.1 : 0.02);
       });
       if (!is_state || !is_block(row.dtype[k])) continue;
-      row.scales[k - kState] =
-          static_cast<float*>(memory.allocate(kNames[k] + suffix + " scales", tiles_of(row.numel, row.tile) * sizeof(float)));
+      row.scales[k - kState] = static_cast<float*>(
+          memory.allocate(kNames[k] + suffix + " scales", tiles_of(row.numel, row.tile) * sizeof(float)));
       for (int64_t i = 0; i < tiles_of(row.numel, row.tile); ++i)
         row.scales[k - kState][i] = 0.25f * static_cast<float>(1 + i % 3);
     }

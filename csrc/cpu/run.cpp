@@ -222,8 +222,7 @@ int64_t end_of_some(const Plan& plan, int64_t first, int threads) {
   for (; first < rows && bytes < most; ++first) {
     const Row& row = plan.rows[first];
     for (int k = 0; k < kOperands; ++k)
-      if (plan.rule.totaled >> k & 1 && row.data[k] && !row.is_factor(k))
-        bytes += row.numel * size_of(row.dtype[k]);
+      if (plan.rule.totaled >> k & 1 && row.data[k] && !row.is_factor(k)) bytes += row.numel * size_of(row.dtype[k]);
   }
   return first;
 }

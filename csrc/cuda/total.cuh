@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 // operands, as a mask.
 constexpr int total_blocks(unsigned read, const Way& way, bool factored) {
   if (factored) return 3;
-  if (read & kOfParam && read >= kOfFirstState && way.state == Form::kCodes && kIsTight) return 4;
+  if (kIsTight && read >= kOfFirstState && way.state == Form::kCodes) return read & kOfParam ? 4 : 5;
   const int most = !(read & kOfParam) || read < kOfFirstState ? 6 : way == kWays[0] ? 4 : 5;
   return read & kOfParam && way.extra == Extra::kCompensation ? most - 1 : most;
 }
