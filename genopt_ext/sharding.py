@@ -60,12 +60,19 @@ def are_cut_alike(a: Tensor, b: Tensor, shapes_too: bool = True) -> bool:
     return x is y or bool(x.mesh == y.mesh and x.placements == y.placements and same_shape)
 
 
-def is_cut_into_slices(p: Tensor) -> bool:
-    """Whether a DTensor is cut along its first dimension alone, if at all."""
-    from torch.distributed.tensor import Replicate, Shard
+def keeps_blocks(p: Tensor, block: int) -> bool:
+    """Whether cuts of a DTensor divide no block: so many elements, which make slices along its first dimension."""
+    from torch.distributed.tensor import Shard
 
-    placements = p.placements  # type: ignore[attr-defined]
-    return all(type(each) is Replicate or (type(each) is Shard and each.dim == 0) for each in placements)
+    parts = 1  # of each slice
+    for dim, each in enumerate(p.placements):  # type: ignore[attr-defined]
+        if each.is_replicate() or getattr(each, "dim", None) == 0:
+            continue
+        if type(each) is not Shard or each.dim != 1:
+            return False
+        parts *= p.device_mesh.size(dim)  # type: ignore[attr-defined]
+    # All processes have to find the same.
+    return parts == 1 or (p.shape[1] % parts == 0 and p.shape[1:].numel() // parts % block == 0)
 
 
 def cut_as(t: Tensor, like: Tensor) -> Tensor:
@@ -95,16 +102,20 @@ def is_first(p: Tensor) -> bool:
     return not is_spread(p) or not any(p.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]
 
 
-def _corner(p: Tensor) -> tuple[int, ...] | None:
-    """Where the local tensor of a DTensor begins in the whole, by dimension; None where it is no box of it."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    spec = p._spec  # type: ignore[attr-defined]
-    if any(type(each) not in (Replicate, Shard) for each in spec.placements):
-        return None
-    shape, corner = compute_local_shape_and_global_offset(spec.shape, spec.mesh, spec.placements)
-    return tuple(corner) if tuple(shape) == tuple(local(p).shape) else None
+def _indices(p: Tensor) -> list[Tensor] | None:
+    """Of each dimension, where in the whole a DTensor's local tensor has its elements (int64); None: not known."""
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
+    along = [torch.arange(size, device="cpu") for size in p.shape]
+    for dim, each in enumerate(placements):
+        if each.is_replicate():
+            continue
+        if coordinate is None or not hasattr(each, "_split_tensor"):
+            return None
+        d = each.dim
+        parts, _ = each._split_tensor(along[d].view(*[1] * d, -1), mesh.size(dim), with_padding=False)
+        along[d] = parts[coordinate[dim]].reshape(-1)
+    return along if [len(each) for each in along] == list(local(p).shape) else None
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
@@ -115,31 +126,41 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def origin(p: Tensor) -> int | None:
-    """The place of the first element of a DTensor's local tensor in the whole; None where others lie between them."""
-    corner, here = _corner(p), local(p).shape
-    if corner is None:
+def runs(p: Tensor) -> tuple[int, int, int] | None:
+    """Where the elements of a DTensor's local tensor are in the whole, if they lie there in runs at equal distances.
+
+    Returns:
+        The place of the first element, how many follow one another, and how many others lie between two runs; 0 and 0
+        if all follow one another. None: they lie otherwise, or it is not known.
+    """
+    along, here = _indices(p), local(p).shape
+    if along is None or not here.numel():
+        return along and (0, 0, 0)
+    if any(int(each[-1] - each[0]) != len(each) - 1 for each in along):
         return None
     cut = [d for d in range(p.dim()) if here[d] != p.shape[d]]
-    if cut and any(here[d] != 1 for d in range(cut[-1])):
+    last = cut[-1] if cut else 0
+    if any(here[:d].numel() != 1 for d in cut[:-1]):
         return None
-    return sum(first * stride for first, stride in zip(corner, _strides(p.shape), strict=True)) if here.numel() else 0
+    first = sum(int(each[0]) * stride for each, stride in zip(along, _strides(p.shape), strict=True))
+    if here[:last].numel() == 1:
+        return first, 0, 0
+    return first, here[last:].numel(), p.shape[last:].numel() - here[last:].numel()
 
 
 def knows_places(p: Tensor) -> bool:
     """Whether :func:`places` knows where elements are."""
-    return is_spread(p) and _corner(p) is not None
+    return is_spread(p) and _indices(p) is not None
 
 
 def places(p: Tensor) -> Tensor | None:
     """The place in the whole of each element of a DTensor's local tensor (int64, of its shape); None: not known."""
-    if (corner := _corner(p)) is None:
+    if (along := _indices(p)) is None:
         return None
     here = local(p)
     found = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
-    for d, (first, stride) in enumerate(zip(corner, _strides(p.shape), strict=True)):
-        along = (torch.arange(here.shape[d], device=here.device) + first) * stride
-        found += along.view([-1 if k == d else 1 for k in range(p.dim())])
+    for d, (each, stride) in enumerate(zip(along, _strides(p.shape), strict=True)):
+        found += (each.to(here.device) * stride).view([-1 if k == d else 1 for k in range(p.dim())])
     return found
 
 

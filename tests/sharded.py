@@ -315,7 +315,10 @@ ASKED = [
 
 
 # Those whose 8-bit state is the same however they are cut: of whole blocks in each row, or smaller than SMALL.
-CODED, SMALL = [(5, 3), (7,), (70, 64), (3, 2, 96), (), (1, 320), (0, 128), (2, 160)], 64
+CODED, SMALL = [(5, 3), (7,), (3, 3072), (70, 64), (3, 2, 96), (), (1, 320), (0, 128), (2, 160)], 64
+
+# Those that are rounded natively however they are cut: what a process has of a row is made of whole tiles.
+IN_RUNS = [(7,), (4, 384), (), (3, 2, 384)]
 
 
 def cuts():
@@ -339,14 +342,12 @@ def same_bits(rank):
         asked, way = ASKED[n % len(ASKED)], ("step", "accumulate", "step_and_zero_")[n // 3 % 3]
         adds_up = case.name == "Adafactor"
         rounds = storage.options.get("state_dtype") == torch.bfloat16 or "param_rounding" in storage.options
-        native = case.name not in WHOLES and (follows or not rounds)
+        native = case.name not in WHOLES
         if case.name == "Adafactor" and "param_rounding" in storage.options:
             continue  # which matrices refuse
-        kept, shapes = storage.options, CUT
+        kept, shapes = storage.options, CUT if follows or not rounds else IN_RUNS
         if "int8" in storage.name:
-            if not follows:
-                continue  # in float32
-            kept, shapes = {**kept, "min_int8_size": SMALL}, CODED
+            kept, shapes = {**kept, "min_int8_size": SMALL}, CODED if follows else CODED[:3]
         what = f"{name}, {case}, {storage}, {dtype}, {asked}, {way}"
         whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(shapes)]
         parts = [torch.nn.Parameter(spread(p.detach(), cut(p.shape))) for p in whole]
@@ -736,6 +737,54 @@ def tensor_parallel(rank):
             assert_close(full(q).detach(), p.detach(), f"step {step}")
     assert opts[0].skipped_steps == opts[1].skipped_steps == 1
     assert opts[1].stepper.plan is not None
+
+
+def fsdp_over_tp(rank):
+    """Steps of parameters cut by FSDP2 over tensor parallelism (_StridedShard) have the bits of one process."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    net = torch.nn.Sequential(torch.nn.Linear(768, 512), torch.nn.Linear(512, 64))
+    shapes = [p.shape for p in net.parameters()]
+    for p in net.parameters():
+        p.data = torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
+    parallelize_module(net, grid["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    cut = list(fully_shard(net, mesh=grid["dp"]).parameters())
+    assert {type(each).__name__ for p in cut for each in p.placements} >= {"_StridedShard", "Shard"}
+    places = [local(p).long() for p in cut]  # as torch has cut them
+
+    def part(t, i):
+        here, p = t.flatten()[places[i]], cut[i]
+        return DTensor.from_local(here, p.device_mesh, p.placements, shape=t.shape, stride=t.stride(), run_check=False)
+
+    for dtype, options in (
+        (torch.float32, dict(state_dtype=torch.int8, min_int8_size=1000, max_grad_norm=0.5)),
+        (torch.bfloat16, dict(param_rounding="stochastic")),
+        (torch.bfloat16, dict(state_dtype=torch.bfloat16, ema_decay=0.9)),
+        (torch.float32, dict(max_grad_norm=0.5)),
+    ):
+        whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate(shapes)]
+        parts = [torch.nn.Parameter(part(p.detach(), i)) for i, p in enumerate(whole)]
+        opts = [
+            optim.AdamW(ps, lr=0.1, backend=backend, **options)
+            for ps, backend in ((whole, "auto"), (parts, cases.NATIVE))
+        ]
+        for group in (opt.param_groups[0] for opt in opts):
+            group.update({"rounding_seed": 5} if "rounding_seed" in group else {})
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+                p.grad = randn(p.shape, 100 * (step + 1) + i, dtype)
+                q.grad = part(p.grad, i)
+            for opt in opts:
+                opt.step()
+        for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+            assert_same_bits(local(q).detach(), p.detach().flatten()[places[i]], f"{options}, parameter {i}")
+            for key, t in opts[0].state[p].items():
+                mine = opts[1].state[q][key]
+                of_whole = t.shape == p.shape
+                expected, found = (t.flatten()[places[i]], local(mine)) if of_whole else (t, full(mine))
+                assert_same_bits(found, expected, f"{options}, parameter {i}, {key}")
 
 
 def no_leaks(rank):

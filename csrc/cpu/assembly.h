@@ -67,7 +67,7 @@ class Assembly {
     master_ = row_.extra == Extra::kMaster ? at(kExtra, Wide{}) : nullptr;
     rest_ = row_.extra == Extra::kCompensation ? at(kExtra, Param{}) : nullptr;
     average_ = is_used(kUsed, kAverage) || kIsBuffered ? at(kAverage, Wide{}) : nullptr;
-    key_ = tile_key(scalars_.random, row_.origin + start);
+    key_ = tile_key(scalars_.random, row_.place_of(start));
   }
   const Prefetcher& prefetcher() const {
     return prefetcher_;

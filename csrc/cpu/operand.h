@@ -142,7 +142,7 @@ class TileOperand {
   template <class Keys>
   void store(const Keys& keys) {
     if (in_place_) return;
-    const uint32_t phase = tile_phase(keys.phase, row_->origin + start_);
+    const uint32_t phase = tile_phase(keys.phase, row_->place_of(start_));
     if (operand_ >= kState && is_block(dtype_)) {
       store_block(phase);
       return;

@@ -12,8 +12,9 @@ namespace genopt::cuda {
 inline const Way* way_of(const Row& row, const Control& control) {
   const DType dtype = row.dtype[kParam];
   const bool is_half = size_of(dtype) == 2;
-  if (row.layout || row.only_average || control.gradients == Gradients::kUnscaled || row.used & kWithAverage ||
-      (row.extra == Extra::kCompensation && row.dtype[kExtra] != dtype) || row.dtype[kGrad] != dtype)
+  if (row.layout || row.gap || row.only_average || control.gradients == Gradients::kUnscaled ||
+      row.used & kWithAverage || (row.extra == Extra::kCompensation && row.dtype[kExtra] != dtype) ||
+      row.dtype[kGrad] != dtype)
     return nullptr;
   Way way{is_half ? Form::kHalf : Form::kFloat, Form::kFloat, row.extra};
   bool first = true;
@@ -55,6 +56,8 @@ inline DeviceRow device_row(const Row& row, const Options& options, int kind, bo
   made.numel = row.numel;
   made.tile = static_cast<uint16_t>(row.tile);
   made.origin = row.origin;
+  made.run = row.run;
+  made.gap = row.gap;
   made.step = row.step;
   made.step_dtype = row.step_dtype;
   std::copy(row.running.begin(), row.running.end(), made.running);

@@ -41,10 +41,10 @@ struct DeviceRow {
   int64_t numel;
   void* step;  // null: the rule counts none
   void* running[kMaxRunning];
-  int64_t origin;      // as Row::origin
-  Matrices matrices;   // where it has factors
-  int64_t factors_at;  // words from the start of the factors
-  int64_t layout;      // words from the start of the layouts
+  int64_t origin, run, gap;  // as Row's
+  Matrices matrices;         // where it has factors
+  int64_t factors_at;        // words from the start of the factors
+  int64_t layout;            // words from the start of the layouts
   int32_t group;
   DType dtype[kOperands];
   DType step_dtype;
@@ -64,6 +64,9 @@ struct DeviceRow {
   uint8_t kind;          // which kernel updates it: see DevicePlan
   Measured measured;
 
+  GENOPT_INLINE int64_t place_of(int64_t start) const {
+    return origin + start + (gap ? start / run * gap : 0);
+  }
   GENOPT_INLINE int param() const {
     return extra == Extra::kMaster ? kExtra : kParam;
   }

@@ -128,10 +128,10 @@ __device__ void store_operands(LaneOperand<T> (&x)[kOperands], const RowOperands
                                const Scalars& scalars, Slots<T, kUsable>& slots) {
   const DeviceRow& row = tile.row;
   if (row.unbiased & 1 << kParam) {
-    const uint32_t key = tile_key(scalars.random, row.origin + tile.start);
+    const uint32_t key = tile_key(scalars.random, row.place_of(tile.start));
     x[kParam].round_by(tile, [key](uint32_t i) { return random_bits(key, i); });
   }
-  const uint32_t phase = tile_phase(scalars.phase, row.origin + tile.start);
+  const uint32_t phase = tile_phase(scalars.phase, row.place_of(tile.start));
 #pragma unroll
   for (int k = kState; k < kUsable; ++k) {
     if (!operands.loads(k)) continue;

@@ -59,7 +59,9 @@ struct Row {
   unsigned used = 0;          // states in use, kWithAverage and kWithExtra, as a mask
   unsigned unbiased = 0;      // operands of 16 bits that are not rounded to the nearest, as a mask; codes never are
   bool is_part = false;       // of a tensor that is spread over processes
-  int64_t origin = 0;         // of a part: the place of its first element in the whole
+  // Of a part: the place of its first element in the whole, how many tiles' elements follow one another there, and how
+  // many others lie between two such runs; no others: all follow one another.
+  int64_t origin = 0, run = 0, gap = 0;
   Extra extra = Extra::kNone;
   int factors = 0;                 // the first of its two operands that are factors (rules/rule.h); 0: it has none
   Matrices matrices{};             // that these are of: contiguous as all the row is, in what the rule computes in
@@ -76,6 +78,10 @@ struct Row {
   // The first element of a tile, or the end.
   int64_t start_of(int64_t number) const {
     return std::min(number * tile, numel);
+  }
+  // The place in the whole of a tile's first element, of which this is the place in the row.
+  int64_t place_of(int64_t start) const {
+    return origin + start + (gap ? start / run * gap : 0);
   }
   // Tiles to step on the device `on_device`.
   int64_t tiles(int on_device) const {

@@ -85,11 +85,11 @@ class RowReader {
     const at::Tensor& whole = THPVariable_Unpack(object);
     const bool may_be_coded = storage.states == at::kChar && moments_of(row) != 0;
     block_ = block_of(whole);
-    const auto stored = storage.states_of(whole, may_be_coded && spread_ && !(block_ && is_cut_into_slices(spread_)));
+    const auto stored = storage.states_of(whole, may_be_coded && spread_ && !(block_ && keeps_blocks(spread_, block_)));
     const bool is_coded = may_be_coded && stored == at::kChar;
     row.tile = is_coded && block_ ? block_ : kTile;
     choose_storage(row, storage, stored, param);
-    if (!find_origin(row, is_coded) || !read_state(row, state.find(r, objects), stored, handles)) return false;
+    if (!find_places(row, is_coded) || !read_state(row, state.find(r, objects), stored, handles)) return false;
     if (row.factors && !read_factors(row, handles)) return false;
     objects.wholes[r] = wholes_;
     row.numel = param.numel() * (param.is_complex() ? 2 : 1);
@@ -138,14 +138,21 @@ class RowReader {
     return (is_spread(grad) && are_spread_alike(spread_, grad)) || refuse(gradient_, Reason::kNoKernel);
   }
 
-  // What is rounded by an element's place needs that of all of a whole.
-  bool find_origin(Row& row, bool is_coded) {
-    row.origin = 0;
+  // What is rounded by an element's place needs that of all of a whole, which follow one another in each tile.
+  bool find_places(Row& row, bool is_coded) {
+    row.origin = row.run = row.gap = 0;
     if (!spread_ || !(row.unbiased || is_coded)) return true;
     if (!local_of(spread_).is_contiguous()) return refuse(parameter_, Reason::kNoKernel);
-    const std::optional<int64_t> origin = origin_of(spread_);
-    row.origin = origin.value_or(0);
-    return origin || refuse(parameter_, Reason::kNoKernel);
+    const std::optional<Runs> runs = runs_of(spread_);
+    if (!runs) return refuse(parameter_, Reason::kNoKernel);
+    row.origin = runs->origin;
+    row.run = runs->run;
+    row.gap = runs->gap;
+    if (row.gap == 0) return true;
+    const int tile = is_coded ? row.tile : block_in(row.run);
+    if (!tile || row.run % tile != 0) return refuse(parameter_, Reason::kNoKernel);
+    row.tile = tile;
+    return true;
   }
 
   // `is_sum`: it is an accumulation of this package's, which may have a dtype that does not mix with the parameter's.

@@ -137,30 +137,34 @@ class AskSharding {
     Py_DECREF(module);
     if (!function_) throw PythonError();
   }
-  Reference operator()(PyObject* object) const {
-    PyObject* const given = PyObject_CallFunctionObjArgs(function_, object, nullptr);
-    if (!given) throw PythonError();
-    return Reference(given, Reference::kTaken);
+  template <class... Given>
+  Reference operator()(const char* format, Given... given) const {
+    PyObject* const said = PyObject_CallFunction(function_, format, given...);
+    if (!said) throw PythonError();
+    return Reference(said, Reference::kTaken);
   }
 
  private:
   PyObject* function_;  // kept for good
 };
 
-// The place of the first local element among all, where the local ones follow one another there.
-inline std::optional<int64_t> origin_of(PyObject* object) {
-  static const AskSharding ask("origin");
-  const Reference given = ask(object);
+// Where local elements are among all, if they lie there in runs at equal distances: see genopt_ext/sharding.py.
+struct Runs {
+  long long origin, run, gap;
+};
+inline std::optional<Runs> runs_of(PyObject* object) {
+  static const AskSharding ask("runs");
+  const Reference given = ask("O", object);
+  Runs runs{};
   if (given.object() == Py_None) return std::nullopt;
-  const int64_t origin = PyLong_AsLongLong(given.object());
-  if (PyErr_Occurred()) throw PythonError();
-  return origin;
+  if (!PyArg_ParseTuple(given.object(), "LLL", &runs.origin, &runs.run, &runs.gap)) throw PythonError();
+  return runs;
 }
 
-// Whether cuts divide no slice along the first dimension.
-inline bool is_cut_into_slices(PyObject* object) {
-  static const AskSharding ask("is_cut_into_slices");
-  return ask(object).object() == Py_True;
+// Whether cuts divide no block of so many elements.
+inline bool keeps_blocks(PyObject* object, int block) {
+  static const AskSharding ask("keeps_blocks");
+  return ask("Oi", object, block).object() == Py_True;
 }
 
 }  // namespace genopt

@@ -35,7 +35,8 @@ def _divides_blocks(p: Tensor) -> bool:
     """Whether ``p`` is spread over devices so that a block of codes might be too."""
     if not tracing.is_subclass(p):
         return False
-    return not (sharding.is_spread(p) and codecs.block_of(p) and sharding.is_cut_into_slices(p))
+    block = codecs.block_of(p)
+    return not (block and sharding.is_spread(p) and sharding.keeps_blocks(p, block))
 
 
 def stored_dtype(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
@@ -81,8 +82,8 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     code, scale = codecs.encode(number, signed)
     filler = number if value == 0 else scale  # -0.0 stays
     here, shape = sharding.local(p), codecs.scales_shape(p)
-    # The whole's slices are those of its parts.
-    of_here = torch.Size([here.shape[0], *shape[1:]]) if sharding.is_spread(p) else shape
+    spread = sharding.is_spread(p)
+    of_here = torch.Size([here.shape[0], here.shape[1:].numel() // codecs.block_of(p)]) if spread else shape
     codes = _compact_like(here, code.dtype).copy_(code.squeeze(0))
     scales = filler.expand(of_here).clone(memory_format=torch.contiguous_format)
     return {name + "_codes": sharding.spread_as(codes, p), name + "_scales": sharding.spread_as(scales, p, shape)}
