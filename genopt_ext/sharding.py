@@ -135,7 +135,7 @@ def runs(p: Tensor) -> tuple[int, int, int] | None:
     """
     along, here = _indices(p), local(p).shape
     if along is None or not here.numel():
-        return along and (0, 0, 0)
+        return None if along is None else (0, 0, 0)
     if any(int(each[-1] - each[0]) != len(each) - 1 for each in along):
         return None
     cut = [d for d in range(p.dim()) if here[d] != p.shape[d]]
