@@ -52,8 +52,8 @@ MIDDLE: dict[str, tuple[float | None, float | None]] = {
     "StableAdamW": (1.0, 3e-3),
     "LAMB": (1.0, 0.01),
     "LARS": (None, 10.0),
-    "Adafactor": (None, None),  # not run yet
-    "Prodigy": (None, None),  # not run yet
+    "Adafactor": (1.0, 0.03),
+    "Prodigy": (1.0, 1.0),
     "ADOPT": (3.0, 3e-3),
     "Adan": (0.1, 3e-3),
     "ASGD": (3e-3, 0.3),

@@ -72,11 +72,12 @@ int amd_family() {
 #endif
 
 // Tiles ahead: bench/NOTES.md has what was measured. In steps two are 10 to 20 % faster on one Intel Xeon and 13 %
-// slower on an AMD Zen 4; in norms eight take a fifth off on a Zen 5. Others have not been measured.
+// slower on an AMD Zen 4; in norms eight take a fifth off on a Zen 5, and a quarter on an Intel Xeon. Others have not been
+// measured.
 Tuning choose_tuning() {
   Tuning chosen;
 #if defined(__x86_64__)
-  if (__builtin_cpu_is("intel")) chosen.prefetch = 2;
+  if (__builtin_cpu_is("intel")) chosen = {2, 8};
   if (amd_family() >= 26) chosen.norm = 8;
 #endif
   const char* const wanted = std::getenv("GENOPT_CPU_TUNING");
