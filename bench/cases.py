@@ -77,7 +77,7 @@ class Case:
     @property
     def code_bytes(self) -> float:
         """Bytes an element of 8-bit state: a code, and its share of a scale."""
-        scales = (codecs.scales_shape(torch.empty(shape, device="meta")).numel() for shape in self.shapes)
+        scales = (codecs.scales_shapes(torch.empty(shape, device="meta"))[0].numel() for shape in self.shapes)
         return 1 + 4 * sum(scales) / self.elements
 
     @property

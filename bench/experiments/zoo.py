@@ -53,7 +53,7 @@ MIDDLE: dict[str, tuple[float | None, float | None]] = {
     "LAMB": (1.0, 0.01),
     "LARS": (None, 10.0),
     "Adafactor": (1.0, 0.03),
-    "Prodigy": (1.0, 1.0),
+    "Prodigy": (0.3, 0.1),
     "ADOPT": (3.0, 3e-3),
     "Adan": (0.1, 3e-3),
     "ASGD": (3e-3, 0.3),

@@ -72,8 +72,8 @@ int amd_family() {
 #endif
 
 // Tiles ahead: bench/NOTES.md has what was measured. In steps two are 10 to 20 % faster on one Intel Xeon and 13 %
-// slower on an AMD Zen 4; in norms eight take a fifth off on a Zen 5, and a quarter on an Intel Xeon. Others have not been
-// measured.
+// slower on an AMD Zen 4; in norms eight take a fifth off on a Zen 5, and a quarter on an Intel Xeon. Others have not
+// been measured.
 Tuning choose_tuning() {
   Tuning chosen;
 #if defined(__x86_64__)

@@ -247,12 +247,13 @@ class RowReader {
       if (!read_number_of(row, key, t)) return false;
     } else if (are_scales) {
       found.others |= 1u << handle;
-      const bool is_before = !spread_ && t.dim() == 1 && t.numel() == tiles_of(param.numel());  // format 1
-      if (!are_scales_of(t, param) && !is_before) return refuse(key.name, Reason::kShape);
+      // Those of other blocks are stored anew: of format 1, or of other strides.
+      if (!are_scales_of(t, param, 0) && !are_scales_of(t, param, param.dim() > 1 ? block_in(slice_of(param)) : 0))
+        return refuse(key.name, Reason::kShape);
       if (t.scalar_type() != at::kFloat || param.is_complex()) return refuse(key.name, Reason::kDtype);
       if (kernel_device(t) != row.device) return refuse(key.name, Reason::kDevice);
       if (!coded) return true;
-      if (!t.is_contiguous() || !are_scales_of(t, param)) {
+      if (!t.is_contiguous() || !are_scales_of(t, param, block_)) {
         problems_.push_back({key.name, Reason::kStorage});
         return true;
       }
@@ -287,10 +288,10 @@ class RowReader {
     return t.sizes() == at::IntArrayRef(sizes);
   }
 
-  // Whether there is one scale for each block of the parameter's codes.
-  bool are_scales_of(const at::Tensor& t, const at::Tensor& param) const {
-    if (!block_) return t.dim() == 1 && t.numel() == tiles_of(param.numel());
-    return t.dim() == 2 && t.size(0) == param.size(0) && t.size(1) == slice_of(param) / block_;
+  // Whether there is one scale for each block of the parameter's codes. `block`: as block_of().
+  static bool are_scales_of(const at::Tensor& t, const at::Tensor& param, int block) {
+    if (!block) return t.dim() == 1 && t.numel() == tiles_of(param.numel());
+    return t.dim() == 2 && t.size(0) == param.size(0) && t.size(1) == slice_of(param) / block;
   }
 
   // Of a row with factors, its matrices. False: the kernels do not reach the factors.

@@ -146,9 +146,8 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
         fits = t.dtype == dtype and not p.is_complex()
     else:
         shape, fits = row.rule.state_shape(stem, p), t.dtype in STEPPED and t.is_complex() == p.is_complex()
-    # Scales of format 1 are stored anew.
-    before = codecs.scales_shape_before(p) if are_scales and not sharding.is_spread(p) else shape
-    if t.shape not in (shape, before):
+    # Scales of other blocks are stored anew.
+    if t.shape not in (codecs.scales_shapes(p) if are_scales else [shape]):
         return "shape"
     if not fits:
         return "dtype"
@@ -160,7 +159,7 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
 def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, torch.Size]:
     """The dtype and shape of a state's codes, or of their scales."""
     if name.endswith("_scales"):
-        return torch.float32, codecs.scales_shape(row.p)
+        return torch.float32, codecs.scales_shapes(row.p)[0]
     return torch.uint8 if _stem(name) in row.rule.squares else torch.int8, row.p.shape
 
 

@@ -81,7 +81,7 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     number = torch.full((1,), float(value.real), dtype=torch.float32, device=p.device)
     code, scale = codecs.encode(number, signed)
     filler = number if value == 0 else scale  # -0.0 stays
-    here, shape = sharding.local(p), codecs.scales_shape(p)
+    here, shape = sharding.local(p), codecs.scales_shapes(p)[0]
     spread = sharding.is_spread(p)
     of_here = torch.Size([here.shape[0], here.shape[1:].numel() // codecs.block_of(p)]) if spread else shape
     codes = _compact_like(here, code.dtype).copy_(code.squeeze(0))
@@ -106,7 +106,7 @@ def is_as_asked(rule: Rule, group: Group, p: Tensor, name: str, t: Tensor) -> bo
         return t.dtype == (torch.float32 if name == "master" else p.dtype)
     dtype = stored_dtype(rule, group, p, name.removesuffix("_codes").removesuffix("_scales"))
     if name.endswith("_scales"):
-        return dtype != torch.int8 or (sharding.local(t).is_contiguous() and t.shape == codecs.scales_shape(p))
+        return dtype != torch.int8 or (sharding.local(t).is_contiguous() and t.shape == codecs.scales_shapes(p)[0])
     if name.endswith("_codes"):
         return dtype == torch.int8 and _lie_alike(sharding.local(t), sharding.local(p))
     return (dtype is None or t.dtype == dtype) and (name not in rule.factors or t.is_contiguous())

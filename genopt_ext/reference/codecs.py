@@ -3,12 +3,11 @@
 The codes are those of ``csrc/codecs/int8_block.h``, spelled in torch operations: the same bits. A state ``S`` of a
 parameter is one tensor ``S``, or two: ``S_codes`` (the parameter's shape and strides; int8, or uint8 for averages of
 squares, which are never negative) and ``S_scales`` (float32, one for each block in the order in which codes lie; of the
-shape that :func:`scales_shape` tells).
+shape that :func:`scales_shapes` tells).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -42,34 +41,37 @@ def fill(t: Tensor, values: Tensor, like: Tensor) -> None:
     t.permute(order).copy_(values.view([t.shape[d] for d in order]))
 
 
+def _dividing(length: int) -> int:
+    sizes = range(BLOCK, _SMALLEST_BLOCK - 1, -_BLOCK_STEP)
+    return next((size for size in sizes if length and length % size == 0), 0)
+
+
 def block_of(p: Tensor) -> int:
     """How many elements share a scale of ``p``'s codes, where such blocks make slices along the first dimension.
 
     Then no cut along that dimension divides a block. 0: none does, or slices do not lie one after another; elements
     share a scale 256 by 256 then, without regard to slices.
     """
-    outer = p.stride(0) if p.dim() > 1 else 0
-    if p.dim() < 2 or (p.shape[0] != 1 and any(p.shape[d] != 1 and p.stride(d) > outer for d in range(1, p.dim()))):
+    if p.dim() < 2 or (len(p) != 1 and any(p.shape[d] != 1 and p.stride(d) > p.stride(0) for d in range(1, p.dim()))):
         return 0
-    length = math.prod(p.shape[1:])
-    sizes = range(BLOCK, _SMALLEST_BLOCK - 1, -_BLOCK_STEP)
-    return next((size for size in sizes if length and length % size == 0), 0)
+    return _dividing(p.shape[1:].numel())
 
 
-def scales_shape(p: Tensor) -> torch.Size:
-    """One for each block: [slices, blocks of each], or [blocks] where they know no slices."""
-    if block := block_of(p):
-        return torch.Size([p.shape[0], math.prod(p.shape[1:]) // block])
-    return scales_shape_before(p)
+def scales_shapes(p: Tensor) -> list[torch.Size]:
+    """One scale for each block: [slices, blocks of each], or [blocks] where they know no slices.
 
-
-def scales_shape_before(p: Tensor) -> torch.Size:
-    """As :func:`scales_shape`, in format 1."""
-    return torch.Size([-(-p.numel() // BLOCK)])
+    Returns:
+        First that of ``p``. Others can be read: of format 1, and of ``p`` with other strides.
+    """
+    shapes = [torch.Size([-(-p.numel() // BLOCK)])]
+    length = p.shape[1:].numel() if p.dim() else 0
+    if p.dim() > 1 and (block := _dividing(length)):
+        shapes.insert(0 if block_of(p) else 1, torch.Size([p.shape[0], length // block]))
+    return shapes
 
 
 def _block_in(codes: Tensor, scales: Tensor) -> int:
-    return math.prod(codes.shape[1:]) // scales.shape[1] if scales.dim() == 2 else BLOCK
+    return codes.shape[1:].numel() // scales.shape[1] if scales.dim() == 2 else BLOCK
 
 
 def blocks(x: Tensor, block: int = BLOCK) -> Tensor:
