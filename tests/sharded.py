@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import genopt_ext
-from genopt_ext import optim, step_in_backward
+from genopt_ext import _backend, optim, step_in_backward
+from genopt_ext.reference import codecs
 
 
 def world(size, name):
@@ -378,6 +379,7 @@ def same_bits(rank):
 
 # Matrices of one form and of others; more and fewer rows than processes, and stacks.
 MATRICES = [(12, 8), (12, 8), (12, 8), (7, 40), (3, 5), (40, 24), (1, 6), (4, 6, 10), (4, 6, 10)]
+CODED_MATRICES = [(12, 64), (12, 64), (7, 128), (3, 4, 16)]
 OF_MUON = [
     {},
     dict(max_grad_norm=0.5, ema_decay=0.9, weight_decay=0.1),
@@ -402,10 +404,16 @@ def muon(rank):
         ({}, torch.float64),
         (dict(master_weights=True), torch.bfloat16),
         (dict(param_rounding="stochastic"), torch.bfloat16),
+        (dict(state_dtype=torch.int8, min_int8_size=SMALL), torch.float32),
     ]
     for (name, (mesh, cut)), asked, (storage, dtype) in product(cuts.items(), OF_MUON, storages):
         what = f"{name}, {asked}, {storage}, {dtype}"
-        whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate([*MATRICES, (9,)])]
+        shapes = MATRICES
+        if "state_dtype" in storage:
+            if name == "TP":
+                continue  # in float32
+            shapes = CODED_MATRICES
+        whole = [torch.nn.Parameter(randn(shape, i, dtype)) for i, shape in enumerate([*shapes, (9,)])]
         at = [(mesh, cut(p.shape)) for p in whole]
         parts = [torch.nn.Parameter(spread(p.detach(), to)) for p, to in zip(whole, at, strict=True)]
         opts = []
@@ -785,6 +793,43 @@ def fsdp_over_tp(rank):
                 of_whole = t.shape == p.shape
                 expected, found = (t.flatten()[places[i]], local(mine)) if of_whole else (t, full(mine))
                 assert_same_bits(found, expected, f"{options}, parameter {i}, {key}")
+
+
+def widened(rank):
+    """Which DTensors have float32 state where codes were asked for: the same in all processes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    asked = dict(state_dtype=torch.int8, min_int8_size=64)
+    for shape, cut, coded in (
+        ((5, 64), Shard(0), True),
+        ((1, 64), Shard(0), True),
+        ((5, 64), Replicate(), True),
+        ((2, 512), Shard(1), True),
+        ((2, 64), Shard(1), False),  # half a block each
+        ((2, 3, 256), Shard(1), False),  # unequal parts
+        ((2, 2, 256), Shard(2), False),
+        ((80, 60), Shard(0), False),  # 60 has no blocks
+        ((8192,), Shard(0), False),
+    ):
+        p = torch.nn.Parameter(spread(randn(shape, 0), (mesh, [cut])))
+        p.grad = spread(randn(shape, 1), (mesh, [cut]))
+        _backend._told.clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            opt = optim.AdamW([p], **asked)
+            opt.step()
+        assert ("exp_avg_codes" in opt.state[p]) == coded, (shape, cut)
+        of_it = [str(each.message) for each in told if "8-bit state is kept in float32" in str(each.message)]
+        assert len(of_it) == (not coded and len(shape) > 1), (shape, cut, of_it)
+        # Both ways to load.
+        for first, second in (({}, asked), (asked, {})):
+            opt, other = (optim.AdamW([p], **options) for options in (first, second))
+            opt.step()
+            other.load_state_dict(opt.state_dict())
+            assert ("exp_avg_codes" in other.state[p]) == (coded and second == asked), (shape, cut)
+            torch.testing.assert_close(
+                codecs.read(other.state[p], "exp_avg"), codecs.read(opt.state[p], "exp_avg"), rtol=0.07, atol=0.002
+            )
+            other.step()
 
 
 def no_leaks(rank):

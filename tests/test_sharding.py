@@ -27,6 +27,7 @@ ON_STAND_IN = [("dtensors", 2), ("clips", 2), ("scalers", 4), ("muon", 2)]
         ("in_backward", 2),
         ("tensor_parallel", 2),
         ("fsdp_over_tp", 4),
+        ("widened", 2),
         ("no_leaks", 2),
         ("estimates", 4),
         *(("factors", size) for size in (2, 4)),
