@@ -56,8 +56,20 @@ def local(t: Any) -> Any:
 def are_cut_alike(a: Tensor, b: Tensor, shapes_too: bool = True) -> bool:
     """Whether two DTensors are spread over the same processes in the same way."""
     x, y = (t._spec for t in (a, b))  # type: ignore[attr-defined]
-    same_shape = x is y or not shapes_too or x.shape == y.shape
-    return x is y or bool(x.mesh == y.mesh and x.placements == y.placements and same_shape)
+    alike = x is y or (x.mesh == y.mesh and x.placements == y.placements)
+    return bool(alike and (not shapes_too or x.shape == y.shape))
+
+
+def _is_cut(placement: Any) -> bool:
+    """Whether it is a ``Shard``, or another that divides a dimension as ``_StridedShard`` does."""
+    return hasattr(placement, "_split_tensor")
+
+
+def is_cut_plainly(p: Tensor) -> bool:
+    """Whether all of a DTensor's placements are ``Shard`` and ``Replicate``."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return all(type(each) in (Replicate, Shard) for each in p.placements)  # type: ignore[attr-defined]
 
 
 def keeps_blocks(p: Tensor, block: int) -> bool:
@@ -66,13 +78,16 @@ def keeps_blocks(p: Tensor, block: int) -> bool:
 
     parts = 1  # of each slice
     for dim, each in enumerate(p.placements):  # type: ignore[attr-defined]
-        if each.is_replicate() or getattr(each, "dim", None) == 0:
+        if each.is_replicate() or (_is_cut(each) and each.dim == 0):
             continue
         if type(each) is not Shard or each.dim != 1:
             return False
         parts *= p.device_mesh.size(dim)  # type: ignore[attr-defined]
-    # All processes have to find the same.
-    return parts == 1 or (p.shape[1] % parts == 0 and p.shape[1:].numel() // parts % block == 0)
+    if parts == 1:
+        return True
+    # All processes have to find the same. In memory a part of a slice has to be one of its blocks too.
+    in_order = all(p.shape[d] == 1 or p.stride(d) <= p.stride(1) for d in range(2, p.dim()))
+    return in_order and p.shape[1] % parts == 0 and p.shape[1:].numel() // parts % block == 0
 
 
 def cut_as(t: Tensor, like: Tensor) -> Tensor:
@@ -102,20 +117,31 @@ def is_first(p: Tensor) -> bool:
     return not is_spread(p) or not any(p.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]
 
 
-def _indices(p: Tensor) -> list[Tensor] | None:
-    """Of each dimension, where in the whole a DTensor's local tensor has its elements (int64); None: not known."""
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    coordinate = mesh.get_coordinate()
-    along = [torch.arange(size, device="cpu") for size in p.shape]
-    for dim, each in enumerate(placements):
+def _indices(p: Tensor) -> list[range | Tensor] | None:
+    """Of each dimension, where in the whole a DTensor's local tensor has its elements; None: not known.
+
+    Tensors are int64, of those that do not follow one another.
+    """
+    mesh, here = p.device_mesh, local(p)  # type: ignore[attr-defined]
+    if not here.numel():
+        return [range(size) for size in here.shape]
+    along: list[range | Tensor] = [range(size) for size in p.shape]
+    for k, each in enumerate(p.placements):  # type: ignore[attr-defined]
         if each.is_replicate():
             continue
-        if coordinate is None or not hasattr(each, "_split_tensor"):
+        if not _is_cut(each):
             return None
-        d = each.dim
-        parts, _ = each._split_tensor(along[d].view(*[1] * d, -1), mesh.size(dim), with_padding=False)
-        along[d] = parts[coordinate[dim]].reshape(-1)
-    return along if [len(each) for each in along] == list(local(p).shape) else None
+        of, number, size = along[each.dim], mesh.get_local_rank(k), mesh.size(k)
+        if isinstance(of, range) and each.is_shard() and is_cut_plainly(p):
+            some = -(-len(of) // size)
+            along[each.dim] = of[some * number : some * (number + 1)]
+            continue
+        indices = torch.as_tensor(of, device="cpu").view(*[1] * each.dim, -1)
+        parts, _ = each._split_tensor(indices, size, with_padding=False)
+        found = parts[number].reshape(-1)
+        first, last = int(found[0]), int(found[-1])
+        along[each.dim] = range(first, last + 1) if last - first == len(found) - 1 else found
+    return along if [len(each) for each in along] == list(here.shape) else None
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
@@ -134,23 +160,27 @@ def runs(p: Tensor) -> tuple[int, int, int] | None:
         if all follow one another. None: they lie otherwise, or it is not known.
     """
     along, here = _indices(p), local(p).shape
-    if along is None or not here.numel():
-        return None if along is None else (0, 0, 0)
-    if any(int(each[-1] - each[0]) != len(each) - 1 for each in along):
+    if along is None:
         return None
+    if not here.numel():
+        return 0, 0, 0
+    first = 0
+    for each, stride in zip(along, _strides(p.shape), strict=True):
+        if not isinstance(each, range):
+            return None
+        first += each.start * stride
     cut = [d for d in range(p.dim()) if here[d] != p.shape[d]]
     last = cut[-1] if cut else 0
-    if any(here[:d].numel() != 1 for d in cut[:-1]):
-        return None
-    first = sum(int(each[0]) * stride for each, stride in zip(along, _strides(p.shape), strict=True))
     if here[:last].numel() == 1:
         return first, 0, 0
+    if len(cut) > 1 and here[: cut[-2]].numel() != 1:
+        return None
     return first, here[last:].numel(), p.shape[last:].numel() - here[last:].numel()
 
 
 def knows_places(p: Tensor) -> bool:
-    """Whether :func:`places` knows where elements are."""
-    return is_spread(p) and _indices(p) is not None
+    """Whether :func:`places` knows where elements are: the same in all processes."""
+    return is_spread(p) and all(each.is_replicate() or _is_cut(each) for each in p.placements)  # type: ignore[attr-defined]
 
 
 def places(p: Tensor) -> Tensor | None:
@@ -160,7 +190,9 @@ def places(p: Tensor) -> Tensor | None:
     here = local(p)
     found = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
     for d, (each, stride) in enumerate(zip(along, _strides(p.shape), strict=True)):
-        found += (each.to(here.device) * stride).view([-1 if k == d else 1 for k in range(p.dim())])
+        is_range = isinstance(each, range)
+        indices = torch.arange(each.start, each.stop, device=here.device) if is_range else each.to(here.device)
+        found += (indices * stride).view([-1 if k == d else 1 for k in range(p.dim())])
     return found
 
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import genopt_ext
-from genopt_ext import _backend, optim, step_in_backward
+from genopt_ext import _backend, optim, sharding, step_in_backward
 from genopt_ext.reference import codecs
 
 
@@ -766,6 +766,9 @@ def fsdp_over_tp(rank):
         here, p = t.flatten()[places[i]], cut[i]
         return DTensor.from_local(here, p.device_mesh, p.placements, shape=t.shape, stride=t.stride(), run_check=False)
 
+    strided = next(p for p in cut if any(type(each).__name__ == "_StridedShard" for each in p.placements))
+    with pytest.raises(ValueError, match="is a DTensor"):
+        optim.Muon([("layer.weight", strided)])
     for dtype, options in (
         (torch.float32, dict(state_dtype=torch.int8, min_int8_size=1000, max_grad_norm=0.5)),
         (torch.bfloat16, dict(param_rounding="stochastic")),
@@ -820,7 +823,7 @@ def widened(rank):
         assert ("exp_avg_codes" in opt.state[p]) == coded, (shape, cut)
         of_it = [str(each.message) for each in told if "8-bit state is kept in float32" in str(each.message)]
         assert len(of_it) == (not coded and len(shape) > 1), (shape, cut, of_it)
-        # Both ways to load.
+        # Both ways to load, and from what was cut in another way.
         for first, second in (({}, asked), (asked, {})):
             opt, other = (optim.AdamW([p], **options) for options in (first, second))
             opt.step()
@@ -830,6 +833,40 @@ def widened(rank):
                 codecs.read(other.state[p], "exp_avg"), codecs.read(opt.state[p], "exp_avg"), rtol=0.07, atol=0.002
             )
             other.step()
+        if not coded:
+            continue
+        expected = full(codecs.read(other.state[p], "exp_avg"))
+        for form, kept in ((asked, asked), ({}, asked)):
+            for to in (Replicate(), Shard(0), Shard(len(shape) - 1)):
+                opt = optim.AdamW([p], **form)
+                opt.step()
+                expected = full(codecs.read(opt.state[p], "exp_avg"))
+                saved = opt.state_dict()
+                for key, t in saved["state"][0].items():
+                    saved["state"][0][key] = t.redistribute(placements=[to]) if isinstance(t, DTensor) else t
+                other = optim.AdamW([p], **kept)
+                other.load_state_dict(saved)
+                found = full(codecs.read(other.state[p], "exp_avg"))
+                torch.testing.assert_close(found, expected, rtol=0.07, atol=0.002, msg=f"{shape}, {cut}, {to}, {form}")
+                assert other.state[p]["exp_avg_codes"].placements == p.placements
+                other.step()
+    # Scales of format 1, which know no slices, are none of a DTensor's.
+    p = torch.nn.Parameter(spread(randn((6, 64), 0), (mesh, [Shard(0)])))
+    p.grad = torch.ones_like(p)
+    opt = optim.AdamW([p], **asked)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"][0]["exp_avg_scales"] = spread(torch.ones(2), (mesh, [Shard(0)]))
+    refused(lambda: opt.load_state_dict(saved), ["'exp_avg_scales'", "[2]", "expected"], opt, ValueError)
+    # A place in memory that is none in the slice: a part of a slice is no block there.
+    whole = torch.empty_strided((4, 8, 256), (2048, 1, 8)).copy_(randn((4, 8, 256), 0))
+    q = torch.nn.Parameter(spread(whole, (mesh, [Shard(1)])))
+    assert sharding.keeps_blocks(q, 256) == (q.stride() == (2048, 256, 1))
+    # Of a vector that is too large to list.
+    shape, size = torch.Size([1 << 40]), dist.get_world_size()
+    here = torch.empty(1, device="meta").expand(shape[0] // size)
+    spec = DTensor.from_local(here, mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
+    assert sharding.runs(spec) == (-(-shape[0] // size) * rank, 0, 0)
 
 
 def no_leaks(rank):

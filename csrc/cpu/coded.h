@@ -43,7 +43,7 @@ __attribute__((noinline)) int64_t run_coded(const Scalars<Rule, float>& scalars,
       prefetch(row, kState + k, start + tile, tile);
       row.scales[k][number] = scales[k] = Block::scale_for(largest(most[k]));
     });
-    const uint32_t phase = tile_phase(scalars.phase, row.origin + start);
+    const uint32_t phase = tile_phase(scalars.phase, row.place_of(start));
     for (int i = 0; i < tile; i += kWidth) {
       const Words thresholds = thresholds_from(phase, i);
       each_state<Rule, kUsed>([&]<class Block>(auto k, Block) {

@@ -11,7 +11,7 @@ template <class Rule, unsigned kUsed, class Param, class State, bool kHasExtra, 
 __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, const Row& row, int64_t start,
                                             int64_t stop) {
   using Step = Assembly<Rule, kUsed, T, Param, kHasExtra>;
-  bool fits = Step::takes(row);
+  bool fits = Step::takes(row) && row.tile == kTile;
   each_state<Rule, kUsed>([&](auto k, auto) { fits = fits && is_direct<State>(row, kState + k); });
   if (!fits) return start;
   Step assembly(scalars, row);
@@ -34,7 +34,7 @@ __attribute__((noinline)) int64_t run_plain(const Scalars<Rule, T>& scalars, con
     });
   };
   const auto begin = [&]() __attribute__((always_inline)) {
-    phase = tile_phase(scalars.phase, row.origin + start);
+    phase = tile_phase(scalars.phase, row.place_of(start));
     each_state<Rule, kUsed>([&](auto k, auto) { states[k] = element<State>(row, kState + k, start); });
     assembly.begin(start, stop);
   };

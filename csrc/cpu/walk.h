@@ -24,7 +24,7 @@ constexpr bool kHasAllLoops = GENOPT_VECTOR_BYTES > 16;
 constexpr bool kHasAllLoops = true;
 #endif
 
-// What is stepped where it lies, tiles of kTile or of codes. Returns where that ended. kFlag: kMayBeCautious, of which
+// What is stepped where it lies. Returns where that ended. kFlag: kMayBeCautious, of which
 // there are fewer loops, or 0.
 template <class Rule, unsigned kUsed, unsigned kFlag>
 GENOPT_INLINE int64_t run_direct(const Scalars<Rule, double>& scalars, const Row& row, int64_t start, int64_t stop) {
@@ -64,8 +64,7 @@ void walk(const void* storage, const Row& row, int64_t begin, int64_t end) {
   const auto& scalars = *static_cast<const Scalars<Rule, T>*>(storage);
   const int64_t stop = row.start_of(end);
   const auto run = [&]<unsigned kFlag>() {
-    int64_t start = row.start_of(begin);
-    if (!row.gap) start = run_direct<Rule, kUsed, kFlag>(scalars, row, start, stop);
+    const int64_t start = run_direct<Rule, kUsed, kFlag>(scalars, row, row.start_of(begin), stop);
     if (start < stop) run_buffered<Rule, kUsed % kWithAverage | kFlag>(scalars, row, start, stop);
   };
   // Asking each element whether its decay is cautious would be 7 % of all instructions of others.

@@ -48,7 +48,7 @@ struct Row {
   std::array<void*, kOperands> data{};
   std::array<DType, kOperands> dtype{};
   std::array<float*, kMaxStates> scales{};  // of states that are stored in codes, one for each tile
-  int tile = kTile;                         // elements of a tile: fewer where codes have smaller blocks
+  int tile = kTile;                         // elements of a tile: fewer where codes have smaller blocks, or runs end
   const Layout* layout = nullptr;           // null: every operand is contiguous, in one order
   void* step = nullptr;                     // the step counter, where the row has one
   DType step_dtype = DType::kFloat32;
@@ -59,8 +59,8 @@ struct Row {
   unsigned used = 0;          // states in use, kWithAverage and kWithExtra, as a mask
   unsigned unbiased = 0;      // operands of 16 bits that are not rounded to the nearest, as a mask; codes never are
   bool is_part = false;       // of a tensor that is spread over processes
-  // Of a part: the place of its first element in the whole, how many tiles' elements follow one another there, and how
-  // many others lie between two such runs; no others: all follow one another.
+  // Of a part: the place of its first element in the whole, how many elements, in whole tiles, follow one another
+  // there, and how many others lie between two such runs; no others: all follow one another.
   int64_t origin = 0, run = 0, gap = 0;
   Extra extra = Extra::kNone;
   int factors = 0;                 // the first of its two operands that are factors (rules/rule.h); 0: it has none

@@ -247,9 +247,10 @@ class RowReader {
       if (!read_number_of(row, key, t)) return false;
     } else if (are_scales) {
       found.others |= 1u << handle;
-      // Those of other blocks are stored anew: of format 1, or of other strides.
-      if (!are_scales_of(t, param, 0) && !are_scales_of(t, param, param.dim() > 1 ? block_in(slice_of(param)) : 0))
-        return refuse(key.name, Reason::kShape);
+      // Those of other blocks are stored anew: of format 1, or of other strides. Of a part they are none of its own.
+      const bool may_be =
+          are_scales_of(t, param, 0) || (param.dim() > 1 && are_scales_of(t, param, block_in(slice_of(param))));
+      if (spread_ ? !are_scales_of(t, param, block_) : !may_be) return refuse(key.name, Reason::kShape);
       if (t.scalar_type() != at::kFloat || param.is_complex()) return refuse(key.name, Reason::kDtype);
       if (kernel_device(t) != row.device) return refuse(key.name, Reason::kDevice);
       if (!coded) return true;

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "refusal.h"
@@ -115,8 +116,8 @@ inline bool are_spread_alike(PyObject* a, PyObject* b, bool shapes_too = true) {
   PyObject *const of_a = spec_of(a), *const of_b = spec_of(b);
   if (of_a == of_b) return true;
   if (!of_a || !of_b) return false;
-  for (const char* const name : {"mesh", "placements", "shape"}) {
-    if (!shapes_too && name[0] == 's') continue;
+  constexpr const char* kNames[] = {"mesh", "placements", "shape"};
+  for (const char* const name : std::span(kNames, shapes_too ? 3 : 2)) {
     PyObject *const x = PyObject_GetAttrString(of_a, name), *const y = PyObject_GetAttrString(of_b, name);
     const int same = x && y ? PyObject_RichCompareBool(x, y, Py_EQ) : -1;
     Py_XDECREF(x);

@@ -20,7 +20,7 @@ Loads = dict[Any, list[int]]  # of a group of processes: the elements that each 
 
 def why_not(p: Tensor) -> str | None:
     """Why the matrices of a DTensor can not be stepped; None where they can."""
-    if not sharding.knows_places(p):
+    if not sharding.is_cut_plainly(p):
         return "whose part here is none that Shard or Replicate would leave"
     if sum(each.is_shard() for each in p.placements) > 1:  # type: ignore[attr-defined]
         return "and Muon serves matrices that are cut along one dimension of their mesh"

@@ -129,8 +129,8 @@ class StepOptions(TypedDict, total=False):
             :meth:`FusedOptimizer.swap_ema`.
         state_dtype: how moments are stored: ``torch.float32``, ``torch.bfloat16``, or ``torch.int8`` for one code of 8
             bits each and a float32 scale for up to 256 of them (``docs/8-bit-format.md``). None: as torch, in the
-            parameter's dtype. Complex and float64 parameters keep the state that torch has; tensor subclasses have
-            float32 for codes, but DTensors whose cuts divide no block. What is stored narrow is
+            parameter's dtype. Complex and float64 parameters keep the state that torch has; other tensor
+            subclasses, and DTensors whose cuts might divide a block, have float32 for codes. What is stored narrow is
             rounded without bias, which needs a step count: SGD then has ``state[p]["step"]``.
         min_int8_size: parameters with fewer elements have float32 moments where ``state_dtype`` is int8.
         param_rounding: how bfloat16 and float16 parameters take an update that may be smaller than what separates two
@@ -201,7 +201,7 @@ def check_storage(where: str, options: dict[str, Any]) -> None:
         raise ValueError(f"{where}: rounding_seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
     if (version := options.get("int8_format", FORMAT)) not in range(1, FORMAT + 1):
         raise ValueError(
-            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of format {FORMAT}; "
+            f"{where}: int8_format is {version!r}, and this genopt_ext reads 8-bit state of formats 1 to {FORMAT}; "
             "load it with the version that saved it, and save it with state_dtype=torch.float32"
         )
 

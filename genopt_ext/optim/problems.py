@@ -146,14 +146,19 @@ def _of_entry(row: Row, name: str, stem: str, t: Any) -> str | None:
         fits = t.dtype == dtype and not p.is_complex()
     else:
         shape, fits = row.rule.state_shape(stem, p), t.dtype in STEPPED and t.is_complex() == p.is_complex()
-    # Scales of other blocks are stored anew.
-    if t.shape not in (codecs.scales_shapes(p) if are_scales else [shape]):
+    if t.shape not in (_scales_that_may_be(p) if are_scales else [shape]):
         return "shape"
     if not fits:
         return "dtype"
     if t.device != p.device:
         return "device"
     return None if states.is_as_asked(row.rule, row.group, p, name, t) else "storage"
+
+
+def _scales_that_may_be(p: Tensor) -> list[torch.Size]:
+    """Their shapes. Those of other blocks are stored anew, but for DTensors, whose cuts would have divided these."""
+    shapes = codecs.scales_shapes(p)
+    return shapes[:1] if sharding.is_spread(p) else shapes
 
 
 def form_of_codes(row: Row, name: str) -> tuple[torch.dtype, torch.Size]:

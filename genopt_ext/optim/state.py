@@ -51,7 +51,7 @@ def stored_dtype(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype 
 def is_widened(group: Group, p: Tensor) -> bool:
     """Whether ``p`` is large enough for the 8-bit state that its group asks for, and yet has it in float32.
 
-    A vector that is spread over devices always has: it is told of in the documentation alone.
+    Of vectors, which never have codes where they are spread over devices, only the documentation tells.
     """
     if sharding.is_spread(p) and p.dim() < 2:
         return False
@@ -105,6 +105,8 @@ def is_as_asked(rule: Rule, group: Group, p: Tensor, name: str, t: Tensor) -> bo
     if name in ("master", "compensation"):
         return t.dtype == (torch.float32 if name == "master" else p.dtype)
     dtype = stored_dtype(rule, group, p, name.removesuffix("_codes").removesuffix("_scales"))
+    if dtype == torch.int8 and sharding.is_spread(p) and not sharding.are_cut_alike(p, t, shapes_too=False):
+        return False
     if name.endswith("_scales"):
         return dtype != torch.int8 or (sharding.local(t).is_contiguous() and t.shape == codecs.scales_shapes(p)[0])
     if name.endswith("_codes"):
@@ -124,9 +126,8 @@ def _lie_alike(codes: Tensor, p: Tensor) -> bool:
 
 def convert(state: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype | None, signed: bool) -> None:
     """Stores ``name`` anew, as ``dtype`` asks for it. None: codes become float32; other states keep their dtype."""
-    values = codecs.read(state, name)
-    for suffix in ("", "_codes", "_scales"):
-        state.pop(name + suffix, None)
+    there = {name + end: t for end in ("", "_codes", "_scales") if (t := state.pop(name + end, None)) is not None}
+    values = codecs.read({key: sharding.cut_as(t, p) if sharding.is_spread(t) else t for key, t in there.items()}, name)
     if dtype != torch.int8:
         state[name] = values.to(dtype or values.dtype)
         return
@@ -289,8 +290,9 @@ def store_anew(owner: str, rule: Rule, group: Group, p: Tensor, state: dict[str,
 def tell_widened(owner: str, rule: Rule, group: Group, p: Tensor) -> None:
     """Warns, once, where ``p`` has float32 state instead of the 8-bit state that was asked for."""
     if is_widened(group, p) and (states := len(moments(rule, group))):
+        why = " of rows or cuts that divide what shares a scale" if sharding.is_spread(p) else ""
         _backend.warn_once(
             f"{owner}: 8-bit state is kept in float32 here, for parameters that are "
-            f"{type(p).__name__}s: {4 * states} bytes a parameter instead of {states}; with "
+            f"{type(p).__name__}s{why}: {4 * states} bytes a parameter instead of {states}; with "
             f"state_dtype=torch.bfloat16 it is {2 * states}"
         )
