@@ -190,9 +190,8 @@ def places(p: Tensor) -> Tensor | None:
     here = local(p)
     found = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
     for d, (each, stride) in enumerate(zip(along, _strides(p.shape), strict=True)):
-        is_range = isinstance(each, range)
-        indices = torch.arange(each.start, each.stop, device=here.device) if is_range else each.to(here.device)
-        found += (indices * stride).view([-1 if k == d else 1 for k in range(p.dim())])
+        indices = each if isinstance(each, Tensor) else torch.arange(each.start, each.stop)
+        found += (indices.to(here.device) * stride).view([-1 if k == d else 1 for k in range(p.dim())])
     return found
 
 
