@@ -19,7 +19,8 @@ FLAGS += ["-Wno-psabi"]  # vectors wider than the default has are passed nowhere
 # Python's own flags ask for debug symbols, which would be nine tenths of the file. The last -g counts.
 DEBUG = os.environ.get("GENOPT_DEBUG") == "1"
 FLAGS += ["-g" if DEBUG else "-g0"]
-LINK_FLAGS = [] if DEBUG or sys.platform != "linux" else ["-Wl,--strip-debug"]  # what libraries bring along
+# Nor does anybody link to its symbols.
+LINK_FLAGS = [] if DEBUG or sys.platform != "linux" else ["-Wl,--strip-all"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
 # Registers that spill to memory are an error too.
 NVCC_STRICT = ["-Werror=all-warnings", "-Xptxas=-Werror,--warn-on-spills,--warn-on-local-memory-usage"]
