@@ -14,6 +14,12 @@ __device__ bool computes_in(const DeviceRow& row) {
   return (row.dtype[kParam] == DType::kFloat64) == (sizeof(T) == 8);
 }
 
+// Elements of a row's tiles. What computes in double has neither codes nor runs that end.
+template <class T>
+__device__ int tile_of(const DeviceRow& row) {
+  return sizeof(T) == 8 ? kTile : row.tile;
+}
+
 // Where element i of a row with a layout lies, in elements from the operand's base.
 __device__ inline int64_t offset_of(const uint64_t* layout, int operand, int64_t i) {
   const int64_t dims = static_cast<int64_t>(layout[0]);

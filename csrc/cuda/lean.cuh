@@ -67,13 +67,6 @@ struct LeanTile {
   }
 };
 
-// Whether this is compiled for processors for which the compiler finds fewer registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr bool kIsTight = true;
-#else
-constexpr bool kIsTight = false;
-#endif
-
 // How many blocks are to run on a processor: up to 80 registers a thread let six, as many as memory needs; codes are
 // computed for longer, and need seven, which registers let where a rule has up to nine scalars. With three states
 // registers let five, with four, or with factors, four. Where they are tight codes get one block less.

@@ -49,7 +49,6 @@ struct DeviceRow {
   DType dtype[kOperands];
   DType step_dtype;
   DType running_dtype[kMaxRunning];
-  uint16_t tile;        // as Row::tile
   uint8_t used;         // as Row::used
   uint8_t factors;      // as Row::factors
   uint8_t strided;      // operands that have strides in the layout, as a mask
@@ -63,6 +62,7 @@ struct DeviceRow {
   uint8_t only_average;  // as Row::only_average
   uint8_t kind;          // which kernel updates it: see DevicePlan
   Measured measured;
+  uint16_t tile;  // as Row::tile
 
   GENOPT_INLINE int64_t place_of(int64_t start) const {
     return origin + start + (gap ? start / run * gap : 0);

@@ -15,6 +15,13 @@ namespace genopt::cuda {
 constexpr int kWarps = kThreads / kWarp;  // of a block
 constexpr int kElements = kTile / kWarp;  // of a lane
 
+// Whether this is compiled for processors for which the compiler finds fewer registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kIsTight = true;
+#else
+constexpr bool kIsTight = false;
+#endif
+
 // Which thread and warp of the launch runs here, and which lane of its warp.
 __device__ inline int64_t thread_here() {
   return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     const uint64_t* const layout = table.words + table.layouts() + row.layout;
     int number = span.first_tile;
 #pragma unroll 1
-    for (int64_t start = span.begin; start < span.end; start += row.tile, ++number) {
-      const RowTile here{{start, count_of(span.end - start, row.tile), lane, number}, row, layout};
+    for (int64_t start = span.begin; start < span.end; start += tile_of<T>(row), ++number) {
+      const RowTile here{{start, count_of(span.end - start, tile_of<T>(row)), lane, number}, row, layout};
       LaneOperand<T> x[kOperands];
       load_operands(x, operands, here, slots);
       if (operands.loads(kParam) && row.extra == Extra::kCompensation) join_rest(x[kParam], here, slots.values[kParam]);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       }(typename Rule::Masks{});
     }
   };
-  total_of_kind<Rule, T>(table, kind, [](const DeviceRow& row) { return int{row.tile}; }, add_up);
+  total_of_kind<Rule, T>(table, kind, tile_of<T>, add_up);
 }
 
 // How many blocks are to run on a processor: as many as registers let, of which sums and operands take most. `read`:
