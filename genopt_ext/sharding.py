@@ -126,13 +126,14 @@ def _indices(p: Tensor) -> list[range | Tensor] | None:
     if not here.numel():
         return [range(size) for size in here.shape]
     along: list[range | Tensor] = [range(size) for size in p.shape]
+    plainly = is_cut_plainly(p)
     for k, each in enumerate(p.placements):  # type: ignore[attr-defined]
         if each.is_replicate():
             continue
         if not _is_cut(each):
             return None
         of, number, size = along[each.dim], mesh.get_local_rank(k), mesh.size(k)
-        if isinstance(of, range) and each.is_shard() and is_cut_plainly(p):
+        if plainly and isinstance(of, range):
             some = -(-len(of) // size)
             along[each.dim] = of[some * number : some * (number + 1)]
             continue

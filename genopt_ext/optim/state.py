@@ -82,8 +82,7 @@ def make(p: Tensor, name: str, value: complex, dtype: torch.dtype | None, signed
     code, scale = codecs.encode(number, signed)
     filler = number if value == 0 else scale  # -0.0 stays
     here, shape = sharding.local(p), codecs.scales_shapes(p)[0]
-    spread = sharding.is_spread(p)
-    of_here = torch.Size([here.shape[0], here.shape[1:].numel() // codecs.block_of(p)]) if spread else shape
+    of_here = (here.shape[0], here.shape[1:].numel() // block) if (block := codecs.block_of(p)) else shape
     codes = _compact_like(here, code.dtype).copy_(code.squeeze(0))
     scales = filler.expand(of_here).clone(memory_format=torch.contiguous_format)
     return {name + "_codes": sharding.spread_as(codes, p), name + "_scales": sharding.spread_as(scales, p, shape)}
