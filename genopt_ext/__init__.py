@@ -5,6 +5,7 @@ Change one line, ``from genopt_ext import optim`` instead of ``from torch import
 
 from . import optim as optim
 from . import quant as quant
+from . import training as training
 from .amp import GradScaler
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .in_backward import InBackward, step_in_backward
@@ -21,4 +22,5 @@ __all__ = [
     "optim",
     "quant",
     "step_in_backward",
+    "training",
 ]
