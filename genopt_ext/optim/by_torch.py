@@ -6,8 +6,10 @@ and lists only these parameters; the others have been stepped before, by kernels
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,11 +147,30 @@ def take(step: Step, places: Iterable[Place]) -> None:
     assert torch_class is not None
     # No hooks and no second look at what the options allow.
     torchs = inspect.unwrap(torch_class.step)
-    for group in groups.values():
-        twin = object.__new__(torch_class)
-        twin.__dict__.update(state=step.state, param_groups=[group], defaults={})
-        with torch.set_grad_enabled(bool(group.get("differentiable"))):
-            torchs(twin)
+    with _in_grad(step, [p for _, _, p in places]):
+        for group in groups.values():
+            twin = object.__new__(torch_class)
+            twin.__dict__.update(state=step.state, param_groups=[group], defaults={})
+            with torch.set_grad_enabled(bool(group.get("differentiable"))):
+                torchs(twin)
     for place in places:
         if (decay := step.group(place).get("ema_decay")) is not None:
             reference.average(place[2], step.state[place[2]]["ema"], float(decay))
+
+
+@contextlib.contextmanager
+def _in_grad(step: Step, params: list[Tensor]) -> Iterator[None]:
+    """Within the block ``.grad``, which torch's code reads, is what the step takes as gradients."""
+    if step.inputs.sums is None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that are no leaves
+        kept = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = step.gradient(p)
+        yield
+    finally:
+        for p, grad in zip(params, kept, strict=True):
+            p.grad = grad

@@ -36,7 +36,7 @@ def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         # Spelled out here: each function that Dynamo enters on the way to the opaque call is a graph break more.
         if is_dynamo_compiling():
             closure = args[0] if args else kwargs.get("closure")
-            if closure is None or before:  # hooks run before the closure
+            if closure is None or before or kwargs.get("grads") is not None:  # hooks run before the closure
                 return hidden(self, *args, **kwargs)
             with torch.enable_grad():
                 loss = closure()

@@ -6,7 +6,7 @@ A subclass names its :class:`Rule` and has the constructor of the torch class th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from .accumulator import Accumulator
 from .averages import Averages
 from .options import Listed, StepOptions
 from .rule import Rule
-from .step import NOTHING_ELSE, Inputs, places_of
+from .step import NOTHING_ELSE, InOrder, Inputs, places_of
 from .stepper import Stepper
 
 if TYPE_CHECKING:
@@ -217,32 +217,39 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
 
     profile_hook_step = staticmethod(hooks.profile_hook_step)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grads: Sequence[Tensor | None] | None = None) -> Any:
         """Performs one optimization step over all groups, in one native call.
 
         Args:
             closure: reevaluates the model and returns the loss.
+            grads: gradients in the place of ``.grad``, which is neither read nor written: one of the parameter's shape
+                and device for each in the order of the groups, or None for one that has none. 16-bit parameters may
+                have float32 ones.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
+            TypeError: ``grads`` is no sequence of tensors and None, or has another dtype.
+            ValueError: ``grads`` is of another length, or comes with a closure or beside sums of gradients.
             RuntimeError: a gradient, state or parameter that can not be served; the message names it and
                 says what to do. Parameters, gradients and state are then as they were, but that gradients which
                 stand beside accumulated ones are accumulated too.
         """
         try:
             self.refuse_swapped()
-            loss = None
-            if closure is not None:
+            loss = given = None
+            accumulator = self.accumulator
+            if grads is not None:
+                given = self._in_order(grads, closure)
+            elif closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            accumulator = self.accumulator
             if accumulator.micro_batches and any(p.grad is not None for _, _, p in places_of(self.param_groups)):
                 self.stepper.refuse_pieces(self.param_groups, self._inputs())
                 self.accumulate()
             self.stepper.backend = self.backend
-            self.stepper.step(self.param_groups, self.state, self._inputs())
+            self.stepper.step(self.param_groups, self.state, self._inputs(given))
         except BaseException:
             # torch's GradScaler has set both for this step, and takes them back only where it succeeds.
             if "found_inf" in self.__dict__:
@@ -251,6 +258,32 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
             raise
         accumulator.micro_batches = 0
         return loss
+
+    def _in_order(self, grads: Sequence[Tensor | None], closure: Any) -> InOrder:
+        where = f"{type(self).__name__}.step"
+        if closure is not None:
+            raise ValueError(f"{where}: grads= takes no closure: its gradients would be ignored")
+        if self.accumulator.micro_batches:
+            raise ValueError(
+                f"{where}: gradients were accumulated; step without grads=, or discard_accumulated() first"
+            )
+        if isinstance(grads, (Tensor, Mapping)):
+            raise TypeError(
+                f"{where}: grads= is a {type(grads).__name__}; it has to be a list in the parameters' order"
+            )
+        given, places = [*grads], places_of(self.param_groups)
+        if len(given) != len(places):
+            raise ValueError(
+                f"{where}: grads= has {len(given)} entries for {len(places)} parameters; None stands for no gradient"
+            )
+        for r, (g, (_, _, p)) in enumerate(zip(given, places, strict=True)):
+            if g is None:
+                continue
+            if not isinstance(g, Tensor):
+                raise TypeError(f"{where}: grads[{r}] is a {type(g).__name__}; it has to be a Tensor or None")
+            if g.dtype is not p.dtype and not (g.dtype is torch.float32 and p.dtype in (torch.bfloat16, torch.float16)):
+                raise TypeError(f"{where}: grads[{r}] has {g.dtype} for a parameter of {p.dtype}; convert it")
+        return InOrder(self.param_groups, given)
 
     @tracing.opaque
     def init_state(self) -> None:
@@ -269,17 +302,17 @@ class FusedOptimizer(Averages, torch.optim.Optimizer):
         self.stepper.backend = self.backend
         self.stepper.prepare(self.param_groups, self.state, as_if, makes=True)
 
-    def _inputs(self) -> Inputs:
+    def _inputs(self, given: InOrder | None = None) -> Inputs:
         accumulator, own = self.accumulator, self.__dict__
         asked = self._max_grad_norm is not None or self.skip_nonfinite or self._checks or self._zeroes
-        if not (asked or accumulator.micro_batches or "grad_scale" in own or "found_inf" in own):
+        if not (asked or accumulator.micro_batches or given is not None or "grad_scale" in own or "found_inf" in own):
             return NOTHING_ELSE
         scale = own.get("grad_scale")
         sums = accumulator.sums if accumulator.micro_batches else None
-        unscales = scale is not None and not self._keeps_scale
+        unscales = scale is not None and not self._keeps_scale and given is None
         return Inputs(
-            sums=sums,
-            micro_batches=accumulator.micro_batches,
+            sums=sums if given is None else given,
+            micro_batches=accumulator.micro_batches or 1,
             max_grad_norm=self._max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
             checks=self._checks,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # What looks at all gradients together, or changes them between two steps of one parameter.
 _NOT_SERVED = {
-    "grads": "accumulate()",
+    "grads": "accumulate() or grads=",
     "max_norm": "max_grad_norm",
     "guard": "skip_nonfinite, or genopt_ext.GradScaler without unscale_(),",
     "measure": "a clip by norm",

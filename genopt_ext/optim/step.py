@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,13 @@ def describe(groups: list[Group], place: Place) -> str:
 class InOrder(Mapping[Tensor, Tensor]):
     """Gradients in the order of the groups' parameters: most steps need to look up none of them."""
 
-    def __init__(self, groups: list[Group], listed: list[Tensor]) -> None:
+    def __init__(self, groups: list[Group], listed: Sequence[Tensor | None]) -> None:
         self.groups, self.listed = groups, listed
 
     @functools.cached_property
     def _by_parameter(self) -> dict[Tensor, Tensor]:
-        return dict(zip((p for _, _, p in places_of(self.groups)), self.listed, strict=True))
+        params = (p for _, _, p in places_of(self.groups))
+        return {p: g for p, g in zip(params, self.listed, strict=True) if g is not None}
 
     def __getitem__(self, p: Tensor) -> Tensor:
         return self._by_parameter[p]
@@ -55,7 +56,7 @@ class Inputs:
     """What is asked of one step beside the groups' options. Mostly nothing: that is :data:`NOTHING_ELSE`.
 
     Attributes:
-        sums: gradients that were accumulated over ``micro_batches``, in the place of ``.grad``; None: none were.
+        sums: gradients in the place of ``.grad``: sums over ``micro_batches``, or what was given; None: neither.
         max_grad_norm: for all groups that do not clip alone.
         skip_nonfinite: whether gradients that are not finite skip the step, and are counted.
         checks: whether they skip it, as a GradScaler asks.

@@ -244,7 +244,7 @@ class Stepper:
         arguments: dict[str, Any] = {} if self.shared is None else {"shared": [self.shared]}
         if inputs.sums is not None:
             given = inputs.sums
-            if isinstance(given, InOrder):
+            if isinstance(given, InOrder) and given.groups is groups:
                 sums: list[Tensor | None] = [*given.listed]
             else:
                 sums = [given.get(p) for group in groups for p in group["params"]]
