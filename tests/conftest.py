@@ -2,6 +2,7 @@
 
 ``GENOPT_TEST_DEVICE=cuda`` puts every tensor on the GPU. ``GENOPT_TEST_CUDA_ON_CPU=path/_C.so`` takes the
 extension that CMake builds with ``GENOPT_PYTHON=ON``: its CUDA kernels run on a CPU, and serve CPU tensors.
+``GENOPT_TEST_SAMPLE=1`` takes a class of each kind, for what has been tested with all but for torch's version.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ if device := os.environ.get("GENOPT_TEST_DEVICE"):
     torch.set_default_device(device)
 
 
-# Of each way in which kernels differ one: states of a moment and of a number, totals of a row and of all, factors.
-ON_CPU_STAND_IN = ("AdamW", "SGD", "NAdam", "LAMB", "Prodigy", "Adafactor")
+# Of each way in which rules differ one: states of a moment and of a number, totals of a row and of all, factors.
+SAMPLE = ("AdamW", "SGD", "NAdam", "LAMB", "Prodigy", "Adafactor")
+sampled = bool(path or os.environ.get("GENOPT_TEST_SAMPLE"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what a class refuses: narrow state, complex parameters.
 
-    On the CPU stand-in for CUDA also all cases but, of some classes, those with the most states, and in test_bits.py of
-    all: C++ tests try the options of all there.
+    Of a sample also all cases but those with the most states of its classes. On the CPU stand-in for CUDA test_bits.py
+    has those of all classes: C++ tests try their options there.
     """
     from cases import CASES, Case, is_refused
 
@@ -54,9 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if is_refused(given, item.get_closest_marker("narrow_state") is not None):
             return True
         case = given.get("case")
-        if not path or not isinstance(case, Case) or case not in CASES:
+        if not sampled or not isinstance(case, Case) or case not in CASES:
             return False
-        return not case.stateful or (item.path.name != "test_bits.py" and case.name not in ON_CPU_STAND_IN)
+        return not case.stateful or (item.path.name != "test_bits.py" and case.name not in SAMPLE)
 
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     items[:] = [item for item in items if not is_left_out(item)]

@@ -12,6 +12,7 @@ import torch
 from cases import (
     CASES,
     DEVICE,
+    EMULATED,
     FIRST,
     NATIVE,
     STATEFUL,
@@ -53,14 +54,15 @@ PATH = dict(max_grad_norm=0.5, clip_grad_value=0.1, skip_nonfinite=True, ema_dec
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_three_launches_at_most(case, path):
     """2000 tensors in 100 groups, with new gradients and a scheduler at every step; more if a rule needs totals."""
-    params = parameters([(1 + i % 3 if i % 50 else 300,) for i in range(2000)])
-    opt = case.ours([{"params": params[i::100]} for i in range(100)], **path)
+    groups = 10 if EMULATED else 100  # of 20 tensors
+    params = parameters([(1 + i % 3 if i % 50 else 300,) for i in range(20 * groups)])
+    opt = case.ours([{"params": params[i::groups]} for i in range(groups)], **path)
     scheduler = optim.lr_scheduler.ExponentialLR(opt, 0.9)
     most = 3 + (opt.stepper.rule.name in TOTALED) + 2 * (opt.stepper.rule.name in SHARES)
     train(opt, params, 1)
     for step in range(1, 5):
         old = [p.grad for p in params]  # alive, so that the new ones are elsewhere
-        set_grads(params, step, skip=(lambda i: i % 600 > 0) if step == 4 else lambda i: False)
+        set_grads(params, step, skip=(lambda i: i % (6 * groups) > 0) if step == 4 else lambda i: False)
         for p, grad in zip(params, old, strict=True):
             p.grad = grad if p.grad is None else p.grad
         assert 2 <= launches(opt, opt.step) <= most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
@@ -251,6 +252,47 @@ def test_every_case_is_recorded() -> None:
     made_with, recorded = sass.load(sass.RECORD)
     assert made_with["architecture"] == f"sm_{toolchain.ARCHITECTURE}"
     assert list(recorded) == [case.name for case in cases.all_cases()]
+
+
+def test_a_check_runs_what_is_not_of_the_recorded_sources(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sass, "RECORD", tmp_path / "sass.json")
+    monkeypatch.setattr(toolchain, "missing", lambda: None)
+    monkeypatch.setattr(toolchain, "compiler", lambda: "13")
+    result = run.Result("update", 1000, 100, 0, 8, 60.0)
+    monkeypatch.setattr(sass, "run_all", lambda chosen, _: {case.name: result for case in chosen})
+    assert sass.main(["--update"]) == 0
+    capsys.readouterr()
+    for change, runs in ((None, False), ("--only=AdamW", True), ("sources", True), ("compiler", True)):
+        with monkeypatch.context() as changed:
+            if change in ("sources", "compiler"):
+                changed.setattr(toolchain, change, lambda: "another")
+            assert sass.main(["--check", *([change] if change and "--" in change else [])]) == 0
+        assert ("nothing is run" not in capsys.readouterr().out) == runs, change
+    assert sass.main(["--update", "--only=AdamW"]) == 0
+    capsys.readouterr()
+    sass.main(["--check"])
+    assert "nothing is run" not in capsys.readouterr().out, "the cases that were left out are of older sources"
+
+
+def test_the_sources_that_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(toolchain.ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(toolchain.ROOT / "setup.py", tmp_path)
+    before = toolchain.sources()
+    monkeypatch.setattr(toolchain, "ROOT", tmp_path)
+    monkeypatch.setattr(toolchain, "__file__", str(tmp_path / "bench" / "sass" / "toolchain.py"))
+    shutil.copytree(Path(sass.__file__).parent, tmp_path / "bench" / "sass", ignore=lambda *_: ["__pycache__"])
+    assert toolchain.sources() == before
+    for name, counts in {
+        "csrc/torch/rows.h": False,
+        "csrc/math/random.h": True,
+        "bench/sass/launches.cpp": True,
+    }.items():
+        before = toolchain.sources()
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+        assert (toolchain.sources() != before) == counts, name
 
 
 def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@
 Every case, a signature times a shape, is run by an emulator of one warp; its bits have to be those of the CPU kernels.
 Counted are the instructions of the warp that has the tile, loads of data that are under way before the first of them
 is waited for, registers and spilled bytes; a model adds the share of copy bandwidth that all this allows. Recorded in
-bench/sass.json, and compared with it only where the same nvcc has compiled.
+bench/sass.json, and compared with it only where the same nvcc has compiled. No chance is in it: --check runs nothing
+where the very sources that are recorded, kernels and emulator, meet the same nvcc.
 """
 
 from __future__ import annotations
@@ -123,20 +124,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in all_cases() if args.only in case.name]
     if not cases:
         parser.error(f"no case has {args.only!r} in its name")
-    made_with = {"nvcc": toolchain.compiler(), "architecture": f"sm_{toolchain.ARCHITECTURE}"}
+    compiler = {"nvcc": toolchain.compiler(), "architecture": f"sm_{toolchain.ARCHITECTURE}"}
+    made_with = compiler | {"sources": toolchain.sources()}
     known_with, recorded = load(RECORD)
+    if args.check and not args.only and known_with == made_with:
+        print("bench.sass: nothing is run: sources, emulator and nvcc are those of the record")
+        return 0
+    is_comparable = known_with.items() >= compiler.items()
     results = run_all(cases, args.jobs)
     Console(width=None if sys.stdout.isatty() else 150).print(table(recorded, results))
     wrong = [f"{name}: {each.wrong}" for name, each in results.items() if each.wrong]
     if args.update and not wrong:
-        kept = recorded if args.only and known_with == made_with else {}
+        kept = recorded if args.only and is_comparable else {}
+        if args.only:  # the others may be those of other sources
+            made_with["sources"] = ""
         numbers = kept | {name: numbers_of(each) for name, each in results.items()}
         save({case.name: numbers[case.name] for case in all_cases() if case.name in numbers}, made_with, RECORD)
         print(f"recorded in {RECORD.name}")
         return 0
     worse, notes = compare(recorded, results)
-    if known_with != made_with:
-        worse, notes = [], [f"not compared: made with {made_with}, recorded with {known_with}"]
+    if not is_comparable:
+        worse, notes = [], [f"not compared: made with {compiler}, recorded with {known_with}"]
     elif not args.only and (gone := recorded.keys() - results.keys()):
         worse.append(f"only recorded: {', '.join(sorted(gone))}; if the cases have changed: {UPDATE}")
     for sentence in (*notes, *worse, *wrong):

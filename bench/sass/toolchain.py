@@ -84,6 +84,21 @@ def included(source: Path, found: dict[Path, bytes] | None = None) -> dict[Path,
     return found
 
 
+def sources() -> str:
+    """A hash of all that decides what is recorded, but for nvcc: what is compiled, launched, compared and emulated."""
+    hashed = hashlib.sha256(" ".join(flags()).encode())
+    for folder, left_out in ((ROOT / "csrc", ROOT / "csrc" / "torch"), (Path(__file__).parent, None)):
+        for path in sorted(folder.rglob("*.*")):
+            if (
+                path.is_file()
+                and path.suffix != ".pyc"
+                and left_out not in path.parents
+                and path.name != "bindings.cpp"
+            ):
+                hashed.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return hashed.hexdigest()[:16]
+
+
 def compiled(source: Path) -> tuple[str, str]:
     """What nvdisasm tells of a source's kernels, and what ptxas told."""
     text = b"".join(content for _, content in sorted(included(source).items()))

@@ -30,4 +30,17 @@ struct KernelTable {
   GradientKernel leave_gradient = nullptr;
 };
 
+// Of each instruction set: walk_*.cpp.
+namespace baseline {
+const KernelTable& kernel_table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const KernelTable& kernel_table();
+}
+namespace avx512 {
+const KernelTable& kernel_table();
+}
+#endif
+
 }  // namespace genopt

@@ -16,18 +16,6 @@
 
 namespace genopt {
 
-namespace baseline {
-const KernelTable& kernel_table();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-const KernelTable& kernel_table();
-}
-namespace avx512 {
-const KernelTable& kernel_table();
-}
-#endif
-
 namespace cpu {
 namespace {
 

@@ -18,10 +18,23 @@
 namespace genopt::GENOPT_CAPABILITY {
 
 // Whether all there are loops for is compiled. x86-64 without AVX2 is rare, and has the loop for fp32 alone.
-#if defined(__x86_64__) && !defined(GENOPT_ALL_LOOPS)
+#if defined(__x86_64__)
 constexpr bool kHasAllLoops = GENOPT_VECTOR_BYTES > 16;
 #else
 constexpr bool kHasAllLoops = true;
+#endif
+
+// Whether this file has the loops of a rule. Under sanitizers, which take ten times as long to compile, it has those of
+// rules that differ in kind: in states, numbers, totals and factors. The others are the same text with other
+// arithmetic.
+template <class Rule, class... Some>
+constexpr bool kIsOneOf = (std::is_same_v<Rule, Some> || ...);
+#if defined(GENOPT_LOOPS_OF)
+template <class Rule>
+constexpr bool kHasLoops = kIsOneOf<Rule, GENOPT_LOOPS_OF>;
+#else
+template <class Rule>
+constexpr bool kHasLoops = true;
 #endif
 
 // What is stepped where it lies. Returns where that ended. kFlag: kMayBeCautious, of which
@@ -87,8 +100,14 @@ void fill(KernelTable& table, int rule, StateMasks<kMasks...>) {
 
 const KernelTable& kernel_table() {
   static const KernelTable table = [] {
+#if defined(GENOPT_LOOPS_OF)
+    KernelTable kernels = baseline::kernel_table();
+#else
     KernelTable kernels;
-    for_each_rule([&]<class Rule, int kIndex>() { fill<Rule>(kernels, kIndex, typename Rule::Masks{}); });
+#endif
+    for_each_rule([&]<class Rule, int kIndex>() {
+      if constexpr (kHasLoops<Rule>) fill<Rule>(kernels, kIndex, typename Rule::Masks{});
+    });
     for (const Norm norm : {Norm::kTwo, Norm::kOne, Norm::kMax})
       with_measure(
           norm, [&]<class M>(M) { kernels.spans[static_cast<int>(norm)] = {measure<M, float>, measure<M, double>}; });
